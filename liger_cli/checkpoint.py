@@ -1,0 +1,367 @@
+"""Reading a base model's folder without loading a tensor and without running anything found in it.
+
+What is read: config.json, the safetensors index, and the headers of the shards. Everything is checked before use, since
+the folder was written by somebody else.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+
+from liger_cli.errors import ModelError, UsageError
+from liger_cli.families import FAMILIES, Family
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+USABLE_DTYPES = ("F32", "F16", "BF16")
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+MAX_JSON = 64 << 20  # bytes
+SAMPLES, SAMPLE_BYTES = 64, 64 << 10
+
+TOKENIZER_NAMES = {
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+    "special_tokens_map.json", "tekken.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
+SENTENCEPIECE = re.compile(r"[\w.-]+\.model(\.v\d+)?")
+LICENCE = re.compile(r"[^/]*(licen[sc]e|notice|copying|use_policy)[^/]*", re.IGNORECASE)
+LICENCE_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf")
+LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a safetensors header. `nbytes` are the bytes it takes in the shard."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file whose header was read and fits the file.
+
+    Attributes:
+        name: its name in the base folder; path: the real file, links followed.
+        size: bytes of the whole file; header: its raw JSON header.
+    """
+
+    name: str
+    path: Path
+    size: int
+    header: bytes
+    tensors: dict[str, Tensor]
+
+    def fingerprint(self) -> dict:
+        """Size, hash of the header and hash of 64 samples of 64 KiB, evenly spaced (a small shard is hashed whole)."""
+        samples = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            if self.size <= SAMPLES * SAMPLE_BYTES:
+                samples.update(file.read())
+            else:
+                for index in range(SAMPLES):
+                    file.seek(index * (self.size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    samples.update(file.read(SAMPLE_BYTES))
+        return {
+            "file": self.name,
+            "size": self.size,
+            "header_sha256": hashlib.sha256(self.header).hexdigest(),
+            "samples_sha256": samples.hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that decide the shapes of tensors and of the state, from config.json."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: dict) -> "Geometry":
+        """Raises ModelError where a size is missing, is not a positive whole number, or does not divide."""
+        heads = _positive(config, "num_attention_heads")
+        hidden = _positive(config, "hidden_size")
+        kv_heads = _positive(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+        head_dim = _positive(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
+        if heads % kv_heads:
+            raise ModelError(
+                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
+        layers, vocab = _positive(config, "num_hidden_layers"), _positive(config, "vocab_size")
+        return cls(layers, hidden, heads, kv_heads, head_dim, vocab)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that was read and found whole.
+
+    Attributes:
+        folder: resolved path.
+        config: config.json, every field as it stands there.
+        shards: in the order of their names.
+        indexed: whether the shards are named by an index that has to go along.
+        support_files: tokenizer, generation config, chat template and licences: relative name -> real file.
+    """
+
+    folder: Path
+    config: dict
+    family: Family
+    geometry: Geometry
+    shards: tuple[Shard, ...]
+    indexed: bool
+    support_files: dict[str, Path]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+
+    def fingerprint(self) -> dict:
+        """Identifies the weights, whatever the files are called: a digest over all shards, and each shard's own."""
+        shards = [shard.fingerprint() for shard in self.shards]
+        digest = hashlib.sha256()
+        for entry in shards:
+            digest.update(f"{entry['size']} {entry['header_sha256']} {entry['samples_sha256']}\n".encode())
+        return {"digest": f"sha256:{digest.hexdigest()}", "shards": shards}
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check a base model's folder.
+
+    Raises:
+        UsageError: no such folder.
+        ModelError: an unsupported, converted, quantized, multimodal, incomplete or broken model.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give a model's folder or a hub id such as Qwen/Qwen3-8B")
+    folder = folder.resolve()
+    config = read_config(folder)
+    family = supported_family(config, folder)
+    geometry = Geometry.of(config)
+    names, weight_map = _shard_names(folder)
+    shards = tuple(read_shard(folder, name) for name in names)
+    checkpoint = Checkpoint(
+        folder, config, family, geometry, shards, weight_map is not None, dict(_support_files(folder))
+    )
+    if weight_map is not None:
+        _check_index(weight_map, checkpoint)
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def read_config(folder: Path) -> dict:
+    """config.json as a dict. Raises ModelError where it is missing or is not a JSON object."""
+    if not os.path.lexists(folder / "config.json"):
+        if os.path.lexists(folder / "adapter_config.json"):
+            raise ModelError(f"{folder} is an adapter, not a model; merge it into its base first")
+        raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    return read_json(inside(folder, "config.json"))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ModelError where it is broken or is something else."""
+    if path.stat().st_size > MAX_JSON:
+        raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB, which is no model's JSON")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); download the file again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def supported_family(config: dict, folder: Path) -> Family:
+    """The row of `FAMILIES` for this config. Raises ModelError for every kind of model that cannot be converted."""
+    model_type = config.get("model_type")
+    if "liger" in config or str(model_type).startswith("liger_"):
+        raise ModelError(f"{folder} is linearized already; give the base model it was made from")
+    for field in ("quantization_config", "compression_config"):
+        if config.get(field) is not None:
+            raise ModelError(f"{folder} is quantized (config.json has {field}); give the unquantized model")
+    for field in ("text_config", "llm_config", "language_config", "thinker_config"):
+        if isinstance(config.get(field), dict):
+            inner = config[field].get("model_type", "unknown")
+            raise ModelError(
+                f"{folder} is a multimodal model; save its language model (config.json's {field}, of type {inner!r}) "
+                "as a folder of its own with save_pretrained and convert that"
+            )
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        near = get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
+        raise ModelError(
+            f"model type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+            f" (nearest: {near[0] if near else 'none'})"
+        )
+    architectures = config.get("architectures")
+    wanted = f"{family.prefix}ForCausalLM"
+    if architectures and wanted not in architectures:
+        raise ModelError(f"config.json names the architecture {architectures!r}; only {wanted} can be converted")
+    return family
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The real file behind `folder/name`; links may lead within the folder or to the blobs of its hub cache only.
+
+    Raises:
+        ModelError: not a plain file, missing, or outside.
+    """
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        regular = stat.S_ISREG(real.stat().st_mode)
+    except (OSError, RuntimeError):
+        raise ModelError(f"{path} is missing or is a broken link; download the model again") from None
+    allowed = [folder]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise ModelError(f"{path} leads outside the model's folder, to {real}; copy the file into the folder")
+    if not regular:
+        raise ModelError(f"{path} is not a plain file")
+    return real
+
+
+def read_shard(folder: Path, name: str) -> Shard:
+    """Read one safetensors header and check it against the file. Raises ModelError for a missing or broken shard."""
+    path = inside(folder, name)
+    size = path.stat().st_size
+    broken = f"{folder / name} is not a whole safetensors file"
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ModelError(f"{broken}: its header of {length} bytes does not fit; download the shard again")
+        header = file.read(length)
+    try:
+        entries = json.loads(header.decode("utf-8"))
+        entries.pop("__metadata__", None)
+        tensors, end = _tensors(entries)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{broken}: its header is broken ({error}); download the shard again") from None
+    if size != 8 + length + end:
+        raise ModelError(
+            f"{broken}: it has {size} bytes where its header asks for {8 + length + end}; download it again"
+        )
+    return Shard(name, path, size, header, tensors)
+
+
+def _tensors(entries: dict) -> tuple[dict[str, Tensor], int]:
+    """Header entries -> tensors, and where the data end. Raises ValueError unless they lie one behind the other."""
+    spans, tensors = [], {}
+    for name, entry in entries.items():
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if dtype not in DTYPE_BITS:
+            raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has a shape or an offset that is not a whole number")
+        if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
+            raise ValueError(f"{name} has {end - begin} bytes, which is not {dtype} {list(shape)}")
+        spans.append((begin, end, name))
+        tensors[name] = Tensor(dtype, shape, end - begin)
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise ValueError(f"{name} starts at byte {begin} and not at {position}")
+        position = end
+    return tensors, position
+
+
+def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the shards, and the index's map from tensor to shard where there is an index.
+
+    transformers takes `model.safetensors` where both are there, and so does this.
+    """
+    if os.path.lexists(folder / WEIGHTS):
+        return [WEIGHTS], None
+    if not os.path.lexists(folder / INDEX):
+        pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in PICKLES)
+        if pickles:
+            raise ModelError(
+                f"{folder} has its weights as pickles only ({pickles[0]}), which liger never opens; load it with "
+                "transformers and write it with save_pretrained, which makes safetensors"
+            )
+        raise ModelError(f"{folder} has neither {WEIGHTS} nor {INDEX}; download the weights")
+    weight_map = read_json(inside(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{folder / INDEX} has no weight_map; download the file again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or name.startswith("."):
+            raise ModelError(f"{folder / INDEX} names {name!r}, which is not a safetensors file of that folder")
+    return sorted(set(weight_map.values())), weight_map
+
+
+def _support_files(folder: Path):
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        wanted = (
+            name in TOKENIZER_NAMES
+            or SENTENCEPIECE.fullmatch(name)
+            or (LICENCE.fullmatch(name) and path.suffix.lower() in LICENCE_SUFFIXES)
+        )
+        if wanted and not path.is_dir():
+            yield name, inside(folder, name)
+    templates = folder / "additional_chat_templates"
+    if templates.is_dir():
+        for path in sorted(templates.glob("*.jinja")):
+            name = f"{templates.name}/{path.name}"
+            yield name, inside(folder, name)
+
+
+def _check_index(weight_map: dict[str, str], checkpoint: Checkpoint) -> None:
+    held = {shard.name: shard.tensors for shard in checkpoint.shards}
+    for tensor, shard in weight_map.items():
+        if tensor not in held[shard]:
+            raise ModelError(f"{checkpoint.folder / INDEX} says that {tensor} is in {shard}, but it is not there")
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every tensor that the config promises is there, in a dtype that can be trained, and no layer is left over."""
+    folder, layers = checkpoint.folder, checkpoint.geometry.num_hidden_layers
+    held = {int(match[1]) for name in checkpoint.tensors if (match := layer_index(name))}
+    if held != set(range(len(held))) or len(held) != layers:
+        raise ModelError(
+            f"{folder} has the weights of {len(held)} layers where config.json's num_hidden_layers is {layers}"
+        )
+    for name, shape in checkpoint.family.expected_tensors(checkpoint.config, checkpoint.geometry).items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            raise ModelError(f"{folder} lacks the tensor {name}, so its weights do not fit its config.json")
+        if tensor.shape != shape:
+            raise ModelError(
+                f"{folder}: {name} is {list(tensor.shape)} where config.json asks for {list(shape)}; they do not fit"
+            )
+        if tensor.dtype not in USABLE_DTYPES:
+            raise ModelError(f"{folder}: {name} is {tensor.dtype}; give a model in {', '.join(USABLE_DTYPES)}")
+
+
+def layer_index(tensor_name: str) -> re.Match | None:
+    """Match whose group 1 is the layer that a tensor belongs to, None for embeddings and the like."""
+    return LAYER.match(tensor_name)
+
+
+def _positive(config: dict, name: str) -> int:
+    value = config.get(name)
+    if type(value) is not int or value <= 0:
+        raise ModelError(f"config.json: {name} is {value!r}, but has to be a positive whole number")
+    return value

@@ -1,0 +1,218 @@
+"""`liger convert`: link a base's weights into a new folder and write beside them what makes it a Liger model.
+
+No tensor is loaded and neither torch nor transformers is imported, so it costs the same for 1 GB and for 1 TB.
+"""
+
+import json
+import re
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+from liger_cli.checkpoint import INDEX, Checkpoint, read_checkpoint
+from liger_cli.errors import LigerError, UsageError
+from liger_cli.hub import Source, find_base
+from liger_cli.manifest import new_manifest, write_manifest
+from liger_cli.outputs import LINKS, atomic_folder, check_output, place
+from liger_cli.plan import Plan, make_plan
+from liger_cli.templates.liger_config import liger_block
+
+COPIED_BELOW = 256 << 10  # bytes; a small support file is copied, so that editing it never edits the base
+MADE_BY_LIGER = ("config.json", "README.md", "liger.json")
+
+
+def run(
+    base: str,
+    output: str | None = None,
+    *,
+    settings: dict | None = None,
+    softmax_layers: str = "none",
+    linearize_local: bool = False,
+    revision: str | None = None,
+    link: str = "auto",
+    dry_run: bool = False,
+    force: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Convert and print the plan: a table, or one JSON object. Parameters as for `convert`."""
+    report, plan = convert(
+        base,
+        output,
+        settings=settings,
+        softmax_layers=softmax_layers,
+        linearize_local=linearize_local,
+        revision=revision,
+        link=link,
+        dry_run=dry_run,
+        force=force,
+    )
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        from liger_cli.plan_table import print_plan
+
+        print_plan(report, plan)
+
+
+def convert(
+    base: str,
+    output: str | None = None,
+    *,
+    settings: dict | None = None,
+    softmax_layers: str = "none",
+    linearize_local: bool = False,
+    revision: str | None = None,
+    link: str = "auto",
+    dry_run: bool = False,
+    force: bool = False,
+) -> tuple[dict, Plan]:
+    """Convert a base model.
+
+    Args:
+        base: a local folder or a hub id.
+        output: the folder to write; `./<name>-liger-<gate>` by default.
+        settings: fields of `LayerSpec` for the Liger layers.
+        softmax_layers: layers kept as softmax attention: `none`, `every:N`, or a list such as `3,11`.
+        linearize_local: linearize layers that are local in the base, too.
+        link: `auto` (reflink, else hard link, else copy), `hard` or `copy`.
+        dry_run: plan and check only.
+        force: replace an output that liger made.
+    Returns:
+        The report (what `--json` prints) and the plan.
+    Raises:
+        UsageError, ModelError, SetupError, LigerError, OSError.
+    """
+    if link not in LINKS:
+        raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
+    source = find_base(base, revision)
+    checkpoint = read_checkpoint(source.folder)
+    plan = make_plan(checkpoint, settings or {}, softmax_layers, linearize_local)
+    gate = next(spec.gate for spec in plan.specs if spec.kind == "liger")
+    target = Path(output).expanduser() if output else Path(f"{source.short_name}-liger-{gate}")
+    check_output(target, force, base=checkpoint.folder)
+    report = _report(source, plan, target, dry_run)
+    if not dry_run:
+        report["link"] = _write(source, plan, target, link, force)
+    return report, plan
+
+
+def _report(source: Source, plan: Plan, target: Path, dry_run: bool) -> dict:
+    return {
+        "base": {"name": source.name, "revision": source.revision, "model_type": plan.checkpoint.family.model_type},
+        "output": str(target),
+        "dry_run": dry_run,
+        "layers": plan.layers(),
+        "parameters": plan.parameters(),
+        "bytes": plan.weight_bytes(),
+        "memory": plan.memory(),
+        "notes": list(plan.notes),
+    }
+
+
+def _write(source: Source, plan: Plan, target: Path, link: str, force: bool) -> str:
+    """Write the folder and return how the weights were placed."""
+    checkpoint = plan.checkpoint
+    with atomic_folder(target, force) as folder:
+        ways = set()
+        for shard in checkpoint.shards:
+            _check_room(shard.size, folder, link)
+            ways.add(place(shard.path, folder / shard.name, link))
+        if checkpoint.indexed:
+            shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
+        for name, path in checkpoint.support_files.items():
+            if name in MADE_BY_LIGER:
+                continue
+            (folder / name).parent.mkdir(exist_ok=True)
+            if path.stat().st_size < COPIED_BELOW:
+                shutil.copyfile(path, folder / name)
+            else:
+                place(path, folder / name, link)
+        how = "+".join(sorted(ways))
+        config = converted_config(plan)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, text in _model_files(checkpoint).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        manifest = _manifest(source, plan, how)
+        (folder / "README.md").write_text(model_card(source, plan, manifest), encoding="utf-8")
+        write_manifest(folder, manifest)
+    return how
+
+
+def converted_config(plan: Plan) -> dict:
+    """The base's config.json, every field kept, with the names of the Liger classes and the `liger` block."""
+    family = plan.checkpoint.family
+    module, model = f"modeling_liger_{family.model_type}", f"Liger{family.prefix}"
+    return {
+        **plan.checkpoint.config,
+        "architectures": [f"{model}ForCausalLM"],
+        "model_type": f"liger_{family.model_type}",
+        "auto_map": {"AutoConfig": f"{module}.{model}Config", "AutoModelForCausalLM": f"{module}.{model}ForCausalLM"},
+        "liger": liger_block(list(plan.specs)),
+    }
+
+
+def model_card(source: Source, plan: Plan, manifest: dict) -> str:
+    """README.md of the converted folder. Names come from strangers: the sandbox and the filters keep them text."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["yaml"] = json.dumps
+    environment.filters["code"] = _code_span
+    template = files("liger_cli.templates").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    kinds = [spec.kind for spec in plan.specs]
+    return environment.from_string(template).render(
+        name=source.name,
+        revision=source.revision,
+        spec=next(spec for spec in plan.specs if spec.kind == "liger"),
+        counts={kind: kinds.count(kind) for kind in ("liger", "softmax", "base")},
+        licence=base_licence(plan.checkpoint),
+        memory=plan.memory(),
+        notes=plan.notes,
+        versions=manifest["versions"],
+        model=f"Liger{plan.checkpoint.family.prefix}ForCausalLM",
+    )
+
+
+def base_licence(checkpoint: Checkpoint) -> dict[str, str]:
+    """The licence fields of the base's model card; `{"license": "other"}` where it has none."""
+    card = checkpoint.folder / "README.md"
+    found = {}
+    if card.is_file() and card.resolve().stat().st_size < 1 << 20:
+        text = card.read_text(encoding="utf-8", errors="replace")
+        front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+        for line in front[1].splitlines() if front else ():
+            if match := re.fullmatch(r"(license|license_name|license_link):\s*['\"]?([^'\"\s#]+)['\"]?\s*", line):
+                found[match[1]] = match[2]
+    return {"license": "other"} | found
+
+
+def _manifest(source: Source, plan: Plan, how: str) -> dict:
+    checkpoint = plan.checkpoint
+    return new_manifest(
+        "converted",
+        base={
+            "name": source.name,
+            "path": str(checkpoint.folder),
+            "revision": source.revision,
+            "model_type": checkpoint.family.model_type,
+        },
+        fingerprint=checkpoint.fingerprint(),
+        settings={"link": how, "layers": [spec.to_dict() for spec in plan.specs]},
+    )
+
+
+def _model_files(checkpoint: Checkpoint) -> dict[str, str]:
+    from liger_cli.modeling import model_files
+
+    return model_files(checkpoint.family)
+
+
+def _check_room(size: int, folder: Path, link: str) -> None:
+    if link == "copy" and shutil.disk_usage(folder).free < size:
+        raise LigerError(f"the disk of {folder.parent} has too little room for a copy of the weights; use --link auto")
+
+
+def _code_span(text: str) -> str:
+    """A string as Markdown code, on one line whatever it holds."""
+    return "`" + "".join(char if char.isprintable() and char != "`" else "?" for char in str(text)) + "`"

@@ -1,0 +1,180 @@
+"""What a conversion will do, as numbers: which layer becomes what, how many parameters, how much state. No torch."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from liger_cli.checkpoint import Checkpoint, layer_index
+from liger_cli.errors import ModelError, UsageError
+from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
+from liger_cli.templates.liger_gates import GATES
+
+CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
+STATE_BYTES = 4  # the recurrent state is float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked conversion.
+
+    Attributes:
+        specs: one entry a layer.
+        notes: sentences that the user should read.
+    """
+
+    checkpoint: Checkpoint
+    specs: tuple[LayerSpec, ...]
+    notes: tuple[str, ...]
+
+    def layers(self) -> list[dict]:
+        """Per layer: index, what it becomes (`LayerSpec`'s fields), parameters and bytes of its weights."""
+        parameters, sizes = Counter(), Counter()
+        for name, tensor in self.checkpoint.tensors.items():
+            if match := layer_index(name):
+                parameters[int(match[1])] += tensor.numel
+                sizes[int(match[1])] += tensor.nbytes
+        return [
+            {"layer": index, **spec.to_dict(), "parameters": parameters[index], "bytes": sizes[index]}
+            for index, spec in enumerate(self.specs)
+        ]
+
+    def parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.checkpoint.tensors.values())
+
+    def weight_bytes(self) -> int:
+        """Bytes of the shards' files."""
+        return sum(shard.size for shard in self.checkpoint.shards)
+
+    def memory(self) -> list[dict]:
+        """For one sequence of each length: bytes that the converted model and the base keep."""
+        rows = []
+        for tokens in CONTEXTS:
+            converted = sum(self._kept(index, spec, tokens) for index, spec in enumerate(self.specs))
+            base = sum(self._base_cache(index, tokens) for index in range(len(self.specs)))
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "state_bytes": converted,
+                    "kv_cache_bytes": base,
+                    "ratio": round(base / converted, 2),
+                }
+            )
+        return rows
+
+    def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
+        if spec.kind != "liger":
+            return self._base_cache(index, tokens)
+        sizes = self.checkpoint.geometry
+        shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
+        state = sum(math.prod(shape) for shape in shapes) * sizes.num_key_value_heads * STATE_BYTES
+        cached = min(tokens, spec.window - 1 + spec.sinks) if spec.window else 0
+        return state + cached * self._token_bytes()
+
+    def _base_cache(self, index: int, tokens: int) -> int:
+        config = self.checkpoint.config
+        local = self.checkpoint.family.local_layers(config)[index]
+        window = config.get("sliding_window") if local else None
+        return (tokens if window is None else min(tokens, window - 1)) * self._token_bytes()
+
+    def _token_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer, in the dtype of the checkpoint."""
+        sizes = self.checkpoint.geometry
+        embedding = self.checkpoint.tensors["model.embed_tokens.weight"]
+        return 2 * sizes.num_key_value_heads * sizes.head_dim * (embedding.nbytes // embedding.numel)
+
+
+def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "none", linearize_local=False) -> Plan:
+    """Decide what every layer becomes.
+
+    Args:
+        settings: fields of `LayerSpec` for the Liger layers.
+        softmax_layers: `none`, `every:N` (one softmax layer after every N - 1 Liger layers) or a list such as `3,11`.
+        linearize_local: linearize layers that are local already, too.
+    Raises:
+        UsageError: a value that cannot be used. ModelError: a config that contradicts itself.
+    """
+    liger = layer_spec(settings)
+    count = checkpoint.geometry.num_hidden_layers
+    local = local_layers(checkpoint)
+    notes = []
+    if all(local) and not linearize_local:
+        window = checkpoint.config.get("sliding_window")
+        notes.append(f"every layer of the base is local (sliding window of {window} tokens), so all are linearized")
+    left = [index for index in range(count) if local[index] and not linearize_local and not all(local)]
+    if left:
+        notes.append(f"{len(left)} layers are local in the base and stay as they are (--linearize-local changes them)")
+    candidates = [index for index in range(count) if index not in left]
+    softmax = parse_softmax_layers(softmax_layers, candidates, count)
+    if len(softmax) == len(candidates):
+        raise UsageError(f"--softmax-layers {softmax_layers} leaves no layer to linearize; keep fewer softmax layers")
+    kinds = {**dict.fromkeys(left, "base"), **dict.fromkeys(softmax, "softmax")}
+    specs = tuple(LayerSpec(kind=kinds[index]) if index in kinds else liger for index in range(count))
+    return Plan(checkpoint, specs, tuple(notes))
+
+
+def layer_spec(settings: dict) -> LayerSpec:
+    """The Liger layer of these settings. Raises UsageError naming the option whose value cannot be used."""
+    if settings.get("gate", "gla") not in GATES:
+        near = get_close_matches(str(settings["gate"]), GATES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"--gate is {settings['gate']!r}, but has to be one of {', '.join(GATES)}{hint}")
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, but has to be a finite number")
+    try:
+        return LayerSpec(**settings)
+    except LigerConfigError as error:
+        field, _, rest = str(error).partition(" ")
+        raise UsageError(f"--{field.replace('_', '-')} {rest}") from None
+
+
+def local_layers(checkpoint: Checkpoint) -> list[bool]:
+    """For each layer whether it is local in the base. Raises ModelError where config.json contradicts itself."""
+    config, count = checkpoint.config, checkpoint.geometry.num_hidden_layers
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list)
+        or len(layer_types) != count
+        or not set(map(str, layer_types)) <= {"full_attention", "sliding_attention"}
+    ):
+        raise ModelError(f"config.json: layer_types does not name {count} full_attention or sliding_attention layers")
+    local = checkpoint.family.local_layers(config)
+    window = config.get("sliding_window")
+    if any(local) and (type(window) is not int or window < 1):
+        raise ModelError(f"config.json: layers are local, but sliding_window is {window!r}")
+    return local
+
+
+def parse_softmax_layers(text: str, candidates: list[int], count: int) -> list[int]:
+    """Layers to keep as softmax attention.
+
+    Args:
+        candidates: layers that can be linearized, which alone are counted by `every:N`.
+        count: layers of the model.
+    Raises:
+        UsageError: not `none`, `every:N` or a list; a layer that is not there or is local already.
+    """
+    text = text.strip()
+    if text == "none":
+        return []
+    if text.startswith("every:"):
+        step = _whole_number(text.removeprefix("every:"))
+        if step is None or step < 2:
+            raise UsageError(f"--softmax-layers is {text!r}; in every:N, N has to be a whole number, 2 or more")
+        return candidates[step - 1 :: step]
+    chosen = set()
+    for part in text.split(","):
+        index = _whole_number(part.strip())
+        if index is None:
+            raise UsageError(f"--softmax-layers is {text!r}, but has to be none, every:N or a list such as 3,11")
+        if index >= count:
+            raise UsageError(f"--softmax-layers names layer {index}, but the layers are 0 to {count - 1}")
+        if index not in candidates:
+            raise UsageError(f"--softmax-layers names layer {index}, which is local in the base and stays as it is")
+        chosen.add(index)
+    return sorted(chosen)
+
+
+def _whole_number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
