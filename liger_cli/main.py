@@ -63,7 +63,7 @@ def root(
 def convert(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A model's folder, or a hub id.")],
     output: Annotated[
-        str | None, typer.Argument(metavar="[OUTPUT]", help="Folder to write; ./<name>-liger-<gate> by default.")
+        str | None, typer.Argument(metavar="OUTPUT", help="Folder to write; ./<name>-liger-<gate> by default.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     gate: Annotated[str, typer.Option(help=f"One of {', '.join(GATES)}.")] = DEFAULT.gate,

@@ -1,0 +1,165 @@
+"""The command line around the commands: help, exit codes, sentences, JSON, and which folder is taken."""
+
+import json
+import re
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from liger_cli import convert, errors
+from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
+from liger_cli.folders import resolve_model
+from liger_cli.main import app
+
+runner = CliRunner()
+
+
+def test_help_is_quick_and_light(liger):
+    liger("--help")
+    start = time.monotonic()
+    done = liger("--help")
+    assert time.monotonic() - start < 0.5
+    assert done.returncode == 0 and "convert" in done.stdout
+
+
+def test_help_imports_nothing_heavy(liger, tmp_path):
+    import subprocess
+
+    script = (
+        "import sys; sys.argv = ['liger', 'convert', '--help']\n"
+        "from liger_cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'peft', 'datasets', 'huggingface_hub', 'jinja2', 'matplotlib'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version():
+    from liger_cli import __version__
+
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout == f"liger {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["convert"], ["nonsense"], ["convert", "x", "--nonsense"], ["convert", "x", "--window", "a"]]
+)
+def test_wrong_usage(arguments):
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_exit_codes_and_sentences(liger, sparse_base, tmp_path):
+    base = sparse_base()
+    done = liger("convert", base, "--gate", "glaa")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"liger: --gate is 'glaa'.*\n", done.stderr)
+    (base / "config.json").write_text("{}")
+    done = liger("convert", base, "--json")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(r"liger: model type None is not supported.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (LigerError("a\n b"), 1, "liger: a b\n"),
+        (UsageError("u"), 2, "liger: u\n"),
+        (ModelError("m"), 3, "liger: m\n"),
+        (SetupError("s"), 4, "liger: s\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "/x/y: No space left on device; free"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "permissions"),
+        (ModuleNotFoundError("No module named 'fla'", name="fla"), 4, "'fla'"),
+        (KeyError("k"), 1, "LIGER_DEBUG=1"),
+    ],
+)
+def test_boundary(monkeypatch, error, code, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(convert, "run", fail)
+    result = runner.invoke(app, ["convert", "x"])
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_debug_shows_where(monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("k")
+
+    monkeypatch.setattr(convert, "run", fail)
+    monkeypatch.setenv("LIGER_DEBUG", "1")
+    result = runner.invoke(app, ["convert", "x"])
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+def test_exits_pass_through():
+    with pytest.raises(typer.Exit):
+        errors.guarded(lambda: (_ for _ in ()).throw(typer.Exit(0)), (typer.Exit,))
+
+
+def test_json_is_one_object(sparse_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["convert", str(sparse_base()), "--dry-run", "--json", "--softmax-layers", "every:4"])
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert [layer["kind"] for layer in report["layers"]] == ["liger", "liger", "liger", "softmax"]
+    assert {row["tokens"] for row in report["memory"]} == {4096, 32768, 131072}
+    assert report["bytes"] > report["parameters"] > 0
+
+
+def test_plan_for_people(liger, sparse_base):
+    done = liger("convert", sparse_base(), "--dry-run", "--gate", "gsa", "--softmax-layers", "every:4")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    for words in ("0-2", "liger gsa", "softmax", "128K", "was not written", "slots 64"):
+        assert words in done.stdout, done.stdout
+
+
+def folder(here, name, kind, created):
+    (here / name).mkdir()
+    (here / name / "liger.json").write_text(json.dumps({"kind": kind, "created": created}))
+
+
+def test_the_newest_fitting_folder(tmp_path, capsys):
+    for hour, (name, kind) in enumerate([("b", "converted"), ("a", "converted"), ("d", "adapter"), ("e", "converted")]):
+        folder(tmp_path, name, kind, f"2026-01-01T0{hour}:00:00+00:00")
+    folder(tmp_path, ".hidden", "converted", "2027-01-01T00:00:00+00:00")
+    folder(tmp_path, "undated", "converted", "soon")
+    (tmp_path / "other").mkdir()
+    assert resolve_model(None, "finetune", tmp_path).name == "e"
+    assert "e" in capsys.readouterr().err
+    assert resolve_model(None, "merge", tmp_path).name == "d"
+    assert resolve_model(None, "eval", tmp_path).name == "d"
+    folder(tmp_path, "m", "merged", "2020-01-01T00:00:00+00:00")
+    assert resolve_model(None, "bench", tmp_path).name == "m"
+    assert resolve_model(str(tmp_path / "b"), "eval", tmp_path).name == "b"
+
+
+def test_times_are_compared_as_times(tmp_path):
+    folder(tmp_path, "a", "converted", "2026-01-01T12:00:00+02:00")
+    folder(tmp_path, "b", "converted", "2026-01-01T11:00:00+00:00")
+    assert resolve_model(None, "finetune", tmp_path).name == "b"
+
+
+def test_no_or_ambiguous_model(tmp_path):
+    with pytest.raises(UsageError, match="liger convert"):
+        resolve_model(None, "finetune", tmp_path)
+    for name in ("one", "two"):
+        folder(tmp_path, name, "converted", "2026-01-01T00:00:00+00:00")
+    with pytest.raises(UsageError, match=r"one.*two|two.*one"):
+        resolve_model(None, "finetune", tmp_path)
+    with pytest.raises(UsageError, match="nowhere"):
+        resolve_model("nowhere", "finetune", tmp_path)
