@@ -47,15 +47,20 @@ def guarded(call: Callable[[], object], passing: tuple[type[BaseException], ...]
     except KeyboardInterrupt:
         return _report("interrupted", 130)
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("liger_cli"):
+            return _unexpected(error)
         return _report(f"the package {error.name!r} is missing; install it with pip", SetupError.exit_code)
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
         return _report(_os_sentence(error), 1)
     except Exception as error:
-        hint = "set LIGER_DEBUG=1 to see where"
-        return _report(f"unexpected {type(error).__name__}: {error}; {hint}", 1)
+        return _unexpected(error)
     return 0
+
+
+def _unexpected(error: Exception) -> int:
+    return _report(f"unexpected {type(error).__name__}: {error}; set LIGER_DEBUG=1 to see where", 1)
 
 
 def _report(sentence: str, exit_code: int) -> int:

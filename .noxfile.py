@@ -1,0 +1,20 @@
+"""nox -f .noxfile.py: the tests on every supported Python, and the linters."""
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    """Python 3.10 resolves to older releases, so the pins hold from 3.11 on."""
+    pins = [] if session.python == "3.10" else ["-c", ".constraints.txt"]
+    session.install(*pins, "-e", ".[dev]")
+    session.run("pytest", *(session.posargs or ["-n", "2"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("-c", ".constraints.txt", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
