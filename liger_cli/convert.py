@@ -4,21 +4,23 @@ No tensor is loaded and neither torch nor transformers is imported, so it costs 
 """
 
 import json
+import os
 import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
 
-from liger_cli.checkpoint import INDEX, Checkpoint, read_checkpoint
-from liger_cli.errors import LigerError, UsageError
+from liger_cli.checkpoint import INDEX, Checkpoint, Geometry, read_checkpoint, read_config
+from liger_cli.errors import LigerError, ModelError, UsageError
+from liger_cli.families import FAMILIES, Family
 from liger_cli.hub import Source, find_base
-from liger_cli.manifest import new_manifest, write_manifest
+from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.outputs import LINKS, atomic_folder, check_output, place
 from liger_cli.plan import Plan, make_plan
-from liger_cli.templates.liger_config import liger_block
+from liger_cli.templates.liger_config import LigerConfigError, layer_specs, liger_block
 
 COPIED_BELOW = 256 << 10  # bytes; a small support file is copied, so that editing it never edits the base
-MADE_BY_LIGER = ("config.json", "README.md", "liger.json")
+MADE_BY_LIGER = ("config.json", "README.md", MANIFEST)
 
 
 def run(
@@ -52,6 +54,15 @@ def run(
         from liger_cli.plan_table import print_plan
 
         print_plan(report, plan)
+
+
+def run_refresh(folder: str, *, dry_run: bool = False, as_json: bool = False) -> None:
+    """Refresh and print which files are new. Parameters as for `refresh`."""
+    report = refresh(folder, dry_run)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"{'would refresh' if dry_run else 'refreshed'} {folder}: {', '.join(report['refreshed'])}")
 
 
 def convert(
@@ -96,6 +107,45 @@ def convert(
     return report, plan
 
 
+def refresh(folder: str, dry_run: bool = False) -> dict:
+    """Give a folder that liger made the model code of this version; weights, settings and the rest stay.
+
+    Args:
+        folder: a converted or merged folder.
+        dry_run: check only.
+    Returns:
+        What `--json` prints.
+    Raises:
+        UsageError: not such a folder. ModelError: its config is broken or of a format that this version cannot renew.
+    """
+    target = Path(folder).expanduser().resolve()
+    manifest = read_manifest(target)
+    if manifest is None or manifest["kind"] == "adapter":
+        raise UsageError(f"{folder} is not a converted or merged folder of liger's, so there is nothing to refresh")
+    config = read_config(target)
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix("liger_"))
+    if family is None:
+        raise ModelError(f"{folder}: model type {config.get('model_type')!r} is not one of liger's")
+    try:
+        layer_specs(config.get("liger"), Geometry.of(config).num_hidden_layers)
+    except LigerConfigError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    if not dry_run:
+        with atomic_folder(target, force=True) as new:
+            shutil.copytree(target, new, copy_function=os.link, dirs_exist_ok=True)
+            for name, text in _model_files(family).items():
+                _replace(new / name, text)
+            (new / MANIFEST).unlink()
+            write_manifest(new, {**manifest, "refreshed": utc_now(), "versions": package_versions()})
+    return {"output": folder, "dry_run": dry_run, "refreshed": sorted(_model_files(family))}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that may be a link to one that has to stay."""
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def _report(source: Source, plan: Plan, target: Path, dry_run: bool) -> dict:
     return {
         "base": {"name": source.name, "revision": source.revision, "model_type": plan.checkpoint.family.model_type},
@@ -130,7 +180,7 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool) -> 
         how = "+".join(sorted(ways))
         config = converted_config(plan)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, text in _model_files(checkpoint).items():
+        for name, text in _model_files(checkpoint.family).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = _manifest(source, plan, how)
         (folder / "README.md").write_text(model_card(source, plan, manifest), encoding="utf-8")
@@ -202,10 +252,10 @@ def _manifest(source: Source, plan: Plan, how: str) -> dict:
     )
 
 
-def _model_files(checkpoint: Checkpoint) -> dict[str, str]:
+def _model_files(family: Family) -> dict[str, str]:
     from liger_cli.modeling import model_files
 
-    return model_files(checkpoint.family)
+    return model_files(family)
 
 
 def _check_room(size: int, folder: Path, link: str) -> None:

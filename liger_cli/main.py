@@ -96,11 +96,16 @@ def convert(
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that liger made.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="BASE is a folder liger made: only renew its model code.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a Liger model's folder out of BASE: its weights linked, its config and the model code beside them."""
     from liger_cli import convert as module
 
+    if refresh:
+        return module.run_refresh(base, dry_run=dry_run, as_json=as_json)
     module.run(
         base,
         output,

