@@ -137,14 +137,6 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
-    def fingerprint(self) -> dict:
-        """Identifies the weights, whatever the files are called: a digest over all shards, and each shard's own."""
-        shards = [shard.fingerprint() for shard in self.shards]
-        digest = hashlib.sha256()
-        for entry in shards:
-            digest.update(f"{entry['size']} {entry['header_sha256']} {entry['samples_sha256']}\n".encode())
-        return {"digest": f"sha256:{digest.hexdigest()}", "shards": shards}
-
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read and check a base model's folder.
@@ -168,6 +160,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         _check_index(weight_map, checkpoint)
     _check_tensors(checkpoint)
     return checkpoint
+
+
+def read_weights(folder: Path) -> tuple[Shard, ...]:
+    """The shards of any model folder, a converted one too. Raises ModelError as `read_checkpoint` does."""
+    folder = folder.resolve()
+    return tuple(read_shard(folder, name) for name in _shard_names(folder)[0])
+
+
+def fingerprint(shards: tuple[Shard, ...]) -> dict:
+    """Identifies weights, whatever their files are called: a digest over all shards, and each shard's own."""
+    entries = [shard.fingerprint() for shard in shards]
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(f"{entry['size']} {entry['header_sha256']} {entry['samples_sha256']}\n".encode())
+    return {"digest": f"sha256:{digest.hexdigest()}", "shards": entries}
 
 
 def read_config(folder: Path) -> dict:

@@ -7,10 +7,11 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from liger_cli.checkpoint import INDEX, Checkpoint, Geometry, read_checkpoint, read_config
+from liger_cli.checkpoint import INDEX, Checkpoint, Geometry, fingerprint, inside, read_checkpoint, read_config
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.families import FAMILIES, Family
 from liger_cli.hub import Source, find_base
@@ -226,10 +227,9 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
 
 def base_licence(checkpoint: Checkpoint) -> dict[str, str]:
     """The licence fields of the base's model card; `{"license": "other"}` where it has none."""
-    card = checkpoint.folder / "README.md"
     found = {}
-    if card.is_file() and card.resolve().stat().st_size < 1 << 20:
-        text = card.read_text(encoding="utf-8", errors="replace")
+    with suppress(ModelError):
+        text = inside(checkpoint.folder, "README.md").read_text(encoding="utf-8", errors="replace")
         front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
         for line in front[1].splitlines() if front else ():
             if match := re.fullmatch(r"(license|license_name|license_link):\s*['\"]?([^'\"\s#]+)['\"]?\s*", line):
@@ -247,7 +247,7 @@ def _manifest(source: Source, plan: Plan, how: str) -> dict:
             "revision": source.revision,
             "model_type": checkpoint.family.model_type,
         },
-        fingerprint=checkpoint.fingerprint(),
+        fingerprint=fingerprint(checkpoint.shards),
         settings={"link": how, "layers": [spec.to_dict() for spec in plan.specs]},
     )
 

@@ -17,6 +17,7 @@ from conftest import QWEN3_8B, TINY
 
 from liger_cli import convert as convert_module
 from liger_cli import outputs
+from liger_cli.checkpoint import fingerprint, read_weights
 from liger_cli.convert import convert, refresh
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.manifest import read_manifest
@@ -75,6 +76,7 @@ def test_writes_a_whole_folder_and_leaves_the_base_alone(tiny_base, here):
     assert manifest["kind"] == "converted"
     assert manifest["base"]["path"] == str(base.resolve())
     assert manifest["fingerprint"]["digest"].startswith("sha256:")
+    assert manifest["fingerprint"] == fingerprint(read_weights(folder)) == fingerprint(read_weights(base))
     assert manifest["versions"]["transformers"]
     assert manifest["settings"]["layers"] == config["liger"]["layers"]
 
