@@ -43,8 +43,8 @@ class Plan:
         return sum(tensor.numel for tensor in self.checkpoint.tensors.values())
 
     def weight_bytes(self) -> int:
-        """Bytes of the shards' files."""
-        return sum(shard.size for shard in self.checkpoint.shards)
+        """Bytes of all tensors; the shards' headers come on top."""
+        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
 
     def memory(self) -> list[dict]:
         """For one sequence of each length: bytes that the converted model and the base keep."""

@@ -51,8 +51,8 @@ def _layers(report: dict) -> Table:
             f"{sum(layer['parameters'] for layer in group):,}",
             size(sum(layer["bytes"] for layer in group)),
         )
-    others = report["parameters"] - sum(layer["parameters"] for layer in layers)
-    table.add_row("other", "", "embeddings, final norm, head", f"{others:,}", "")
+    parameters, nbytes = (report[name] - sum(layer[name] for layer in layers) for name in ("parameters", "bytes"))
+    table.add_row("other", "", "embeddings, final norm, head", f"{parameters:,}", size(nbytes))
     return table
 
 
