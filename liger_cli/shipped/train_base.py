@@ -2,7 +2,9 @@
 
     python -m liger_cli.shipped.train_base --output DIR
 
-An interrupted run goes on from `DIR/training_state.pt`.
+An interrupted run goes on from `DIR/training_state.pt`. The shipped checkpoint took 9.0 M tokens and 31 minutes on two
+shared CPU cores with avx512_bf16 (one resumption), and reached, on held-out seeds, a perplexity of 2.36 and a recall of
+0.995 or more at every distance from 16 to 768 tokens among 1, 4 and 16 facts; `base/README.md` has the table.
 """
 
 import argparse
@@ -44,11 +46,11 @@ CHAT_TEMPLATE = (
 class Stage:
     """A stretch of the training: short documents dense in questions first, because recall forms there soonest.
 
-    share: of all training tokens; seq_len: tokens a row; batch_tokens: tokens an optimizer step; kinds: weights of the
+    tokens: of the whole stage; seq_len: tokens a row; batch_tokens: tokens an optimizer step; kinds: weights of the
     kinds of documents; other_weight: loss weight of tokens that are not part of an answer.
     """
 
-    share: float
+    tokens: int
     seq_len: int
     batch_tokens: int
     kinds: dict[str, float]
@@ -56,12 +58,13 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(0.12, 64, 4096, {"drill": 1.0}, 0.1),
-    Stage(0.10, 128, 4096, {"drill": 0.6, "recall": 0.4}, 0.1),
-    Stage(0.23, 256, 4096, {"recall": 0.5, "drill": 0.1, "facts": 0.15, "story": 0.2, "chat": 0.05}, 0.3),
-    Stage(0.25, 512, 8192, {"recall": 0.45, "facts": 0.2, "story": 0.25, "chat": 0.1}, 0.5),
-    Stage(0.30, 1024, 8192, {"recall": 0.4, "facts": 0.2, "story": 0.3, "chat": 0.1}, 0.5),
+    Stage(1_440_000, 64, 4096, {"drill": 1.0}, 0.1),
+    Stage(1_200_000, 128, 4096, {"drill": 0.6, "recall": 0.4}, 0.1),
+    Stage(2_000_000, 256, 4096, {"recall": 0.5, "drill": 0.1, "facts": 0.15, "story": 0.2, "chat": 0.05}, 0.3),
+    Stage(2_000_000, 512, 8192, {"recall": 0.45, "facts": 0.2, "story": 0.25, "chat": 0.1}, 0.5),
+    Stage(2_360_000, 1024, 8192, {"recall": 0.4, "facts": 0.2, "story": 0.3, "chat": 0.1}, 0.5),
 )
+TOTAL_TOKENS = sum(stage.tokens for stage in CURRICULUM)
 TOKENS_PER_WORD = 1.3
 
 
@@ -171,12 +174,12 @@ def learning_rate_scale(step: int, progress: float, warmup: int = 40, decay: flo
     return min(1.0, (step + 1) / warmup, (1 - progress) / decay)
 
 
-def stage_at(progress: float) -> Stage:
-    """The stage of the curriculum at `progress`, the share of the training tokens seen."""
-    end = 0.0
+def stage_at(seen: int) -> Stage:
+    """The stage of the curriculum after `seen` training tokens."""
+    end = 0
     for stage in CURRICULUM:
-        end += stage.share
-        if progress < end:
+        end += stage.tokens
+        if seen < end:
             return stage
     return CURRICULUM[-1]
 
@@ -235,9 +238,9 @@ def train(args: argparse.Namespace) -> None:
 
     start, last_save = time.time() - seconds, time.time()
     log_loss, log_tokens, log_start = [], 0, time.time()
-    while seen < args.tokens:
-        stage = stage_at(seen / args.tokens)
-        scale = learning_rate_scale(step, seen / args.tokens)
+    while seen < TOTAL_TOKENS:
+        stage = stage_at(seen)
+        scale = learning_rate_scale(step, seen / TOTAL_TOKENS)
         for optimizer, lrs in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale
@@ -264,7 +267,7 @@ def train(args: argparse.Namespace) -> None:
             result = evaluate(model, tokenizer, 60_000, 32, VALIDATION_SEED, (32, 64, 128, 256, 512, 768))
             print(json.dumps(result), flush=True)
             log_start, log_tokens = time.time(), 0
-        if time.time() - last_save > args.save_seconds or seen >= args.tokens:
+        if time.time() - last_save > args.save_seconds or seen >= TOTAL_TOKENS:
             state = {
                 "step": step,
                 "seen": seen,
@@ -276,7 +279,7 @@ def train(args: argparse.Namespace) -> None:
             torch.save(state, temporary)
             os.replace(temporary, state_path)
             last_save = time.time()
-    write_checkpoint(model, tokenizer, output / "base", args, time.time() - start)
+    write_checkpoint(model, tokenizer, output / "base", time.time() - start)
 
 
 CARD = """\
@@ -312,7 +315,7 @@ Float32, seeds that training never uses (`TEST_SEED`).
 """
 
 
-def write_checkpoint(model, tokenizer, folder: Path, args: argparse.Namespace, seconds: float) -> None:
+def write_checkpoint(model, tokenizer, folder: Path, seconds: float) -> None:
     """Writes the bfloat16 checkpoint and its card to `folder`, which must not exist, and prints the evaluation."""
     count = 200
     temporary = folder.with_name(folder.name + ".tmp")
@@ -340,8 +343,8 @@ def write_checkpoint(model, tokenizer, folder: Path, args: argparse.Namespace, s
         head_dim=config.head_dim,
         vocab=config.vocab_size,
         minutes=seconds / 60,
-        command=f"python -m liger_cli.shipped.train_base --output DIR --tokens {args.tokens}",
-        tokens=args.tokens / 1e6,
+        command="python -m liger_cli.shipped.train_base --output DIR",
+        tokens=TOTAL_TOKENS / 1e6,
         torch=torch.__version__,
         perplexity=result["perplexity"],
         count=count,
@@ -357,7 +360,6 @@ def write_checkpoint(model, tokenizer, folder: Path, args: argparse.Namespace, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder of the run; the checkpoint appears in its `base`")
-    parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens")
     parser.add_argument("--micro-tokens", type=int, default=4096, help="tokens of a forward pass")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.005)
@@ -366,7 +368,10 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--save-seconds", type=int, default=120)
-    train(parser.parse_args())
+    args = parser.parse_args()
+    if not hasattr(torch.optim, "Muon"):
+        parser.error(f"torch {torch.__version__} has no torch.optim.Muon; install torch 2.9 or newer to train the base")
+    train(args)
 
 
 if __name__ == "__main__":
