@@ -76,7 +76,9 @@ def load_model(folder, **kwargs):
         raise ModelError(f"cannot read {folder}/config.json: {error}") from None
     model_type = str(config.get("model_type", "")).removeprefix("liger_")
     if "liger" not in config or model_type not in FAMILIES:
-        raise ModelError(f"{folder} is not a folder that `liger convert` wrote (model_type {config.get('model_type')!r})")
+        raise ModelError(
+            f"{folder} is not a folder that `liger convert` wrote (model_type {config.get('model_type')!r})"
+        )
     from liger_cli.templates.liger_config import LigerConfigError
 
     config_class, model_class = model_classes(FAMILIES[model_type])

@@ -70,7 +70,12 @@ class LigerAttention:
         return min(self.liger_spec.window, self.local_window or self.liger_spec.window)
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values: Cache | None = None, **kwargs
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values: Cache | None = None,
+        **kwargs,
     ):
         """hidden_states [B, T, D_model] -> the same shape, and None for the attention weights of a Liger layer."""
         padding = unpack_padding(attention_mask)

@@ -57,7 +57,7 @@ class LigerCacheLayer(CacheLayerMixin):
             key_states, value_states: [B, Hkv, T, D].
             valid: [B, T] bool, false at padding, or None.
         Returns:
-            keys and values [B, Hkv, P + T, D] and valid [B, P + T] or None, of the P tokens kept so far and the new ones.
+            keys and values [B, Hkv, P + T, D] and valid [B, P + T] or None: the P tokens kept so far, then the new.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -190,4 +190,6 @@ def adapt_cache(cache: Cache, attentions) -> None:
         if int(layer.get_seq_length()) > 0:
             raise ValueError("this cache was filled in another attention mode; start with an empty one")
         spec = attention.liger_spec
-        cache.layers[index] = LigerCacheLayer(attention.liger_window, spec.sinks) if attention.keeps_state else DynamicLayer()
+        cache.layers[index] = (
+            LigerCacheLayer(attention.liger_window, spec.sinks) if attention.keeps_state else DynamicLayer()
+        )

@@ -170,9 +170,19 @@ GATES = {
         Gate("retention", "S_t = sigmoid(mean p) S_{t-1} + phi(k)^T v", "decay", _scalar_sigmoid("retention")),
         Gate("rwkv6", "S_t = diag(exp(-exp(p))) S_{t-1} + phi(k)^T v", "decay", _rwkv6),
         Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none),
-        Gate("gdn", "S_t = a (I - b k^T k) S_{t-1} + b k^T v, a = sigmoid(mean p)^(1/16), b = sigmoid(mean p)", "delta",
-             _delta("gdn", per_channel=False), normalizer=16.0),
-        Gate("kda", "S_t = (I - b k^T k) diag(a) S_{t-1} + b k^T v, a = sigmoid(p)^(1/16), b = sigmoid(mean p)", "delta",
-             _delta("kda", per_channel=True), normalizer=16.0),
+        Gate(
+            "gdn",
+            "S_t = a (I - b k^T k) S_{t-1} + b k^T v, a = sigmoid(mean p)^(1/16), b = sigmoid(mean p)",
+            "delta",
+            _delta("gdn", per_channel=False),
+            normalizer=16.0,
+        ),
+        Gate(
+            "kda",
+            "S_t = (I - b k^T k) diag(a) S_{t-1} + b k^T v, a = sigmoid(p)^(1/16), b = sigmoid(mean p)",
+            "delta",
+            _delta("kda", per_channel=True),
+            normalizer=16.0,
+        ),
     )
-}  # fmt: skip
+}

@@ -18,7 +18,7 @@ def _mixed(mixin: type, base: type) -> type:
 
 
 class LigerDecoder:
-    """Mixed in before the family's decoder stack (`Qwen3Model`, ...): brings the padding mask and the cache to the layers."""
+    """Mixed in before the family's decoder (`Qwen3Model`, ...): brings the padding mask and the cache to the layers."""
 
     def forward(
         self,
@@ -36,7 +36,9 @@ class LigerDecoder:
             ValueError: a mask that is not [B, S]. A recurrence has no pairs of positions to mask.
         """
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
-            raise ValueError("a Liger model takes a padding mask of shape [batch, tokens], not a prepared attention mask")
+            raise ValueError(
+                "a Liger model takes a padding mask of shape [batch, tokens], not a prepared attention mask"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:

@@ -3,8 +3,8 @@
 Layout: q [B, Hq, T, K]; k, log_decay and v [B, Hkv, T, K or V]; state [B, Hkv, K, V]. The G = Hq / Hkv query heads of a
 group read one shared state, so nothing is repeated to query heads. Queries are not scaled (Liger uses scale 1).
 
-Numerics: an exponential is only ever taken of a sum of log decays *between* two positions, added up from the nearer end,
-so that neither a long text nor keys in the hundreds can overflow it or round it away. Inside a chunk the pairs of
+Numerics: an exponential is only ever taken of a sum of log decays *between* two positions, added up from the nearer
+end, so that neither a long text nor keys in the hundreds can overflow it or round it away. Inside a chunk the pairs of
 positions are split in halves around a pivot; the last, small blocks are factored around their middle where the decay
 inside them allows it, and are split further where it does not.
 """
@@ -133,7 +133,7 @@ def _read(q, state):
 def _by_pieces(chunked, inputs, state):
     """Pad to whole chunks (zeros neither write nor decay), and work piece by piece where no gradient is wanted."""
     length = inputs[0].shape[2]
-    if length == 0:
+    if inputs[0].numel() == 0:
         q, _, v = inputs[:3]
         return q.new_zeros(*q.shape[:3], v.shape[-1]), state
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
@@ -312,7 +312,7 @@ def _value_decayed_products(scores, v, log_decay):
 def _chunk_delta(q, k, v, log_decay, beta, state):
     """Chunks in parallel, but for the state they pass on. With u_t the corrected write of token t,
 
-        (I + L) u = beta (v - (k exp(b)) S_0),   L_ij = beta_i k_i . k_j exp(b_i - b_j) for j < i.
+    (I + L) u = beta (v - (k exp(b)) S_0),   L_ij = beta_i k_i . k_j exp(b_i - b_j) for j < i.
     """
     heads = k.shape[1]
     queries, k, v, log_decay, beta = (_chunks(x, heads) for x in (q, k, v, log_decay, beta))

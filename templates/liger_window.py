@@ -6,7 +6,7 @@ before them. The query heads of a group are stacked into the rows of a block, so
 
 import torch
 
-# Query blocks worked through at a time when no gradient is wanted, times their length: keeps scores in the CPU's caches.
+# Queries worked through at a time when no gradient is wanted: their scores stay in the CPU's caches.
 PIECE_SIZE = 4096
 
 
@@ -23,8 +23,8 @@ def window_attention(
         valid: [B, S] bool, false at padding; None where there is none.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
         sink_logits: [Hq] learned logits that take part in the softmax's denominator only (GPT-OSS).
-        sinks: (keys, values, age) of the first tokens of the text, [B, Hkv, N, D] twice and [B, N] int: how far each lies
-            before query 0, hugely negative where the slot is empty. Visible once they have left the window.
+        sinks: (keys, values, age) of the first tokens of the text, [B, Hkv, N, D] twice and [B, N] int: how far each
+            lies before query 0, hugely negative where the slot is empty. Visible once they have left the window.
         need_lse: also return the log of the softmax's denominator, float32.
     Returns:
         o [B, Hq, T, D] in q's dtype, and lse [B, Hq, T] or None.
@@ -70,7 +70,9 @@ def _attend(q, k, v, block, back, window, scaling, valid, missing, softcap, sink
         sink_k, sink_v, age = sinks
         k = torch.cat([k, sink_k.unsqueeze(2).expand(-1, -1, blocks, -1, -1)], dim=3)
         v = torch.cat([v, sink_v.unsqueeze(2).expand(-1, -1, blocks, -1, -1)], dim=3)
-        mask = torch.cat([mask.expand(batch, -1, blocks, -1, -1), _sink_mask(age, blocks, block, window, offset)], dim=4)
+        mask = torch.cat(
+            [mask.expand(batch, -1, blocks, -1, -1), _sink_mask(age, blocks, block, window, offset)], dim=4
+        )
     if softcap is None and sink_logits is None and not need_lse:
         o = _fused(q, k, v, mask.repeat(1, 1, 1, groups, 1), scaling)
         lse = None
@@ -82,7 +84,7 @@ def _attend(q, k, v, block, back, window, scaling, valid, missing, softcap, sink
 
 
 def _with_past(x, block: int, back: int):
-    """Every block of keys behind the `back` blocks before it. [B, H, (N + back) * c, D] -> [B, H, N, (1 + back) * c, D]"""
+    """Blocks of keys behind the `back` blocks before each. [B, H, (N + back) * c, D] -> [B, H, N, (1 + back) * c, D]"""
     x = x.unflatten(2, (-1, block))
     count = x.shape[2] - back
     return torch.cat([x[:, :, first : first + count] for first in range(back + 1)], dim=3)
