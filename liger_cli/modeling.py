@@ -9,8 +9,10 @@ from liger_cli.families import FAMILIES, Family
 # Every file of a folder is flat and relative: what transformers' scan of custom code can follow.
 MODULES = (
     "liger_attention",
+    "liger_branches",
     "liger_cache",
     "liger_config",
+    "liger_families",
     "liger_gates",
     "liger_model",
     "liger_recurrence",
@@ -36,7 +38,9 @@ def _glue(family: Family) -> str:
 
     template = files("liger_cli.templates").joinpath("modeling_liger.py.jinja").read_text("utf-8")
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(template).render(prefix=family.prefix, model_type=family.model_type)
+    return environment.from_string(template).render(
+        prefix=family.prefix, config_class=family.config_class, model_type=family.model_type
+    )
 
 
 def model_classes(family: Family) -> tuple[type, type]:

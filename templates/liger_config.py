@@ -8,6 +8,8 @@ attention, kept on purpose) or `base` (a layer left exactly as it was because it
 
 from dataclasses import asdict, dataclass, fields
 
+from .liger_gates import GATES
+
 FORMAT = 1
 KINDS = ("liger", "softmax", "base")
 NORMALIZERS = ("none", "running", "joint")
@@ -52,6 +54,7 @@ class LayerSpec:
 
     def __post_init__(self):
         _require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
+        _require(self.gate in GATES, "gate", self.gate, f"one of {', '.join(GATES)}")
         _require(_is_int(self.window) and self.window >= 0, "window", self.window, "a whole number, 0 or more")
         _require(_is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number, 0 or more")
         _require(_is_number(self.mix) and 0 <= self.mix <= 1, "mix", self.mix, "a number from 0 to 1")
@@ -63,6 +66,11 @@ class LayerSpec:
         ok = _is_number(self.gate_lower_bound) and 0 <= self.gate_lower_bound < 1
         _require(ok, "gate_lower_bound", self.gate_lower_bound, "a number from 0 up to, not including, 1")
         _require(_is_int(self.slots) and self.slots > 0, "slots", self.slots, "a positive whole number")
+        if self.normalizer != "none":
+            gate = GATES[self.gate]
+            ok = gate.rule == "decay" and gate.denominator is None
+            _require(ok, "normalizer", self.normalizer, f"none: `{self.gate}` is not a sum that could be divided")
+            _require(self.feature_map == "softmax", "normalizer", self.normalizer, "none without positive features")
         if self.kind == "liger" and self.window == 0:
             _require(self.mix > 0, "mix", self.mix, "more than 0 where the window is 0, or the layer has no output")
 

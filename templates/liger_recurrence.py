@@ -9,6 +9,9 @@ positions are split in halves around a pivot; the last, small blocks are factore
 inside them allows it, and are split further where it does not.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 
 CHUNK_SIZE = 64
@@ -194,17 +197,6 @@ def _leaf_size(log_decay) -> int:
     return 1
 
 
-def _centered(log_decay, size: int):
-    """Log decay from the middle of each block of `size` rows to its rows: positive before it, negative behind it."""
-    blocks = log_decay.unflatten(-2, (-1, size))
-    ones = torch.ones(size, size, dtype=log_decay.dtype, device=log_decay.device)
-    middle = size // 2
-    weights = ones.tril()
-    weights[:middle] -= ones.tril()[middle - 1]
-    weights[middle:, :middle] = 0
-    return weights @ blocks
-
-
 def _decayed_scores(q, k, log_decay, diagonal: int = 0):
     """A_ij = sum_d q_id k_jd exp(log_decay_{j+1} + ... + log_decay_i)_d for j <= i - |diagonal|, else 0.
 
@@ -220,7 +212,7 @@ def _decayed_scores(q, k, log_decay, diagonal: int = 0):
     if leaf == 1:
         scores = (q * k.unsqueeze(-3)).sum(-1)[..., None, None] * float(diagonal == 0)
     else:
-        centered = _centered(log_decay, leaf)
+        centered = _centering(leaf, log_decay.dtype, log_decay.device) @ log_decay.unflatten(-2, (-1, leaf))
         left = q.unflatten(-2, (-1, leaf)) * centered.exp().unsqueeze(-4)
         right = k.unflatten(-2, (-1, leaf)) * (-centered).exp()
         scores = (left @ right.transpose(-1, -2).unsqueeze(-4)).tril(diagonal)
@@ -250,17 +242,102 @@ def _pairwise(log_decay, diagonal: int = 0):
 def _chunk_decay(q, k, v, log_decay, state):
     """Chunks in parallel; T is a multiple of CHUNK_SIZE. Returns o [B, Hq, T, V] and the final state."""
     heads = k.shape[1]
-    queries, k, v, log_decay = (_chunks(x, heads) for x in (q, k, v, log_decay))
-    from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
-    updates = (k * to_end.exp()).transpose(-1, -2) @ v
-    decays = from_start[..., -1, :, None].exp()
-    states = []
-    for n in range(updates.shape[2]):
-        states.append(state)
-        state = torch.addcmul(updates[:, :, n], decays[:, :, n], state)
-    output = _scale_rows(queries, from_start.exp()) @ torch.stack(states, dim=2)
-    output = output + _decayed_scores(queries, k, log_decay) @ v
-    return _unchunk(output, q), state
+    k, v, log_decay = (_chunks(x, heads) for x in (k, v, log_decay))
+    if factors := _factors(log_decay):
+        queries, right = _scaled_chunks(q, factors.left), k * factors.right
+        scores = _lower(queries @ right.transpose(-1, -2))
+        updates = (right.transpose(-1, -2) @ v) * factors.behind
+        ahead = factors.ahead
+    else:
+        queries = _chunks(q, heads)
+        from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
+        scores = _decayed_scores(queries, k, log_decay)
+        updates = (k * to_end.exp()).transpose(-1, -2) @ v
+        queries = _scale_rows(queries, from_start.exp())
+        ahead = None
+    states, state = _scan(log_decay.sum(-2).unsqueeze(-1).exp(), updates, state)
+    states = states if ahead is None else states * ahead
+    output = torch.baddbmm((queries @ states).flatten(0, 2), scores.flatten(0, 2), v.flatten(0, 2))
+    return _unchunk(output.view(*queries.shape[:-1], -1), q), state
+
+
+def _scan(decays, updates, state):
+    """States before each chunk, stacked, and the one behind the last: S_{n+1} = decay_n S_n + update_n.
+
+    decays [B, H, N, K or 1, 1], updates [B, H, N, K, V], state [B, H, K, V].
+    """
+    if torch.is_grad_enabled():
+        states = []
+        for decay, update in zip(decays.unbind(2), updates.unbind(2), strict=True):
+            states.append(state)
+            state = torch.addcmul(update, decay, state)
+        return torch.stack(states, dim=2), state
+    states = updates.new_empty(*updates.shape[:2], updates.shape[2] + 1, *updates.shape[3:])
+    states[:, :, 0] = state
+    every = states.unbind(2)
+    for n, (decay, update) in enumerate(zip(decays.unbind(2), updates.unbind(2), strict=True)):
+        torch.addcmul(update, decay, every[n], out=every[n + 1])
+    return states[:, :, :-1], every[-1].clone()
+
+
+@dataclass
+class _Factors:
+    """exp(sum of log decays between two tokens of a chunk) as left_i * right_j, factored around the chunk's middle.
+
+    left, right: [B, H, N, C, K or 1]; ahead, from the chunk's start to its middle, and behind, from there to its end:
+    [B, H, N, K or 1, 1].
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    ahead: torch.Tensor
+    behind: torch.Tensor
+
+
+def _factors(log_decay) -> _Factors | None:
+    """Factors of whole chunks, or None where a chunk decays too much for them (see FACTOR_LIMIT)."""
+    size, middle = CHUNK_SIZE, CHUNK_SIZE // 2
+    centered = _centering(size, log_decay.dtype, log_decay.device) @ log_decay
+    lowest, highest = centered.detach().aminmax()
+    if not (lowest >= -FACTOR_LIMIT and highest <= FACTOR_LIMIT):
+        return None
+    left = centered.exp()
+    ahead, behind = (x.sum(-2).exp().unsqueeze(-1) for x in log_decay.split(middle, dim=-2))
+    return _Factors(left, left.reciprocal(), ahead, behind)
+
+
+@lru_cache(maxsize=16)
+def _centering(size: int, dtype, device):
+    """[C, C] weights that turn log decays into their sums from a block's middle to each row: negative behind it."""
+    middle = size // 2
+    # Cached, so it must not be an inference tensor, which no later training could use.
+    with torch.inference_mode(False):
+        weights = torch.ones(size, size).tril()
+        weights[:middle] -= weights[middle - 1].clone()
+        weights[middle:, :middle] = 0
+        return weights.to(device, dtype)
+
+
+def _lower(scores):
+    """Zero the pairs whose key comes behind the query. [..., G * C, C]"""
+    keep = _causal(scores.shape[-2], scores.shape[-1], scores.dtype, scores.device)
+    return scores * keep if torch.is_grad_enabled() else scores.mul_(keep)
+
+
+@lru_cache(maxsize=16)
+def _causal(rows: int, size: int, dtype, device):
+    with torch.inference_mode(False):
+        return torch.ones(size, size).tril().repeat(rows // size, 1).to(device, dtype)
+
+
+def _scaled_chunks(q, factor):
+    """`_chunks(q)` times factor [B, Hkv, N, C, K or 1], in one pass where no gradient is wanted."""
+    batch, heads, chunks, size, _ = factor.shape
+    q = q.reshape(batch, heads, -1, chunks, size, q.shape[-1]).transpose(2, 3)
+    if torch.is_grad_enabled():
+        return (q * factor.unsqueeze(3)).flatten(3, 4)
+    scaled = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return torch.mul(q, factor.unsqueeze(3), out=scaled).flatten(3, 4)
 
 
 def _chunk_value_decay(q, k, v, log_decay, state):
@@ -269,12 +346,8 @@ def _chunk_value_decay(q, k, v, log_decay, state):
     queries, k, v, log_decay = (_chunks(x, heads) for x in (q, k, v, log_decay))
     from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
     updates = k.transpose(-1, -2) @ (v * to_end.exp())
-    decays = from_start[..., -1:, :].exp()
-    states = []
-    for n in range(updates.shape[2]):
-        states.append(state)
-        state = torch.addcmul(updates[:, :, n], decays[:, :, n], state)
-    output = _scale_rows(queries @ torch.stack(states, dim=2), from_start.exp())
+    states, state = _scan(from_start[..., -1:, :].exp(), updates, state)
+    output = _scale_rows(queries @ states, from_start.exp())
     output = output + _value_decayed_products(queries @ k.transpose(-1, -2), v, log_decay)
     return _unchunk(output, q), state
 
@@ -293,7 +366,7 @@ def _value_decayed_products(scores, v, log_decay):
     if leaf == 1:
         output = blocks * values.unsqueeze(-4)
     else:
-        centered = _centered(log_decay, leaf)
+        centered = _centering(leaf, log_decay.dtype, log_decay.device) @ log_decay.unflatten(-2, (-1, leaf))
         output = blocks.tril() @ (values * (-centered).exp()).unsqueeze(-4) * centered.exp().unsqueeze(-4)
     output = output.flatten(-3, -2)
     block = leaf
@@ -315,21 +388,29 @@ def _chunk_delta(q, k, v, log_decay, beta, state):
     (I + L) u = beta (v - (k exp(b)) S_0),   L_ij = beta_i k_i . k_j exp(b_i - b_j) for j < i.
     """
     heads = k.shape[1]
-    queries, k, v, log_decay, beta = (_chunks(x, heads) for x in (q, k, v, log_decay, beta))
-    from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
-    decay = from_start.exp()
-    # unitriangular reads the diagonal as ones, which is the I of I + L.
-    lower = beta * _decayed_scores(k, k, log_decay, diagonal=-1)
-    right = torch.cat([beta * v, beta * k * decay], dim=-1)
-    solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+    k, v, log_decay, beta = (_chunks(x, heads) for x in (k, v, log_decay, beta))
+    if factors := _factors(log_decay):
+        queries, start, end = _scaled_chunks(q, factors.left), k * factors.left, k * factors.right
+        scores, inner = _lower(queries @ end.transpose(-1, -2)), start @ end.transpose(-1, -2)
+        ahead, behind = factors.ahead, factors.behind
+    else:
+        queries = _chunks(q, heads)
+        from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
+        scores, inner = _decayed_scores(queries, k, log_decay), _decayed_scores(k, k, log_decay, diagonal=-1)
+        queries, start, end = _scale_rows(queries, from_start.exp()), k * from_start.exp(), k * to_end.exp()
+        ahead = behind = torch.ones_like(log_decay[..., :1, :1])
+    # Only what lies below the diagonal is read, and ones are taken to be on it: the I of I + L.
+    solved = torch.linalg.solve_triangular(
+        beta * inner, torch.cat([beta * v, beta * start], dim=-1), upper=False, unitriangular=True
+    )
     writes, corrections = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    k_end = (k * to_end.exp()).transpose(-1, -2)
-    total = decay[..., -1, :, None]
+    # The factors' two halves are applied to the states, which are smaller than the queries and keys.
+    corrections, end = corrections * ahead.transpose(-1, -2), (end * behind.transpose(-1, -2)).transpose(-1, -2)
+    total = log_decay.sum(-2).unsqueeze(-1).exp()
     states, corrected = [], []
     for n in range(k.shape[2]):
         states.append(state)
         corrected.append(writes[:, :, n] - corrections[:, :, n] @ state)
-        state = total[:, :, n] * state + k_end[:, :, n] @ corrected[-1]
-    output = _scale_rows(queries, decay) @ torch.stack(states, dim=2)
-    output = output + _decayed_scores(queries, k, log_decay) @ torch.stack(corrected, dim=2)
+        state = total[:, :, n] * state + end[:, :, n] @ corrected[-1]
+    output = queries @ (torch.stack(states, dim=2) * ahead) + scores @ torch.stack(corrected, dim=2)
     return _unchunk(output, q), state

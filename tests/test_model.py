@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask, sliding_window_overla
 
 from liger_cli.families import FAMILIES
 from liger_cli.modeling import model_classes
+from liger_cli.templates import liger_branches
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec, liger_block
 from liger_cli.templates.liger_gates import GATES
@@ -141,6 +142,33 @@ def test_left_padding(tiny_base, gate, batch):
             alone = model(ids[row : row + 1, width - length :]).logits[0]
             close(whole[row, width - length :], alone)
             close(pieces[row, width - length :], alone)
+
+
+@pytest.mark.parametrize("normalizer", ["running", "joint"])
+@pytest.mark.parametrize("mix", [0.3, 1.0])
+def test_normalizer(tiny_base, normalizer, mix):
+    """With a denominator, too: whole = pieces = tokens, left padding included."""
+    _, model = linearized(tiny_base(), window=16, normalizer=normalizer, mix=mix)
+    ids, mask = tokens(130, batch=2), torch.ones(2, 130, dtype=torch.long)
+    mask[1, :33] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions).logits
+        for piece in (1, 7, 100):
+            close(in_pieces(model, ids, piece, attention_mask=mask)[mask.bool()], whole[mask.bool()])
+        close(model(ids[1:, 33:]).logits[0], whole[1, 33:])
+
+
+@torch.no_grad()
+def test_window_covers_pieces(tiny_base, monkeypatch):
+    """Long texts are worked through in pieces; the logits are those of one piece, cached or not, padded or not."""
+    _, model = linearized(tiny_base(), window=16, sinks=2)
+    ids, mask = tokens(300, batch=2), torch.ones(2, 300, dtype=torch.long)
+    mask[1, :77] = 0
+    whole = model(ids, attention_mask=mask).logits[mask.bool()]
+    monkeypatch.setattr(liger_branches, "PIECE_SIZE", 64)
+    close(model(ids, attention_mask=mask).logits[mask.bool()], whole)
+    close(in_pieces(model, ids, 130, attention_mask=mask)[0], whole[:300])
 
 
 def test_right_padding(tiny_base, gate):

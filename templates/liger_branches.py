@@ -1,0 +1,132 @@
+"""The two branches of Liger attention and their sum (arXiv 2503.01496, eq. 9): o = mix * GRM + (1 - mix) * SWA."""
+
+import torch
+
+from .liger_cache import LigerCacheLayer, first_tokens
+from .liger_config import LayerSpec
+from .liger_gates import GATES
+from .liger_recurrence import chunk_decay, chunk_delta, chunk_slots, step_decay, step_delta, step_slots
+from .liger_window import window_attention
+
+RULES = {
+    "decay": (chunk_decay, step_decay),
+    "delta": (chunk_delta, step_delta),
+    "slots": (chunk_slots, step_slots),
+}
+# Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches.
+PIECE_SIZE = 2048
+
+
+def mixed_attention(
+    q, k, v, rotated_q, rotated_k, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
+    cache: LigerCacheLayer | None = None, softcap=None, sink_logits=None, within_window=None,
+):  # fmt: skip
+    """Both branches over T new tokens.
+
+    Args:
+        q: [B, Hq, T, D] and k: [B, Hkv, T, D] before RoPE, read by the recurrence; rotated_q, rotated_k after it.
+        v: [B, Hkv, T, D].
+        spec: the layer's settings; `window` and `mix` are those in use.
+        scaling, softcap, sink_logits: of the window, see `window_attention`.
+        valid: [B, T] bool, false at padding; None where there is none.
+        cache: what came before; it is updated.
+        within_window: (valid) -> [B, Hq, T, D], used instead of the window where no token can see beyond it.
+    Returns:
+        [B, T, Hq, D] in v's dtype.
+    """
+    length = q.shape[2]
+    size = max(PIECE_SIZE, window)
+    if length <= size or torch.is_grad_enabled():
+        past = 0 if cache is None else cache.get_seq_length()
+        whole = within_window if past == 0 and length <= window else None
+        return _piece(
+            q, k, v, rotated_q, rotated_k, spec, window, mix, scaling, valid, cache, softcap, sink_logits, whole
+        )
+    if cache is None:
+        cache = LigerCacheLayer(window, spec.sinks)
+    output = v.new_empty(q.shape[0], length, q.shape[1], v.shape[-1])
+    for start in range(0, length, size):
+        at = slice(start, start + size)
+        part = (x[:, :, at] for x in (q, k, v, rotated_q, rotated_k))
+        here = None if valid is None else valid[:, at]
+        output[:, at] = _piece(*part, spec, window, mix, scaling, here, cache, softcap, sink_logits, None)
+    return output
+
+
+def _piece(
+    q, k, v, rotated_q, rotated_k, spec, window, mix, scaling, valid, cache, softcap, sink_logits, within_window
+):
+    joint = spec.normalizer == "joint" and mix > 0
+    past = 0 if cache is None else cache.get_seq_length()
+    recurrent = total = local = lse = None
+    if mix > 0:
+        recurrent, total = _recurrent(q, k, v, spec, valid, cache)
+    if mix < 1:
+        sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks) if spec.sinks else None
+        keys, values, seen = (rotated_k, v, valid) if cache is None else cache.update(rotated_k, v, valid)
+        if within_window is not None and not joint:
+            local = within_window(valid)
+        else:
+            local, lse = window_attention(
+                rotated_q, keys, values, window, scaling, seen, softcap, sink_logits, sinks, need_lse=joint
+            )
+    elif cache is not None:
+        cache.update(rotated_k, v, valid)
+    if recurrent is None:
+        output = local
+    elif local is None:
+        output = mix * recurrent
+    elif joint:
+        # One denominator: the recurrence's share of mix * total + (1 - mix) * exp(lse), without the exponential.
+        share = (torch.log(mix * total.clamp_min(torch.finfo(total.dtype).tiny)) - lse.unsqueeze(-1)) - _log(1 - mix)
+        output = torch.lerp(local.float(), recurrent, share.sigmoid())
+    else:
+        output = torch.lerp(local.float(), recurrent, mix)
+    return output.to(v.dtype).transpose(1, 2)
+
+
+def _log(x: float) -> float:
+    return torch.tensor(x).log().item()
+
+
+def _recurrent(q, k, v, spec, valid, cache):
+    """The gated recurrence in float32. Output [B, Hq, T, D], and its denominator [B, Hq, T, 1] where there is one."""
+    gate = GATES[spec.gate]
+    q, k, v = q.float(), k.float(), v.float()
+    source = {"k": k, "v": v, "q": q}[spec.gate_source]
+    if spec.gate_source == "q":
+        source = q.unflatten(1, (k.shape[1], -1)).mean(2)
+    denominator = gate.denominator or (spec.normalizer if spec.normalizer != "none" else None)
+    if denominator:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    inputs = gate.inputs(q, k, v, source, spec)
+    if valid is not None:
+        inputs = inputs.masked(valid)
+    arguments = [inputs.q, inputs.k, inputs.v, inputs.log_decay]
+    if gate.rule != "decay":
+        arguments.append(inputs.beta if gate.rule == "delta" else inputs.write)
+    chunk, step = RULES[gate.rule]
+    states = None if cache is None else cache.states
+    if states is not None and gate.rule != "slots":
+        (states,) = states
+    output, states = (step if q.shape[2] == 1 and states is not None else chunk)(*arguments, states)
+    if cache is not None:
+        cache.states = states if gate.rule == "slots" else (states,)
+    if not denominator:
+        return output, None
+    output, total = output[..., :-1], output[..., -1:]
+    # max1: mLSTM (arXiv 2405.04517, eq. 21). Else nothing has been written yet where the sum is 0.
+    floor = 1.0 if denominator == "max1" else torch.finfo(output.dtype).tiny
+    return output / total.abs().clamp_min(floor), total
+
+
+def _sinks(k, v, valid, cache, past: int, count: int):
+    """Keys and values of the first tokens, and how far each lies before the first query (see `window_attention`)."""
+    if cache is not None:
+        keys, values, positions = cache.update_sinks(k, v, valid)
+    else:
+        positions = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
+        if valid is not None:
+            positions = positions.masked_fill(~valid, LigerCacheLayer.EMPTY)
+        keys, values, positions = first_tokens(k, v, positions, count)
+    return keys, values, torch.where(positions >= 0, past - positions, LigerCacheLayer.EMPTY)
