@@ -150,7 +150,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     folder = folder.resolve()
     config = read_config(folder)
     family = supported_family(config, folder)
-    geometry = Geometry.of(config)
+    geometry = Geometry.of(family.with_defaults(config))
     names, weight_map = _shard_names(folder)
     shards = tuple(read_shard(folder, name) for name in names)
     checkpoint = Checkpoint(
@@ -223,7 +223,7 @@ def supported_family(config: dict, folder: Path) -> Family:
         )
     architectures = config.get("architectures")
     wanted = f"{family.prefix}ForCausalLM"
-    if architectures and wanted not in architectures:
+    if architectures and not {wanted, *family.aliases} & set(architectures):
         raise ModelError(f"config.json names the architecture {architectures!r}; only {wanted} can be converted")
     return family
 

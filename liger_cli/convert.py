@@ -128,7 +128,7 @@ def refresh(folder: str, dry_run: bool = False) -> dict:
     if family is None:
         raise ModelError(f"{folder}: model type {config.get('model_type')!r} is not one of liger's")
     try:
-        layer_specs(config.get("liger"), Geometry.of(config).num_hidden_layers)
+        layer_specs(config.get("liger"), Geometry.of(family.with_defaults(config)).num_hidden_layers)
     except LigerConfigError as error:
         raise ModelError(f"{folder}: {error}") from None
     if not dry_run:

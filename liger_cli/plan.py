@@ -72,7 +72,7 @@ class Plan:
         return state + cached * self._token_bytes()
 
     def _base_cache(self, index: int, tokens: int) -> int:
-        config = self.checkpoint.config
+        config = self.checkpoint.family.with_defaults(self.checkpoint.config)
         local = self.checkpoint.family.local_layers(config)[index]
         window = config.get("sliding_window") if local else None
         return (tokens if window is None else min(tokens, window - 1)) * self._token_bytes()
@@ -99,7 +99,7 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
     local = local_layers(checkpoint)
     notes = []
     if all(local) and not linearize_local:
-        window = checkpoint.config.get("sliding_window")
+        window = checkpoint.family.with_defaults(checkpoint.config).get("sliding_window")
         notes.append(f"every layer of the base is local (sliding window of {window} tokens), so all are linearized")
     left = [index for index in range(count) if local[index] and not linearize_local and not all(local)]
     if left:
@@ -140,7 +140,7 @@ def local_layers(checkpoint: Checkpoint) -> list[bool]:
     ):
         raise ModelError(f"config.json: layer_types does not name {count} full_attention or sliding_attention layers")
     local = checkpoint.family.local_layers(config)
-    window = config.get("sliding_window")
+    window = checkpoint.family.with_defaults(config).get("sliding_window")
     if any(local) and (type(window) is not int or window < 1):
         raise ModelError(f"config.json: layers are local, but sliding_window is {window!r}")
     return local

@@ -1,10 +1,12 @@
 """The model: the family's own, with its attention layers run by `LigerAttention` and a cache that fits them."""
 
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .liger_attention import MODES, LigerAttention, pack_padding
 from .liger_cache import adapt_cache, cache_for
 from .liger_config import layer_specs
+from .liger_families import attention_mixin
 
 _CLASSES: dict[tuple[type, ...], type] = {}
 
@@ -15,6 +17,13 @@ def _mixed(mixin: type, base: type) -> type:
         attributes = {"__module__": mixin.__module__, "liger_family_attention": base}
         _CLASSES[mixin, base] = type(f"Liger{base.__name__}", (mixin, base), attributes)
     return _CLASSES[mixin, base]
+
+
+def keep_weight_names(model_type: str, liger_model_type: str) -> None:
+    """Read and write weights under the names of the family's files, which for experts differ from those in memory."""
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(liger_model_type, mapping, overwrite=True)
 
 
 class LigerDecoder:
@@ -40,7 +49,7 @@ class LigerDecoder:
                 "a Liger model takes a padding mask of shape [batch, tokens], not a prepared attention mask"
             )
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = getattr(self.config, "use_cache", True) and not self.training
         if use_cache and past_key_values is None:
             past_key_values = cache_for(self.config)
         if past_key_values is not None:
@@ -73,7 +82,7 @@ class LigerForCausalLM:
         specs = layer_specs(getattr(config, "liger", None), config.num_hidden_layers)
         for layer, spec in zip(decoder.layers, specs, strict=True):
             attention = layer.self_attn
-            attention.__class__ = _mixed(LigerAttention, type(attention))
+            attention.__class__ = _mixed(attention_mixin(type(attention)), type(attention))
             attention.liger_spec = spec
             attention.liger_mode = "liger"
 
