@@ -46,10 +46,10 @@ class Plan:
         """Bytes of all tensors; the shards' headers come on top."""
         return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
 
-    def memory(self) -> list[dict]:
-        """For one sequence of each length: bytes that the converted model and the base keep."""
+    def memory(self, contexts: tuple[int, ...] = CONTEXTS) -> list[dict]:
+        """For one sequence of each length in tokens: bytes that the converted model and the base keep."""
         rows = []
-        for tokens in CONTEXTS:
+        for tokens in contexts:
             converted = sum(self._kept(index, spec, tokens) for index, spec in enumerate(self.specs))
             base = sum(self._base_cache(index, tokens) for index in range(len(self.specs)))
             rows.append(

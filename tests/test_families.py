@@ -1,0 +1,347 @@
+"""Every row of `families.FAMILIES`, and the variants of a family that its config can ask for, held to transformers.
+
+The table of tests is made from the registry: a family is listed only if all of this passes. The random models have
+weights large enough that attention is far from uniform, and norms, biases and sinks that are not neutral.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+from conftest import TINY
+from test_convert import BLOCKER
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
+
+from liger_cli.checkpoint import Geometry, read_checkpoint
+from liger_cli.convert import convert
+from liger_cli.families import FAMILIES
+from liger_cli.modeling import load_model
+
+TOLERANCE = 2e-5
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+SMALL_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+# What a family's table row needs to be tiny and to show its local layers within a short text.
+TINY_FAMILY = {
+    "ministral": {"layer_types": ALTERNATING, "sliding_window": 24},
+    "gemma2": {"sliding_window": 24},
+    "gemma3_text": {"sliding_window": 24, "layer_types": ALTERNATING},
+    "olmo3": {"sliding_window": 24},
+    "cohere2": {"sliding_window": 24},
+    "exaone4": {"sliding_window": 24},
+    "gpt_oss": {"sliding_window": 24},
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+VARIANTS = {
+    "llama-3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "mistral-3": ("mistral", {"sliding_window": None}),
+    "ministral3-long": ("ministral3", {
+        "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0},
+    }),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN, "attention_bias": True}),
+    "qwen3_moe-dense-layer": ("qwen3_moe", {"mlp_only_layers": [1]}),
+    "gemma3-wide": ("gemma3_text", {"sliding_window": 24, "layer_types": ALTERNATING, "query_pre_attn_scalar": 7}),
+    "phi4-mini": ("phi3", {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "tie_word_embeddings": True,
+    }),
+    "phi3-window": ("phi3", {"sliding_window": 24}),
+    "olmo-clip": ("olmo", {"clip_qkv": 0.3}),
+    "olmoe-clip": ("olmoe", {"clip_qkv": 0.3}),
+    "granite-scale": ("granite", {"attention_multiplier": 0.7, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "granitemoe-scale": ("granitemoe", {"attention_multiplier": 0.7}),
+    "smollm3-window": ("smollm3", {"use_sliding_window": True, "sliding_window": 24}),
+    "cohere-norm": ("cohere", {"use_qk_norm": True}),
+    "exaone4-small": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "ernie-bias": ("ernie4_5", {"use_bias": True}),
+    "seed-bias": ("seed_oss", {"attention_out_bias": True}),
+    "stablelm-12b": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    "stablelm-bias": ("stablelm", {"use_qkv_bias": True}),
+    "phi-norm": ("phi", {"qk_layernorm": True, "num_key_value_heads": 4}),
+}  # fmt: skip
+CASES = {name: (name, TINY_FAMILY.get(name, {})) for name in FAMILIES} | VARIANTS
+every_case = pytest.mark.parametrize("case", CASES)
+NOT_LOADED = "mlp.act_fn."  # Apertus writes two constants of its activation function beside the learned ones
+
+
+def settings_of(case: str) -> tuple[str, dict]:
+    model_type, overrides = CASES[case]
+    known = AutoConfig.for_model(model_type)
+    small = {key: value for key, value in SMALL_EXPERTS.items() if hasattr(known, key)}
+    # StableLM and Phi have no head_dim of their own.
+    tiny = {key: value for key, value in TINY.items() if key != "head_dim" or hasattr(known, key)}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return model_type, {**tiny, **small, **ids, **overrides}
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """folder_of(case) -> a tiny random base; folder_of(case, **convert's arguments) -> it converted by the command."""
+    root = tmp_path_factory.mktemp("families")
+
+    @cache
+    def make_base(case):
+        model_type, settings = settings_of(case)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 or "norm" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+                elif "self_attn" in name:
+                    parameter.mul_(8.0)
+        model.save_pretrained(root / case)
+        return root / case
+
+    def make(case, linearize_local=False, **spec):
+        base = make_base(case)
+        if not spec:
+            return base
+        name = "-".join([case, str(linearize_local), *(f"{key}{value}" for key, value in sorted(spec.items()))])
+        if not (root / name).exists():
+            convert(str(base), str(root / name), settings=spec, linearize_local=linearize_local)
+        return root / name
+
+    return make
+
+
+def implementations(folder) -> list[str]:
+    """The attention functions that the family has in transformers, on a CPU."""
+    config = AutoConfig.from_pretrained(folder)
+    names = ["eager", "sdpa"]
+    if not getattr(AutoModelForCausalLM._model_mapping[type(config)], "_supports_sdpa", False):
+        names.remove("sdpa")
+    return names
+
+
+def load_base(folder, implementation="eager"):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()
+
+
+def load(folder, implementation="eager"):
+    return load_model(folder, attn_implementation=implementation).eval()
+
+
+def tokens(length: int, batch: int = 1) -> torch.Tensor:
+    return torch.randint(4, 128, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def close(actual, expected, tolerance=TOLERANCE):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def sliding_window(base) -> int:
+    return getattr(base.config, "sliding_window", None) or 10**6
+
+
+@every_case
+@torch.no_grad()
+def test_identity(folder_of, case):
+    """The gate. mix 0, window >= T: the base's logits bit for bit, padded or not; local layers left alone or not."""
+    family = FAMILIES[CASES[case][0]]
+    assert bool(family.identity_tolerance) == bool(family.identity_reason)
+    for implementation in implementations(folder_of(case)):
+        base = load_base(folder_of(case), implementation)
+        model = load(folder_of(case, mix=0.0, window=64), implementation)
+        assert list(model.state_dict()) == list(base.state_dict())
+        all_linearized = all(layer.keeps_state for layer in model.get_decoder().liger_attentions())
+        length = min(60, sliding_window(base)) if all_linearized else 60
+        linearized = load(folder_of(case, linearize_local=True, mix=0.0, window=64), implementation)
+        assert all(layer.keeps_state for layer in linearized.get_decoder().liger_attentions())
+        for candidate, size in ((model, length), (linearized, min(60, sliding_window(base)))):
+            ids = tokens(size, batch=2)
+            mask = torch.ones_like(ids)
+            mask[1, : size // 3] = 0
+            for arguments in ({}, {"attention_mask": mask}):
+                actual, expected = candidate(ids, **arguments).logits, base(ids, **arguments).logits
+                assert expected.std() > 1e-3
+                assert (actual - expected).abs().max().item() <= family.identity_tolerance
+
+
+@every_case
+@torch.no_grad()
+def test_band(folder_of, case):
+    """mix 0, a window shorter than the text: the base under an explicit band mask."""
+    base = load_base(folder_of(case))
+    model = load(folder_of(case, linearize_local=True, mix=0.0, window=7))
+    ids = tokens(60)
+    band = create_causal_mask(
+        config=base.config,
+        inputs_embeds=base.get_input_embeddings()(ids),
+        attention_mask=None,
+        past_key_values=None,
+        and_mask_function=sliding_window_overlay(7),
+    )
+    expected = base(ids, attention_mask=band).logits
+    assert (expected - base(ids).logits).abs().max() > 1e-3
+    close(model(ids).logits, expected, 1e-5)
+
+
+@every_case
+@torch.no_grad()
+def test_cached_and_padded(folder_of, case):
+    """One token at a time and in pieces = the text at once; a padded row = the row alone; softmax mode = the base."""
+    model = load(folder_of(case, window=8, mix=0.5))
+    ids = tokens(45)
+    expected = model(ids).logits
+    past = DynamicCache(config=model.config)
+    pieces = [model(part, past_key_values=past).logits for part in ids.split([20, 13, *[1] * 12], dim=1)]
+    close(torch.cat(pieces, dim=1), expected)
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(54) >= 9).long()[None]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    batch = torch.cat([padded, tokens(54)])
+    both = {"attention_mask": torch.cat([mask, torch.ones_like(mask)])}
+    both["position_ids"] = torch.cat([positions, torch.arange(54)[None]])
+    close(model(batch, **both).logits[:1, 9:], expected)
+    model.set_attention_mode("softmax")
+    assert torch.equal(model(ids).logits, load_base(folder_of(case))(ids).logits)
+
+
+@every_case
+def test_files(folder_of, case, tmp_path):
+    """Tensors as the registry says; the same names when saved again; tied embeddings tied; saved as read."""
+    base, folder = folder_of(case), folder_of(case, window=8, mix=0.5)
+    checkpoint = read_checkpoint(base)
+    expected = checkpoint.family.expected_tensors(checkpoint.config, checkpoint.geometry)
+    held = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    assert expected.items() <= held.items()
+    assert all(NOT_LOADED in name for name in held.keys() - expected.keys())
+    model = load(folder)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == model.config.tie_word_embeddings == ("lm_head.weight" not in held)
+    model.save_pretrained(tmp_path / "again")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
+        assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == held  # noqa: SIM118
+    ids = tokens(12)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
+
+
+@every_case
+@torch.no_grad()
+def test_sizes(folder_of, case, monkeypatch):
+    """The dry run's parameters, state and KV cache are the built model's."""
+    base = folder_of(case)
+    monkeypatch.chdir(base.parent)
+    report, plan = convert(str(base), "x", settings={"window": 8, "sinks": 2, "normalizer": "running"}, dry_run=True)
+    original = load_base(base)
+    assert report["parameters"] == original.num_parameters() + sum(
+        tensor.numel for name, tensor in plan.checkpoint.tensors.items() if name.endswith((".beta", ".eps"))
+    )
+    model = load(folder_of(case, window=8, sinks=2, normalizer="running"))
+    (row,) = plan.memory(contexts=(50,))
+    for subject, expected in ((model, row["state_bytes"]), (original, row["kv_cache_bytes"])):
+        cache = subject(tokens(50), use_cache=True).past_key_values
+        assert sum(held_bytes(layer) for layer in cache.layers) == expected
+
+
+def held_bytes(layer) -> int:
+    if hasattr(layer, "states"):
+        named = layer.tensors()
+        named.pop("sink_positions", None)
+        return sum(tensor.nbytes for tensor in named.values())
+    return layer.keys.nbytes + layer.values.nbytes
+
+
+@every_case
+def test_lora(folder_of, case):
+    """PEFT finds the family's projections in every layer, they change the output, and without them it is as before."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load(folder_of(case, window=8, mix=0.5))
+    family, ids = FAMILIES[CASES[case][0]], tokens(20)
+    with torch.no_grad():
+        before = model(ids).logits
+    peft = get_peft_model(model, LoraConfig(target_modules=list(family.lora_targets), r=2, init_lora_weights=False))
+    names = [name for name, module in peft.named_modules() if hasattr(module, "lora_A") and "self_attn" in name]
+    assert len(names) == 4 * len(family.lora_targets)
+    assert all("self_attn" in name for name, p in peft.named_parameters() if p.requires_grad)
+    peft(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in peft.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert not torch.equal(peft(ids).logits, before)
+        with peft.disable_adapter():
+            assert torch.equal(peft(ids).logits, before)
+
+
+def test_load_without_liger(folder_of, tmp_path):
+    """Every family's folder loads, generates and runs where liger, fla, triton and flash-attn are not installed."""
+    folders = {name: str(folder_of(name, window=8, mix=0.5)) for name in FAMILIES}
+    script = BLOCKER + (
+        "import json, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "for name, folder in json.loads(sys.argv[1]).items():\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "    ids = torch.arange(5, 25)[None]\n"
+        "    out = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)\n"
+        "    assert out.shape[1] == 23 and 'liger_cli' not in sys.modules\n"
+        "    torch.save(model(ids).logits.detach(), f'{name}.pt')\n"
+        "    print(type(model).__name__)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-I", "-c", script, json.dumps(folders)]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [f"Liger{family.prefix}ForCausalLM" for family in FAMILIES.values()]
+    for name, folder in folders.items():
+        with torch.no_grad():
+            close(torch.load(tmp_path / f"{name}.pt"), load_model(folder)(torch.arange(5, 25)[None]).logits, 1e-6)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults(model_type):
+    """Fields that config.json leaves out: the registry assumes what the config class does."""
+    family = FAMILIES[model_type]
+    kind = type(AutoConfig.for_model(model_type))
+    assert kind.__name__ == family.config_class
+    for name, value in family.defaults.items():
+        assert getattr(kind, name, None) == value or (name, value) == ("sliding_window_pattern", 4)
+    assert kind.tie_word_embeddings == family.defaults.get("tie_word_embeddings", False)
+    assert family.note
+    sizes = {key: value for key, value in TINY.items() if key not in ("num_key_value_heads", "head_dim")}
+    sizes |= {"hidden_size": 2048, "num_attention_heads": 32}
+    config = kind(**sizes)
+    assumed = Geometry.of(family.with_defaults(sizes))
+    assert assumed.num_key_value_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    assert assumed.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_local_layers(model_type):
+    """Which layers are local, from a config.json with and without `layer_types`: as the config class finds them."""
+    family, kind = FAMILIES[model_type], type(AutoConfig.for_model(model_type))
+    sizes = {"num_hidden_layers": 8, **({"num_key_value_heads": 32} if model_type == "qwen2" else {})}
+    for extra in (
+        {},
+        {"sliding_window": 24},
+        {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 3},
+    ):
+        given = {**sizes, **{name: value for name, value in extra.items() if hasattr(kind, name)}}
+        config = kind(**given)
+        layer_types = getattr(config, "layer_types", None)
+        if layer_types is not None:
+            expected = [kind != "full_attention" for kind in layer_types]
+        else:
+            expected = [bool(getattr(config, "sliding_window", None))] * 8
+        assert family.local_layers(given) == expected
+        assert family.local_layers(config.to_dict()) == expected
