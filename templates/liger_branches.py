@@ -1,12 +1,14 @@
 """The two branches of Liger attention and their sum (arXiv 2503.01496, eq. 9): o = mix * GRM + (1 - mix) * SWA."""
 
+import math
+
 import torch
 
 from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
 from .liger_recurrence import chunk_decay, chunk_delta, chunk_slots, step_decay, step_delta, step_slots
-from .liger_window import window_attention
+from .liger_window import reach, window_attention
 
 RULES = {
     "decay": (chunk_decay, step_decay),
@@ -35,62 +37,62 @@ def mixed_attention(
         [B, T, Hq, D] in v's dtype.
     """
     length = q.shape[2]
-    size = max(PIECE_SIZE, window)
-    if length <= size or torch.is_grad_enabled():
-        past = 0 if cache is None else cache.get_seq_length()
-        whole = within_window if past == 0 and length <= window else None
-        return _piece(
-            q, k, v, rotated_q, rotated_k, spec, window, mix, scaling, valid, cache, softcap, sink_logits, whole
-        )
-    if cache is None:
-        cache = LigerCacheLayer(window, spec.sinks)
-    output = v.new_empty(q.shape[0], length, q.shape[1], v.shape[-1])
-    for start in range(0, length, size):
+    past = 0 if cache is None else cache.get_seq_length()
+    sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks) if spec.sinks and mix < 1 else None
+    keys, values, seen = (rotated_k, v, valid) if cache is None else cache.update(rotated_k, v, valid)
+    states = None if cache is None else cache.states
+    joint = spec.normalizer == "joint" and mix > 0
+    whole = past == 0 and length <= window and within_window is not None and not joint
+    size = length if torch.is_grad_enabled() or whole or mix == 0 else PIECE_SIZE
+    output = v.new_empty(q.shape[0], length, q.shape[1], v.shape[-1]) if length > size else None
+    before = keys.shape[2] - length
+    for start in range(0, max(length, 1), max(size, 1)):
         at = slice(start, start + size)
-        part = (x[:, :, at] for x in (q, k, v, rotated_q, rotated_k))
-        here = None if valid is None else valid[:, at]
-        output[:, at] = _piece(*part, spec, window, mix, scaling, here, cache, softcap, sink_logits, None)
+        recurrent = local = total = lse = None
+        if mix > 0:
+            here = None if valid is None else valid[:, at]
+            recurrent, total, states = _recurrent(q[:, :, at], k[:, :, at], v[:, :, at], spec, here, states)
+        if whole:
+            local = within_window(valid)
+        elif mix < 1:
+            seen_from = slice(max(before + start - reach(window), 0), before + start + size)
+            local, lse = window_attention(
+                rotated_q[:, :, at],
+                keys[:, :, seen_from],
+                values[:, :, seen_from],
+                window,
+                scaling,
+                None if seen is None else seen[:, seen_from],
+                softcap,
+                sink_logits,
+                None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
+                need_lse=joint,
+            )
+        piece = _combine(recurrent, total, local, lse, mix).to(v.dtype).transpose(1, 2)
+        if output is None:
+            output = piece
+        else:
+            output[:, at] = piece
+    if cache is not None:
+        cache.states = states
     return output
 
 
-def _piece(
-    q, k, v, rotated_q, rotated_k, spec, window, mix, scaling, valid, cache, softcap, sink_logits, within_window
-):
-    joint = spec.normalizer == "joint" and mix > 0
-    past = 0 if cache is None else cache.get_seq_length()
-    recurrent = total = local = lse = None
-    if mix > 0:
-        recurrent, total = _recurrent(q, k, v, spec, valid, cache)
-    if mix < 1:
-        sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks) if spec.sinks else None
-        keys, values, seen = (rotated_k, v, valid) if cache is None else cache.update(rotated_k, v, valid)
-        if within_window is not None and not joint:
-            local = within_window(valid)
-        else:
-            local, lse = window_attention(
-                rotated_q, keys, values, window, scaling, seen, softcap, sink_logits, sinks, need_lse=joint
-            )
-    elif cache is not None:
-        cache.update(rotated_k, v, valid)
+def _combine(recurrent, total, local, lse, mix: float):
+    """The weighted sum of the branches that are there; with `lse`, over one denominator. [B, Hq, T, D]"""
     if recurrent is None:
-        output = local
-    elif local is None:
-        output = mix * recurrent
-    elif joint:
-        # One denominator: the recurrence's share of mix * total + (1 - mix) * exp(lse), without the exponential.
-        share = (torch.log(mix * total.clamp_min(torch.finfo(total.dtype).tiny)) - lse.unsqueeze(-1)) - _log(1 - mix)
-        output = torch.lerp(local.float(), recurrent, share.sigmoid())
-    else:
-        output = torch.lerp(local.float(), recurrent, mix)
-    return output.to(v.dtype).transpose(1, 2)
+        return local
+    if local is None:
+        return mix * recurrent
+    if lse is not None:
+        # The recurrence's share of mix * total + (1 - mix) * exp(lse), without taking the exponential.
+        weight = torch.log(total.clamp_min(torch.finfo(total.dtype).tiny)) - lse.unsqueeze(-1)
+        mix = (weight + math.log(mix / (1 - mix))).sigmoid()
+    return torch.lerp(local.float(), recurrent, mix)
 
 
-def _log(x: float) -> float:
-    return torch.tensor(x).log().item()
-
-
-def _recurrent(q, k, v, spec, valid, cache):
-    """The gated recurrence in float32. Output [B, Hq, T, D], and its denominator [B, Hq, T, 1] where there is one."""
+def _recurrent(q, k, v, spec, valid, states):
+    """The gated recurrence in float32. Output [B, Hq, T, D], its denominator [B, Hq, T, 1] or None, and the states."""
     gate = GATES[spec.gate]
     q, k, v = q.float(), k.float(), v.float()
     source = {"k": k, "v": v, "q": q}[spec.gate_source]
@@ -106,18 +108,16 @@ def _recurrent(q, k, v, spec, valid, cache):
     if gate.rule != "decay":
         arguments.append(inputs.beta if gate.rule == "delta" else inputs.write)
     chunk, step = RULES[gate.rule]
-    states = None if cache is None else cache.states
     if states is not None and gate.rule != "slots":
         (states,) = states
     output, states = (step if q.shape[2] == 1 and states is not None else chunk)(*arguments, states)
-    if cache is not None:
-        cache.states = states if gate.rule == "slots" else (states,)
+    states = states if gate.rule == "slots" else (states,)
     if not denominator:
-        return output, None
+        return output, None, states
     output, total = output[..., :-1], output[..., -1:]
     # max1: mLSTM (arXiv 2405.04517, eq. 21). Else nothing has been written yet where the sum is 0.
     floor = 1.0 if denominator == "max1" else torch.finfo(output.dtype).tiny
-    return output / total.abs().clamp_min(floor), total
+    return output / total.abs().clamp_min(floor), total, states
 
 
 def _sinks(k, v, valid, cache, past: int, count: int):

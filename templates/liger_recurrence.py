@@ -247,15 +247,15 @@ def _chunk_decay(q, k, v, log_decay, state):
         queries, right = _scaled_chunks(q, factors.left), k * factors.right
         scores = _lower(queries @ right.transpose(-1, -2))
         updates = (right.transpose(-1, -2) @ v) * factors.behind
-        ahead = factors.ahead
+        ahead, total = factors.ahead, factors.total
     else:
         queries = _chunks(q, heads)
         from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
         scores = _decayed_scores(queries, k, log_decay)
         updates = (k * to_end.exp()).transpose(-1, -2) @ v
         queries = _scale_rows(queries, from_start.exp())
-        ahead = None
-    states, state = _scan(log_decay.sum(-2).unsqueeze(-1).exp(), updates, state)
+        ahead, total = None, from_start[..., -1, :, None].exp()
+    states, state = _scan(total, updates, state)
     states = states if ahead is None else states * ahead
     output = torch.baddbmm((queries @ states).flatten(0, 2), scores.flatten(0, 2), v.flatten(0, 2))
     return _unchunk(output.view(*queries.shape[:-1], -1), q), state
@@ -284,14 +284,15 @@ def _scan(decays, updates, state):
 class _Factors:
     """exp(sum of log decays between two tokens of a chunk) as left_i * right_j, factored around the chunk's middle.
 
-    left, right: [B, H, N, C, K or 1]; ahead, from the chunk's start to its middle, and behind, from there to its end:
-    [B, H, N, K or 1, 1].
+    left, right: [B, H, N, C, K or 1]. ahead, from the chunk's start to its middle, behind, from there to its end, and
+    total, from start to end: [B, H, N, K or 1, 1].
     """
 
     left: torch.Tensor
     right: torch.Tensor
     ahead: torch.Tensor
     behind: torch.Tensor
+    total: torch.Tensor
 
 
 def _factors(log_decay) -> _Factors | None:
@@ -302,8 +303,10 @@ def _factors(log_decay) -> _Factors | None:
     if not (lowest >= -FACTOR_LIMIT and highest <= FACTOR_LIMIT):
         return None
     left = centered.exp()
-    ahead, behind = (x.sum(-2).exp().unsqueeze(-1) for x in log_decay.split(middle, dim=-2))
-    return _Factors(left, left.reciprocal(), ahead, behind)
+    ahead = log_decay[..., :middle, :].sum(-2, keepdim=True)
+    behind = centered[..., -1:, :]
+    ends = (x.transpose(-1, -2).exp() for x in (ahead, behind, ahead + behind))
+    return _Factors(left, left.reciprocal(), *ends)
 
 
 @lru_cache(maxsize=16)
@@ -392,13 +395,14 @@ def _chunk_delta(q, k, v, log_decay, beta, state):
     if factors := _factors(log_decay):
         queries, start, end = _scaled_chunks(q, factors.left), k * factors.left, k * factors.right
         scores, inner = _lower(queries @ end.transpose(-1, -2)), start @ end.transpose(-1, -2)
-        ahead, behind = factors.ahead, factors.behind
+        ahead, behind, total = factors.ahead, factors.behind, factors.total
     else:
         queries = _chunks(q, heads)
         from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
         scores, inner = _decayed_scores(queries, k, log_decay), _decayed_scores(k, k, log_decay, diagonal=-1)
         queries, start, end = _scale_rows(queries, from_start.exp()), k * from_start.exp(), k * to_end.exp()
         ahead = behind = torch.ones_like(log_decay[..., :1, :1])
+        total = from_start[..., -1, :, None].exp()
     # Only what lies below the diagonal is read, and ones are taken to be on it: the I of I + L.
     solved = torch.linalg.solve_triangular(
         beta * inner, torch.cat([beta * v, beta * start], dim=-1), upper=False, unitriangular=True
@@ -406,7 +410,6 @@ def _chunk_delta(q, k, v, log_decay, beta, state):
     writes, corrections = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     # The factors' two halves are applied to the states, which are smaller than the queries and keys.
     corrections, end = corrections * ahead.transpose(-1, -2), (end * behind.transpose(-1, -2)).transpose(-1, -2)
-    total = log_decay.sum(-2).unsqueeze(-1).exp()
     states, corrected = [], []
     for n in range(k.shape[2]):
         states.append(state)

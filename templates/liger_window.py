@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 # Queries worked through at a time when no gradient is wanted: their scores stay in the CPU's caches.
-PIECE_SIZE = 1024
+PIECE_SIZE = 2048
 
 
 def window_attention(
@@ -18,7 +18,7 @@ def window_attention(
     """Causal softmax attention over the last `window` tokens, the token itself included (Liger, eq. 8).
 
     Args:
-        q: [B, Hq, T, D], the last T of the S = P + T tokens whose keys are given; P is at most window - 1.
+        q: [B, Hq, T, D], the last T of the S = P + T tokens whose keys are given.
         k, v: [B, Hkv, S, D]; the P past tokens first.
         window: tokens visible to a query, itself included; at least 1.
         scaling: factor of the scores, the family's own.
@@ -34,8 +34,8 @@ def window_attention(
     length, past = q.shape[2], k.shape[2] - q.shape[2]
     if q.numel() == 0:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32) if need_lse else None
-    block = min(max(window, 32), 128)
-    back = -(-(window - 1) // block)
+    block = _block(window)
+    back = reach(window) // block
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     piece = length if needs_grad else max(1, PIECE_SIZE // block)
     outputs, denominators = [], []
@@ -59,6 +59,15 @@ def window_attention(
         denominators.append(lse)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return o, torch.cat(denominators, dim=2) if need_lse else None
+
+
+def _block(window: int) -> int:
+    return min(max(window, 32), 128)
+
+
+def reach(window: int) -> int:
+    """Past tokens that whole blocks of queries are given: those the window sees, rounded up to blocks."""
+    return -(-(window - 1) // _block(window)) * _block(window)
 
 
 def _segments(length: int, past: int, block: int, back: int, piece: int):

@@ -1,0 +1,172 @@
+"""How fast Liger attention is on this CPU, as ratios to torch's causal attention within one run.
+
+    python tests/benchmarks/attention_speed.py [--gates gla,gdn] [--lengths 2048,32768] [--repetitions 7]
+
+Both branches (gated recurrence and window of 64) of one layer, without its projections: float32, batch 1, 4 query and
+2 key/value heads of 64. The two are timed in turns, so that what else the machine does meets both; a ratio is the
+quotient of medians, and the spread is that of the single turns' ratios (quartiles). Memory is what a forward pass adds.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from liger_cli.templates.liger_branches import mixed_attention
+from liger_cli.templates.liger_cache import LigerCacheLayer
+from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.templates.liger_gates import GATES
+
+QUERY_HEADS, KV_HEADS, DIM = 4, 2, 64
+
+
+def inputs(length: int, grad: bool = False):
+    """q, k, v as a model has them: [B, heads, T, D] views of [B, T, heads, D]."""
+    return [
+        torch.randn(1, length, heads, DIM, requires_grad=grad).transpose(1, 2)
+        for heads in (QUERY_HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+def liger(q, k, v, gate: str, cache=None):
+    return mixed_attention(q, k, v, q, k, LayerSpec(gate=gate), window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
+
+
+def softmax(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def ratio(slow, fast, repetitions: int) -> dict:
+    """Medians of both, timed in turns, and their quotient with quartiles."""
+    slow(), fast()
+    pairs = [(timed(slow), timed(fast)) for _ in range(repetitions)]
+    quotients = sorted(a / b for a, b in pairs)
+    first, _, third = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
+    medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
+    return {
+        "softmax_s": medians[0],
+        "liger_s": medians[1],
+        "ratio": medians[0] / medians[1],
+        "quartiles": [first, third],
+    }
+
+
+def operations(length: int) -> float:
+    """Floating-point operations of the chunked form's matrix products with per-channel decay, both branches."""
+    chunk = 64
+    recurrent = QUERY_HEADS * (4 * chunk * DIM + 2 * DIM * DIM) + KV_HEADS * (2 * DIM * DIM + 2 * chunk * DIM)
+    return length * (recurrent + QUERY_HEADS * 4 * 2 * 64 * DIM)
+
+
+def matrix_rate() -> float:
+    """Operations a second of a large float32 matrix product, the best of five."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a @ b
+    return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(5))
+
+
+def forward(length: int, gate: str, repetitions: int) -> dict:
+    q, k, v = inputs(length)
+    with torch.no_grad():
+        return ratio(lambda: softmax(q, k, v), lambda: liger(q, k, v, gate), repetitions)
+
+
+def training(length: int, gate: str, repetitions: int) -> dict:
+    q, k, v = inputs(length, grad=True)
+    return ratio(
+        lambda: softmax(q, k, v).square().sum().backward(),
+        lambda: liger(q, k, v, gate).square().sum().backward(),
+        repetitions,
+    )
+
+
+def decoding(gate: str, tokens: int = 400) -> dict:
+    """One-token steps at positions 1K and 32K, in turns: time ratio, and what the cache holds at each."""
+    caches = {}
+    with torch.no_grad():
+        for position in (1024, 32768):
+            caches[position] = LigerCacheLayer(64)
+            liger(*inputs(position), gate, caches[position])
+        shapes = {p: {n: list(x.shape) for n, x in c.tensors().items()} for p, c in caches.items()}
+        step = inputs(1)
+        times = {position: [] for position in caches}
+        for _ in range(tokens):
+            for position, cache in caches.items():
+                times[position].append(timed(lambda cache=cache: liger(*step, gate, cache)))
+    medians = {position: statistics.median(side) for position, side in times.items()}
+    assert shapes[1024] == shapes[32768], "the cache has grown"
+    return {"step_1k_s": medians[1024], "step_32k_s": medians[32768], "ratio": medians[32768] / medians[1024]}
+
+
+def peak_memory(length: int, gate: str) -> int:
+    """Bytes that one forward pass adds to a fresh process."""
+    code = f"""
+import resource, torch, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import attention_speed as bench
+with torch.no_grad():
+    bench.liger(*bench.inputs(256), {gate!r})
+    q, k, v = bench.inputs({length})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bench.liger(q, k, v, {gate!r})
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gates", default="gla,gdn,kda")
+    parser.add_argument("--lengths", default="2048,32768")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rate = matrix_rate()
+    results = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__, "gflops": rate / 1e9}
+    for gate in options.gates.split(","):
+        if gate not in GATES:
+            parser.error(f"unknown gate {gate}")
+        rows = results[gate] = {}
+        for length in map(int, options.lengths.split(",")):
+            repetitions = options.repetitions * (8 if length <= 4096 else 1)
+            row = rows[f"forward {length}"] = forward(length, gate, repetitions)
+            row["matrix_rate_fraction"] = operations(length) / row["liger_s"] / rate
+        rows["forward + backward 4096"] = training(4096, gate, options.repetitions * 2)
+        rows["step at 32K over step at 1K"] = decoding(gate)
+        rows["peak MiB"] = {str(n): peak_memory(n, gate) / 2**20 for n in (8192, 32768, 131072)}
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    print(f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}, {rate / 1e9:.0f} GFLOP/s")
+    for gate in options.gates.split(","):
+        for name, row in results[gate].items():
+            print(f"{gate:10} {name:28} " + "  ".join(f"{key} {_show(value)}" for key, value in row.items()))
+
+
+def _show(value) -> str:
+    return "-".join(f"{x:.2f}" for x in value) if isinstance(value, list) else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    main()
