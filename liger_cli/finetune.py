@@ -187,7 +187,7 @@ def lora_modules(base: Base, recipe: Recipe) -> dict[str, tuple[int, int]]:
     layers = [index for index, spec in enumerate(base.specs) if spec.kind == "liger" or recipe.train_softmax_layers]
     shapes = {name: tensor.shape for shard in base.shards for name, tensor in shard.tensors.items()}
     found = {}
-    for wanted in recipe.target_modules:
+    for wanted in _fused(recipe.target_modules, shapes):
         matching = {
             name.removesuffix(".weight"): shape
             for name, shape in shapes.items()
@@ -200,6 +200,15 @@ def lora_modules(base: Base, recipe: Recipe) -> dict[str, tuple[int, int]]:
             raise UsageError(f"--target-modules names {wanted!r}; the layers to be trained have {', '.join(names)}")
         found |= matching
     return found
+
+
+def _fused(targets: tuple[str, ...], tensors) -> tuple[str, ...]:
+    """q_proj, k_proj and v_proj become qkv_proj where the family has fused them (Phi-3)."""
+    split = ("q_proj", "k_proj", "v_proj")
+    fused = any(".qkv_proj." in name for name in tensors) and not any(".q_proj." in name for name in tensors)
+    if not fused or not set(targets) & set(split):
+        return targets
+    return ("qkv_proj", *(name for name in targets if name not in split))
 
 
 def load_tokenizer(folder: Path):
@@ -251,7 +260,7 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=list(recipe.target_modules),
+        target_modules=sorted({name.rpartition(".")[2] for name in modules}),
         layers_to_transform=sorted({_layer(name) for name in modules}),
         layers_pattern="layers",
         task_type="CAUSAL_LM",

@@ -77,6 +77,10 @@ def convert(
     linearize_local: Annotated[
         bool, typer.Option("--linearize-local", help="Linearize layers that are local in the base, too.")
     ] = False,
+    experimental: Annotated[
+        bool,
+        typer.Option("--experimental", help="Try a model type that `liger families` does not list; a gate decides."),
+    ] = False,
     sinks: Annotated[int, typer.Option(help="First tokens that stay visible to the window.")] = DEFAULT.sinks,
     normalizer: Annotated[
         str, typer.Option(help=f"Denominator of the recurrent branch: {', '.join(NORMALIZERS)}.")
@@ -122,9 +126,141 @@ def convert(
         },
         softmax_layers=softmax_layers,
         linearize_local=linearize_local,
+        experimental=experimental,
         revision=revision,
         link=link,
         dry_run=dry_run,
         force=force,
         as_json=as_json,
     )
+
+
+@app.command()
+def families(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the supported model families and what is special about each."""
+    from liger_cli import family_table
+
+    family_table.run(as_json)
+
+
+@app.command()
+def finetune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A converted folder; the newest one here by default.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id, .json/.jsonl/.parquet/.csv/.txt files, or demo; several as a.jsonl:0.7,b.parquet:0.3. "
+            "[default: the recipe's, yahma/alpaca-cleaned]"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A name that `liger recipes` prints, or a YAML file. [default: paper]")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="The adapter's folder. [default: ./<model>-lora]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [paper: 2]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="ce, distill (KL to the original model) or transfer. [paper: ce]")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="[paper: 8]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="[paper: 8]")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="[paper: q_proj,k_proj,v_proj]")] = None,
+    train_softmax_layers: Annotated[
+        bool, typer.Option("--train-softmax-layers", help="LoRA on layers that are not Liger's, too.")
+    ] = False,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of every stage. [paper: 0.001]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. [paper: 1024]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a global batch. [paper: 8]")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Rows run at once. [paper: 1]")] = None,
+    packing: Annotated[
+        bool | None, typer.Option(help="Short documents share a row, unseen by one another. [paper: packing]")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option(help="Examples kept for evaluation. [paper: 200]")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. [paper: 200]")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints. [paper: 100]")] = None,
+    early_stop: Annotated[
+        int | None, typer.Option(help="Evaluations without improvement that end the run; 0 never. [paper: 0]")
+    ] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more time. [paper: no]")] = None,
+    seed: Annotated[int | None, typer.Option(help="[paper: 0]")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the frozen weights in training; auto is bfloat16 on CUDA, float32 elsewhere.")
+    ] = "auto",
+    processes: Annotated[int, typer.Option(help="Data-parallel processes on this machine.")] = 1,
+    report_to: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "none",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter, discard an unfinished run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a LoRA adapter on MODEL by a recipe, the published one by default."""
+    from liger_cli import finetune as module
+
+    module.run(
+        model,
+        data=data,
+        recipe=recipe,
+        output=output,
+        resume=resume,
+        force=force,
+        dry_run=dry_run,
+        as_json=as_json,
+        processes=processes,
+        dtype=dtype,
+        report_to=report_to,
+        epochs=epochs,
+        max_steps=max_steps,
+        objective=objective,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        target_modules=tuple(target_modules.split(",")) if target_modules else None,
+        train_softmax_layers=train_softmax_layers or None,
+        lr=lr,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        packing=packing,
+        held_out=held_out,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        early_stop=early_stop,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapters; the newest one here by default.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The converted model. [default: the folder that the adapter names]")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder to write. [default: ./<model>-merged]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16. [default: as the weights are]")
+    ] = None,
+    link: Annotated[str, typer.Option(help="How untouched shards get there: auto, hard or copy.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that liger made.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Add LoRA adapters into the weights: a self-contained model, written shard by shard."""
+    from liger_cli import merge as module
+
+    module.run(adapters or None, base=base, output=output, dtype=dtype, link=link, force=force, as_json=as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe whole.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the fine-tuning recipes, or print one."""
+    from liger_cli import recipes as module
+
+    module.run(name, as_json=as_json)

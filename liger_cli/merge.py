@@ -1,0 +1,380 @@
+"""`liger merge`: add LoRA adapters into the weights, tensor by tensor, without ever loading the model.
+
+Shards without a trained tensor are linked. In the others every byte is copied as it is, but for the trained weights:
+those are read, summed with B A in float32 and rounded once to the base's dtype.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from liger_cli.checkpoint import INDEX, Shard, fingerprint, read_config, read_json, read_weights
+from liger_cli.errors import ModelError, UsageError
+from liger_cli.folders import resolve_model
+from liger_cli.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
+from liger_cli.outputs import LINKS, atomic_folder, check_output, place
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+COPIED = 16 << 20  # bytes copied at a time
+REPLACED = ("README.md", MANIFEST, "config.json")
+UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "fully trained modules",
+    "alora_invocation_tokens": "aLoRA",
+    "trainable_token_indices": "trained tokens",
+    "lora_bias": "LoRA biases",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, read but for its tensors.
+
+    Attributes:
+        scales: name of the weight in the base -> alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
+        transposed: the weights are stored [in, out] (`fan_in_fan_out`).
+    """
+
+    folder: Path
+    manifest: dict | None
+    config: dict
+    scales: dict[str, float]
+    transposed: bool
+
+
+def run(
+    adapters: list[str | Path] | str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    link: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+    as_json: bool = False,
+) -> dict:
+    """Merge and print what was written.
+
+    Args:
+        adapters: folders whose updates are added; the newest adapter here by default.
+        base: the converted model; by default the folder that the adapter names.
+        output: `<model>-merged` here by default.
+        dtype: of all the weights: `float32`, `float16` or `bfloat16`; each tensor's own by default.
+        link: how untouched shards get there: `auto`, `hard` or `copy`.
+        force: replace an output that liger made.
+    Returns:
+        The report (what `--json` prints).
+    Raises:
+        UsageError, ModelError (another base, an adapter that is no plain LoRA), OSError.
+    """
+    if link not in LINKS:
+        raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
+    given = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    folders = [resolve_model(one, "merge") for one in given or [None]]
+    read = [read_adapter(folder) for folder in folders]
+    model = find_base(read[0], base)
+    shards = read_weights(model)
+    found = fingerprint(shards)
+    for adapter in read:
+        _check_fits(adapter, model, shards, found)
+    target = Path(output) if output else Path(f"{model.name}-merged")
+    check_output(target, force, base=model)
+    report = merge(read, model, shards, found, target, dtype=dtype, link=link, force=force)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    elif not quiet:
+        print(
+            f"liger: wrote {target}: {report['merged_tensors']} weights merged, {report['linked_shards']} of "
+            f"{report['shards']} shards linked",
+            file=sys.stderr,
+        )
+    return report
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter's config and header. Raises ModelError where it is no plain LoRA."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"{folder} has no {ADAPTER_CONFIG}, so it is not an adapter; name what `liger finetune` wrote")
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; only LoRA can be merged")
+    for field, what in UNSUPPORTED.items():
+        if config.get(field):
+            raise ModelError(f"{folder} has {what} ({field}), which liger does not merge; use PEFT's merge_and_unload")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{folder} has trained biases, which liger does not merge; use PEFT's merge_and_unload")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder} lacks {ADAPTER_WEIGHTS}; an adapter in any other format is never opened")
+    names = _adapter_tensors(folder)
+    modules = sorted({name.rpartition(".lora_")[0] for name in names})
+    for module in modules:
+        if not {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= set(names):
+            raise ModelError(f"{folder}: {module} lacks one of its two LoRA matrices")
+    scales = {f"{module.removeprefix(PREFIX)}.weight": _scale(config, module) for module in modules}
+    return Adapter(folder, read_manifest(folder), config, scales, bool(config.get("fan_in_fan_out")))
+
+
+def find_base(adapter: Adapter, given: str | Path | None) -> Path:
+    """The folder of the converted model, resolved.
+
+    Raises:
+        UsageError: it is neither given nor where the adapter says.
+    """
+    named = given or (adapter.manifest or {}).get("base", {}).get("path") or adapter.config["base_model_name_or_path"]
+    folder = Path(str(named)).expanduser()
+    if not folder.is_dir() and given is None:
+        folder = Path(adapter.folder.resolve().parent, folder.name)  # both were moved together
+    if not folder.is_dir():
+        raise UsageError(f"the model {named} that {adapter.folder} was trained on is not there; name it with --base")
+    if "liger" not in read_config(folder.resolve()):
+        raise ModelError(f"{folder} is not linearized, so the adapter does not belong to it")
+    return folder.resolve()
+
+
+def merge(
+    adapters: list[Adapter],
+    model: Path,
+    shards: tuple[Shard, ...],
+    found: dict,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    link: str = "auto",
+    force: bool = False,
+) -> dict:
+    """Write the merged folder; parameters as for `run`, `found` is the fingerprint of `shards`."""
+    trained = {name for adapter in adapters for name in adapter.scales}
+    ways, linked = set(), 0
+    with atomic_folder(target, force) as folder:
+        for shard in shards:
+            converts = dtype is not None and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
+            if converts or trained & set(shard.tensors):
+                write_shard(shard, folder / shard.name, adapters, dtype)
+            else:
+                ways.add(place(shard.path, folder / shard.name, link))
+                linked += 1
+        for path in sorted(model.rglob("*")):
+            name = path.relative_to(model)
+            weights = name.suffix == ".safetensors" or name.name == INDEX
+            if path.is_dir() or str(name) in REPLACED or weights or name.parts[0].startswith((".", "__")):
+                continue
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            place(path, folder / name, "copy" if path.stat().st_size < 1 << 20 else link)
+        if len(shards) > 1 or (model / INDEX).is_file():
+            _write_index(folder, shards)
+        _write_config(model, folder, dtype)
+        manifest = _manifest(adapters, model, found, dtype, sorted(ways))
+        (folder / "README.md").write_text(_card(adapters, model, target), encoding="utf-8")
+        write_manifest(folder, manifest)
+    return {
+        "output": str(target),
+        "model": str(model),
+        "adapters": [str(adapter.folder) for adapter in adapters],
+        "dtype": dtype,
+        "merged_tensors": len(trained),
+        "shards": len(shards),
+        "linked_shards": linked,
+        "link": "+".join(sorted(ways)) or None,
+    }
+
+
+def write_shard(shard: Shard, target: Path, adapters: list[Adapter], dtype: str | None = None) -> None:
+    """Write one shard with the adapters merged in; at most one tensor is in memory.
+
+    Args:
+        dtype: convert every floating tensor; None keeps each tensor's own.
+    """
+    layout = json.loads(shard.header)
+    metadata = layout.pop("__metadata__", None)
+    start = 8 + len(shard.header)
+    names = sorted(layout, key=lambda name: layout[name]["data_offsets"])
+    header, position = ({"__metadata__": metadata} if metadata else {}), 0
+    for name in names:
+        tensor = shard.tensors[name]
+        kind = DTYPES[dtype] if dtype and tensor.dtype in DTYPES.values() else tensor.dtype
+        size = tensor.nbytes if kind == tensor.dtype else tensor.numel * (4 if kind == "F32" else 2)
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, position + size]}
+        position += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(shard.path, "rb") as reader, open(target, "xb") as writer:
+        writer.write(len(raw).to_bytes(8, "little") + raw)
+        for name in names:
+            first, last = layout[name]["data_offsets"]
+            touched = [adapter for adapter in adapters if name in adapter.scales]
+            if touched or header[name]["dtype"] != shard.tensors[name].dtype:
+                _write_merged(shard, name, touched, header[name]["dtype"], writer)
+            else:
+                reader.seek(start + first)
+                _copy(reader, writer, last - first)
+
+
+def _write_merged(shard: Shard, name: str, adapters: list[Adapter], kind: str, writer) -> None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(shard.path, framework="pt") as file:
+        weight = file.get_tensor(name)
+    merged = weight.float()
+    for adapter in adapters:
+        merged += delta(adapter, name)
+    if not torch.isfinite(merged).all():
+        raise ModelError(f"{name} is not finite once merged; the adapter is broken")
+    names = {value: key for key, value in DTYPES.items()}
+    merged = merged.to(getattr(torch, names[kind])).contiguous()
+    writer.write(merged.flatten().view(torch.uint8).numpy().data)
+
+
+def delta(adapter: Adapter, name: str):
+    """What an adapter adds to the weight `name`: scale * B A, a float32 tensor [out, in]."""
+    from safetensors import safe_open
+
+    module = PREFIX + name.removesuffix(".weight")
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        a = file.get_tensor(f"{module}.lora_A.weight").float()
+        b = file.get_tensor(f"{module}.lora_B.weight").float()
+    update = (b @ a) * adapter.scales[name]
+    return update.T if adapter.transposed else update
+
+
+def _check_fits(adapter: Adapter, model: Path, shards: tuple[Shard, ...], found: dict) -> None:
+    """Raises ModelError where the adapter was trained on other weights, or names tensors that are not there."""
+    wanted = (adapter.manifest or {}).get("fingerprint", {}).get("digest")
+    if wanted is None:
+        print(f"liger: {adapter.folder} records no fingerprint; only the shapes are checked", file=sys.stderr)
+    elif wanted != found["digest"]:
+        raise ModelError(f"{adapter.folder} was trained on other weights than those of {model}; name its own --base")
+    tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
+    shapes = {
+        name: tensor.shape for shard_ in _adapter_shards(adapter.folder) for name, tensor in shard_.tensors.items()
+    }
+    for name in adapter.scales:
+        module = PREFIX + name.removesuffix(".weight")
+        if name not in tensors:
+            raise ModelError(f"{adapter.folder} trains {name}, which {model} does not have")
+        rows, columns = shapes[f"{module}.lora_B.weight"][0], shapes[f"{module}.lora_A.weight"][1]
+        shape = (columns, rows) if adapter.transposed else (rows, columns)
+        if tensors[name].shape != shape:
+            raise ModelError(f"{adapter.folder}: the update of {name} is {shape}, the weight {tensors[name].shape}")
+
+
+def _adapter_shards(folder: Path) -> tuple[Shard, ...]:
+    from liger_cli.checkpoint import read_shard
+
+    return (read_shard(folder.resolve(), ADAPTER_WEIGHTS),)
+
+
+def _adapter_tensors(folder: Path) -> list[str]:
+    names = [name for shard in _adapter_shards(folder) for name in shard.tensors]
+    for name in names:
+        if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ModelError(f"{folder} holds {name}, which is not LoRA of a linear layer; use PEFT's merge_and_unload")
+    if not names:
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is empty")
+    return names
+
+
+def _scale(config: dict, module: str) -> float:
+    """alpha / r of one module, with PEFT's patterns for single modules."""
+    rank = _pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: dict | None, module: str, default):
+    from peft.utils.other import get_pattern_key
+
+    name = module.removeprefix(PREFIX)
+    return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), name), default)
+
+
+def _copy(reader, writer, count: int) -> None:
+    while count:
+        block = reader.read(min(count, COPIED))
+        if not block:
+            raise ModelError(f"{reader.name} ended early; it was changed while it was read")
+        writer.write(block)
+        count -= len(block)
+
+
+def _write_index(folder: Path, shards: tuple[Shard, ...]) -> None:
+    written = read_headers(folder, shards)
+    total = sum(tensor.nbytes for shard in written for tensor in shard.tensors.values())
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: shard.name for shard in shards for name in shard.tensors},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def read_headers(folder: Path, shards: tuple[Shard, ...]) -> list[Shard]:
+    """The written shards, read again: each has to be whole."""
+    from liger_cli.checkpoint import read_shard
+
+    return [read_shard(folder.resolve(), shard.name) for shard in shards]
+
+
+def _write_config(model: Path, folder: Path, dtype: str | None) -> None:
+    config = read_config(model)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(adapters: list[Adapter], model: Path, found: dict, dtype: str | None, ways: list[str]) -> dict:
+    """`base` is the original checkpoint that the model was converted from, so that it can be compared with."""
+    converted = read_manifest(model) or {}
+    original = converted.get("base") or {}
+    return new_manifest(
+        "merged",
+        base={**original, "fingerprint": original.get("fingerprint") or converted.get("fingerprint")},
+        model={"path": str(model), "fingerprint": found},
+        adapters=[
+            {
+                "path": str(adapter.folder.resolve()),
+                "settings": (adapter.manifest or {}).get("settings"),
+                "sha256": _sha256(adapter.folder / ADAPTER_WEIGHTS),
+            }
+            for adapter in adapters
+        ],
+        settings={"dtype": dtype, "link": "+".join(ways) or None, **_layers(converted)},
+    )
+
+
+def _layers(converted: dict) -> dict:
+    layers = (converted.get("settings") or {}).get("layers")
+    return {"layers": layers} if layers else {}
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
+
+
+def _card(adapters: list[Adapter], model: Path, target: Path) -> str:
+    """The converted model's card with a section on the merge."""
+    card = model / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else f"# {target.name}\n"
+    lines = []
+    for adapter in adapters:
+        settings = (adapter.manifest or {}).get("settings") or {}
+        recipe = (settings.get("recipe") or {}).get("name", "unknown")
+        lines.append(f"- `{adapter.folder.name}`: recipe `{recipe}`, data `{settings.get('data', 'unknown')}`")
+    return (
+        f"{text.rstrip()}\n\n## Fine-tuned\n\nThese LoRA adapters are merged into the weights:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
