@@ -27,7 +27,7 @@ def window_attention(
         sink_logits: [Hq] learned logits that take part in the softmax's denominator only (GPT-OSS).
         sinks: (keys, values, age) of the first tokens of the text, [B, Hkv, N, D] twice and [B, N] int: how far each
             lies before query 0, hugely negative where the slot is empty. Visible once they have left the window.
-        need_lse: also return the log of the softmax's denominator, float32.
+        need_lse: also return the log of the softmax's denominator, in float32 or better.
     Returns:
         o [B, Hq, T, D] in q's dtype, and lse [B, Hq, T] or None.
     """
@@ -127,8 +127,8 @@ def _band(groups: int, rows: int, keys: int, window: int, dtype, device):
         row = torch.arange(keys - rows, keys)[:, None]
         column = torch.arange(keys)
         hidden = (column > row) | (column <= row - window)
-        bias = torch.zeros(rows, keys).masked_fill(hidden, torch.finfo(dtype).min)
-        return bias.repeat(groups, 1)[None, None, None].to(device, dtype)
+        bias = torch.zeros(rows, keys, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        return bias.repeat(groups, 1)[None, None, None].to(device)
 
 
 def _append_sinks(k, v, bias, sinks, groups, rows, window):
@@ -162,10 +162,11 @@ def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse):
     else:
         scores = (q @ k.transpose(-1, -2)) * (scaling / softcap)
         scores = scores.tanh() * softcap + bias
-    lse = scores.float().logsumexp(-1) if need_lse or sink_logits is not None else None
-    weights = scores.softmax(-1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    lse = scores.to(exact).logsumexp(-1) if need_lse or sink_logits is not None else None
+    weights = scores.softmax(-1, dtype=exact)
     if sink_logits is not None:
-        logits = sink_logits.float().view(1, k.shape[1], 1, groups, 1)
+        logits = sink_logits.to(exact).view(1, k.shape[1], 1, groups, 1)
         logits = logits.expand(-1, -1, -1, -1, shape[3] // groups).reshape(1, k.shape[1], 1, -1)
         weights = weights * (lse - logits).sigmoid().unsqueeze(-1)
         lse = torch.logaddexp(lse, logits)
