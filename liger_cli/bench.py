@@ -1,0 +1,270 @@
+"""`liger bench`: prefill, decoding at growing positions, cache and memory of a model and of its softmax base."""
+
+import json
+import os
+import platform
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from liger_cli.columns import Subject, open_subject
+from liger_cli.contest import PREFILL_CHUNK, Decoding, OutOfTime, Side, cache_bytes, cache_shapes
+from liger_cli.errors import UsageError
+from liger_cli.folders import resolve_model
+from liger_cli.memory import PeakMemory, available
+from liger_cli.progress import progress
+from liger_cli.report import FORMATS, bench_notes, bench_tables, print_tables
+from liger_cli.results import stamp
+
+FIRST_POSITION = 1024
+MAX_PREFILLS = 3  # runs of one prefill at most
+PREFILL_SECONDS = 10.0  # a prefill is repeated only while it took less in all
+MEMORY_SHARE = 0.8  # of the free memory that caches may take
+
+
+def run(
+    model: str | None = None,
+    *,
+    seq_len: int = 32768,
+    batch_size: int = 1,
+    new_tokens: int = 16,
+    repetitions: int = 5,
+    base_limit: float = 60.0,
+    device: str = "auto",
+    dtype: str = "auto",
+    output_format: str = "table",
+    save: bool = True,
+) -> dict:
+    """Measure, print, and put results, plot and model card section into the model's folder. Parameters as for `bench`.
+
+    Args:
+        model: a folder; the newest fitting one in the current folder by default.
+        output_format: `table`, `md`, `json` or `csv`.
+        save: write `results.json`, the plots and the model card's section into the folder.
+    """
+    if output_format not in FORMATS:
+        raise UsageError(f"--format is {output_format!r}, but has to be one of {', '.join(FORMATS)}")
+    folder = resolve_model(model, "bench")
+    subject = open_subject(folder, device=device, dtype=dtype, original=False)
+    result = bench(
+        subject,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        base_limit=base_limit,
+    )
+    notes = bench_notes(result)
+    if save:
+        from liger_cli.card import keep_result
+
+        notes += keep_result(folder, "bench", result)
+    if output_format == "json":
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        print_tables(bench_tables(result), output_format, tuple(notes))
+    return result
+
+
+def bench(
+    subject: Subject,
+    *,
+    seq_len: int = 32768,
+    batch_size: int = 1,
+    new_tokens: int = 16,
+    repetitions: int = 5,
+    base_limit: float = 60.0,
+) -> dict:
+    """Measure the model and, with the same weights, its softmax base.
+
+    Args:
+        seq_len: the longest position; the others are 1024, 2048, 4096 ... below it.
+        batch_size: sequences at once.
+        new_tokens: steps of each repetition, whose median is one figure.
+        repetitions: figures that mean and spread are taken from.
+        base_limit: seconds after which a prefill is stopped; longer ones are then not tried.
+    Returns:
+        What `--json` prints: `rows`, one for each side and position.
+    """
+    for option, value in (
+        ("--seq-len", seq_len),
+        ("--batch-size", batch_size),
+        ("--new-tokens", new_tokens),
+        ("--repetitions", repetitions),
+    ):
+        if value < 1:
+            raise UsageError(f"{option} is {value}, but has to be 1 or more")
+    if base_limit <= 0:
+        raise UsageError(f"--base-limit is {base_limit}, but has to be more than 0 seconds")
+    model = subject.liger_model
+    device = str(model.device)
+    weights = sum(x.numel() * x.element_size() for x in subject.model.parameters())
+    sides = [
+        Side(which, _activation(subject, which), chunk, model.config.vocab_size, device, batch_size)
+        for which, chunk in (("model", PREFILL_CHUNK), ("base", None))
+    ]
+    positions = grown_positions(seq_len)
+    rows: dict[tuple[str, int], dict] = {}
+    with progress("prefill", len(sides) * len(positions)) as step:
+        for side in sides:
+            _prefills(side, positions, base_limit, PeakMemory(device, weights), rows, step)
+    ready = [contestant for side in sides for contestant in _decodings(side, positions, rows, device)]
+    _race(ready, new_tokens, repetitions, base_limit, rows)
+    return {
+        **stamp(),
+        "model": {**subject.describe(), "weight_bytes": weights},
+        "settings": {
+            "seq_len": seq_len,
+            "batch_size": batch_size,
+            "new_tokens": new_tokens,
+            "repetitions": repetitions,
+            "base_limit_s": base_limit,
+            "prefill_chunk": {side.which: side.chunk for side in sides},
+        },
+        "machine": machine(device),
+        "rows": list(rows.values()),
+    }
+
+
+def grown_positions(seq_len: int) -> list[int]:
+    """1024, 2048, 4096 ... and the last one; a shorter length stands alone."""
+    positions = [seq_len]
+    position = FIRST_POSITION
+    while position < seq_len:
+        positions.append(position)
+        position *= 2
+    return sorted(positions)
+
+
+def machine(device: str) -> dict:
+    """What the figures were measured on."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return {"device": device, "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _activation(subject: Subject, which: str) -> Callable:
+    return lambda: subject.column(which)
+
+
+def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, rows: dict, step) -> None:
+    """Fill in a row for each position: prefill time, and the cache and the peak memory that came of it."""
+    side.prefill(min(positions[0], 256), float("inf"))  # warm-up
+    stopped = None
+    for position in positions:
+        row = rows[side.which, position] = {
+            "which": side.which,
+            "position": position,
+            "latency_ms": None,
+            "latency_note": None,
+            "prefill_s": None,
+            "prefill_note": stopped,
+            "prefill_tokens_per_s": None,
+            "cache_bytes": None,
+            "cache_shapes": None,
+            "peak_bytes": None,
+            "cache": None,
+        }
+        seconds: list[float] = []
+        try:
+            while stopped is None and len(seconds) < MAX_PREFILLS and sum(seconds) < PREFILL_SECONDS:
+                row["cache"] = None
+                peak.start()
+                taken, row["cache"] = side.prefill(position, limit)
+                seconds.append(taken)
+                row["cache_bytes"], row["cache_shapes"] = cache_bytes(row["cache"]), cache_shapes(row["cache"])
+                side.step(row["cache"])
+                row["peak_bytes"] = peak.stop()
+        except OutOfTime:
+            row["prefill_note"] = f"stopped after {limit:g} s"
+            stopped = f"not tried: {position} tokens took more than {limit:g} s"
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            row["cache"] = None
+            row["prefill_note"] = "out of memory"
+            stopped = f"not tried: {position} tokens were out of memory"
+        if seconds:
+            row["prefill_s"] = spread(seconds)
+            row["prefill_tokens_per_s"] = side.batch_size * position / statistics.mean(seconds)
+        if side.which == "base":
+            row["cache"] = None  # grows with the text; decoding makes one for all positions
+        step()
+
+
+def _decodings(side: Side, positions: list[int], rows: dict, device: str) -> list[Decoding]:
+    """A cache at every position that fits into memory.
+
+    The model's are those that prefill left. The base's are parts of one that holds random keys and values: a step takes
+    as long whatever their values are.
+    """
+    ready: list[Decoding] = []
+    longest = None
+    for position in reversed(positions):
+        row = rows[side.which, position]
+        cache = row.pop("cache")
+        if cache is None:
+            per_token, free = side.token_bytes(), available(device)
+            if longest is None and free is not None and 2 * position * per_token > MEMORY_SHARE * free:
+                row["latency_note"] = "its cache does not fit into memory"
+                continue
+            longest = longest or side.filled_cache(position)
+            cache = side.shortened(longest, position)
+            row["cache_bytes"], row["cache_shapes"] = cache_bytes(cache), cache_shapes(cache)
+        ready.append(Decoding(side, position, cache))
+    return ready[::-1]
+
+
+def _race(ready: list[Decoding], new_tokens: int, repetitions: int, limit: float, rows: dict) -> None:
+    """Take the steps of all contestants in turn, so that a busy moment of the machine meets them all alike."""
+    running = []
+    for contestant in ready:
+        contestant.step()  # warm-up
+        if contestant.step() * new_tokens * repetitions > limit:
+            row = rows[contestant.side.which, contestant.position]
+            row["latency_note"] = f"not measured: {new_tokens * repetitions} steps take more than {limit:g} s"
+        else:
+            running.append(contestant)
+    figures: dict[int, list[float]] = {index: [] for index in range(len(running))}
+    order = list(figures)
+    shuffle = random.Random(0).shuffle
+    with progress("decoding", repetitions * new_tokens) as step:
+        for _ in range(repetitions):
+            taken: dict[int, list[float]] = {index: [] for index in order}
+            for _ in range(new_tokens):
+                shuffle(order)
+                for index in order:
+                    taken[index].append(1e3 * running[index].step())
+                step()
+            for index, milliseconds in taken.items():
+                figures[index].append(statistics.median(milliseconds))
+    for index, contestant in enumerate(running):
+        rows[contestant.side.which, contestant.position]["latency_ms"] = spread(figures[index])
+
+
+def spread(values: list[float]) -> dict:
+    """`{mean, std, median, runs}`; the standard deviation of a single run is None."""
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "median": statistics.median(values),
+        "runs": len(values),
+    }
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

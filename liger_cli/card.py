@@ -1,0 +1,51 @@
+"""The results section of a model card, made anew from the folder's results file by every eval and bench."""
+
+import sys
+from pathlib import Path
+
+from liger_cli.plots import bench_plot, recall_plot
+from liger_cli.report import bench_notes, bench_tables, eval_notes, eval_tables
+from liger_cli.results import keep, read_results, rewrite_card
+
+PLOTS = {"eval": recall_plot, "bench": bench_plot}
+
+
+def keep_result(folder: Path, part: str, result: dict) -> list[str]:
+    """Put a result, its plots and the card's section into the folder; return sentences that say where they are.
+
+    A folder that cannot be written to is a sentence on stderr, not a failure: the figures are printed anyway.
+    """
+    try:
+        result["plots"] = PLOTS[part](result, folder)
+        path = keep(folder, part, result)
+        refresh_card(folder)
+    except OSError as error:
+        print(f"liger: the results could not be kept in {folder}: {error.strerror or error}", file=sys.stderr)
+        return []
+    return [
+        f"wrote {', '.join(str(folder / plot) for plot in result['plots']) or 'no plot'}, {path} and the model card"
+    ]
+
+
+def refresh_card(folder: Path) -> Path:
+    """Rewrite the section from `results.json`. Raises OSError where the folder cannot be written to."""
+    return rewrite_card(folder, section(read_results(folder), folder))
+
+
+def section(results: dict, folder: Path) -> str:
+    """Markdown: every table, the notes under them, and the plots that lie in the folder."""
+    parts = ["## Results"]
+    for name, title, tables, notes in (
+        ("eval", "Evaluation", eval_tables, eval_notes),
+        ("bench", "Speed and memory", bench_tables, bench_notes),
+    ):
+        if name not in results:
+            continue
+        result = results[name]
+        parts.append(f"### {title}")
+        parts += [table.markdown() for table in tables(result)]
+        parts += notes(result)
+        parts += [f"![{title}]({plot})" for plot in result.get("plots", []) if plot.endswith(".png")]
+        versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
+        parts.append(f"Measured {result['created'][:16].replace('T', ' ')} UTC with {versions}.")
+    return "\n\n".join(parts)

@@ -1,0 +1,227 @@
+"""A model beside its controls: the base, the model itself and the window alone, with one copy of the weights.
+
+A converted folder or an adapter holds the base's weights, so the base is the softmax switch with LoRA off. A merge
+changes the weights: then the base is the checkpoint that `liger.json` names, if its fingerprint still matches.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liger_cli.checkpoint import fingerprint, read_json, read_weights
+from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
+from liger_cli.manifest import read_manifest
+
+COLUMNS = ("base", "model", "window_only")
+TITLES = {"base": "base", "model": "model", "window_only": "window only"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASE, TUNED = "base", "softmax, tuned weights"
+
+
+@dataclass
+class Subject:
+    """An opened model.
+
+    Attributes:
+        folder: what was opened.
+        kind: `converted`, `adapter` or `merged`.
+        model: the Liger model, wrapped by PEFT for an adapter.
+        tokenizer: its tokenizer.
+        original: the base as a model of its own, where the switch cannot give it back, else None.
+        base_label: `base`, or `softmax, tuned weights` where the original is not at hand; then there is no recovery.
+        base_source: where the base column comes from, in words.
+        fingerprint: of the weights that the folder holds.
+    """
+
+    folder: Path
+    kind: str
+    model: Any
+    tokenizer: Any
+    original: Any = None
+    base_label: str = BASE
+    base_source: str = "the softmax switch"
+    fingerprint: dict = field(default_factory=dict)
+
+    @property
+    def liger_model(self):
+        """The Liger model without PEFT's wrapper."""
+        return self.model.get_base_model() if self.kind == "adapter" else self.model
+
+    @property
+    def has_recovery(self) -> bool:
+        return self.base_label == BASE
+
+    @contextmanager
+    def column(self, name: str) -> Iterator[Any]:
+        """The model to run for a column of `COLUMNS`; the attention mode is set back to `liger` afterwards."""
+        if name == "base" and self.original is not None:
+            yield self.original
+            return
+        with ExitStack() as stack:
+            if name == "base" and self.kind == "adapter":
+                stack.enter_context(self.model.disable_adapter())
+            stack.callback(self.liger_model.set_attention_mode, "liger")
+            self.liger_model.set_attention_mode({"base": "softmax", "model": "liger", "window_only": "window"}[name])
+            yield self.model
+
+    def describe(self) -> dict:
+        """The part of a results file that says what was measured."""
+        return {
+            "folder": str(self.folder),
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.liger_model.dtype).removeprefix("torch."),
+            "device": str(self.liger_model.device),
+            "base_column": {"label": self.base_label, "source": self.base_source},
+        }
+
+
+def open_subject(
+    folder: Path, *, against: str | None = None, device: str = "auto", dtype: str = "auto", original: bool = True
+) -> Subject:
+    """Open a folder that liger made, in evaluation mode.
+
+    Args:
+        folder: a converted, an adapter or a merged folder.
+        against: the base to compare with, a folder or a hub id; by default the folder's own.
+        device: `auto` (CUDA where there is one), or a torch device.
+        dtype: `auto` (the checkpoint's; float32 on a CPU), or one of `DTYPES`.
+        original: look for the base of a merged folder. Without it the base column is the softmax switch.
+    Raises:
+        UsageError: not such a folder. ModelError: it is broken. SetupError: no such device.
+    """
+    from transformers.utils import logging
+
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UsageError(f"{folder} has no liger.json; name a folder that liger made, or convert a base first")
+    device = pick_device(device)
+    torch_dtype = pick_dtype(device, dtype)
+    logging.disable_progress_bar()
+    kind = manifest["kind"]
+    weights = adapter_base(folder, manifest) if kind == "adapter" else folder
+    model = _load_liger(weights, torch_dtype, device)
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").exists() else weights, model.config)
+    if kind == "adapter":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    subject = Subject(folder, kind, model.eval(), tokenizer, fingerprint=_fingerprint(weights))
+    if kind == "adapter":
+        subject.base_source = "the softmax switch with LoRA off"
+    if kind != "merged" and subject.fingerprint != (read_manifest(weights) or {}).get("fingerprint"):
+        subject.base_label = TUNED
+        subject.base_source = f"the softmax switch; the weights in {weights} are not the ones that were converted"
+    if against is not None:
+        subject.original = _load_original(_base_folder(against), torch_dtype, device)
+        subject.base_label, subject.base_source = BASE, against
+    elif kind == "merged" and original:
+        base = named_base(manifest)
+        if base is None:
+            subject.base_label = TUNED
+            subject.base_source = "the softmax switch; the base that liger.json names is not there or has changed"
+        else:
+            subject.original = _load_original(base, torch_dtype, device)
+            subject.base_source = str(base)
+    elif kind == "merged":
+        subject.base_label, subject.base_source = TUNED, "the softmax switch"
+    return subject
+
+
+def adapter_base(folder: Path, manifest: dict) -> Path:
+    """The converted folder an adapter belongs to: as `liger.json` names it, else as PEFT's own config does.
+
+    Raises:
+        ModelError: neither is there; the sentence names both.
+    """
+    named = [manifest.get("base", {}).get("path")]
+    config = folder / "adapter_config.json"
+    if config.exists():
+        named.append(read_json(config).get("base_model_name_or_path"))
+    named = [name for name in named if isinstance(name, str) and name]
+    for name in named:
+        for candidate in (Path(name), folder / name, folder.parent / name, folder.parent / Path(name).name):
+            if (candidate / "config.json").is_file() and read_manifest(candidate) is not None:
+                return candidate
+    raise ModelError(
+        f"{folder}: the converted model it was trained on is not at {' or '.join(named) or 'any known place'}"
+    )
+
+
+def named_base(manifest: dict) -> Path | None:
+    """The original checkpoint of a merged folder, or None where it is gone or its weights are others by now."""
+    base = manifest.get("base") or {}
+    wanted = base.get("fingerprint") or manifest.get("base_fingerprint")
+    path = base.get("path")
+    if not wanted or not isinstance(path, str) or not Path(path).is_dir():
+        return None
+    try:
+        return Path(path) if fingerprint(read_weights(Path(path))) == wanted else None
+    except (LigerError, OSError):
+        return None
+
+
+def load_tokenizer(folder: Path, config):
+    """The tokenizer of a folder, without running code found there."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} has no tokenizer that can be loaded: {error}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def pick_device(device: str) -> str:
+    """`auto` becomes `cuda` where there is one, else `cpu`. Raises SetupError for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sentence = str(error).strip().splitlines()[0]
+        raise SetupError(f"--device {device} cannot be used: {sentence}") from None
+    return device
+
+
+def pick_dtype(device: str, dtype: str):
+    """The dtype to load in: `auto` is the checkpoint's own, but float32 on a CPU, where half precision is slow."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    return getattr(torch, dtype)
+
+
+def _load_liger(folder: Path, dtype, device: str):
+    from liger_cli.modeling import load_model
+
+    return load_model(folder, dtype=dtype).to(device).eval()
+
+
+def _load_original(folder: Path, dtype, device: str):
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the base {folder} cannot be loaded: {error}") from None
+    return model.to(device).eval()
+
+
+def _base_folder(name: str) -> Path:
+    from liger_cli.hub import find_base
+
+    return Path(find_base(name).folder)
+
+
+def _fingerprint(folder: Path) -> dict:
+    return fingerprint(read_weights(folder))

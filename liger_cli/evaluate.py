@@ -1,0 +1,164 @@
+"""`liger eval`: perplexity, agreement, recall and harness tasks of a model beside its base and its window alone."""
+
+import json
+from pathlib import Path
+
+from liger_cli.columns import COLUMNS, Subject, open_subject
+from liger_cli.errors import UsageError
+from liger_cli.folders import resolve_model
+from liger_cli.progress import progress
+from liger_cli.recall import KINDS, METHODS, generated_count, measure
+from liger_cli.report import FORMATS, eval_notes, eval_tables, print_tables
+from liger_cli.results import stamp
+from liger_cli.scoring import batch_size_for, make_rows, read_texts, score
+from liger_cli.shipped.probes import DISTANCES, held_out_text
+from liger_cli.shipped.text import TEST_SEED
+
+SEQ_LEN = 1024
+SHIPPED_CHARACTERS = 60_000
+COUNT = 32
+
+
+def run(
+    model: str | None = None,
+    *,
+    against: str | None = None,
+    perplexity: str | None = None,
+    recall: bool = False,
+    agreement: bool = False,
+    seq_len: int = SEQ_LEN,
+    distances: tuple[int, ...] = DISTANCES,
+    count: int = COUNT,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    output_format: str = "table",
+    save: bool = True,
+) -> dict:
+    """Evaluate, print, and put the results into the model's folder. Parameters as for `evaluate`.
+
+    Args:
+        model: a folder; the newest fitting one in the current folder by default.
+        perplexity: a file whose perplexity is measured, instead of the shipped held-out text.
+        recall, agreement: parts to run; all parts where none is asked for.
+        output_format: `table`, `md`, `json` or `csv`.
+        save: write `results.json` and the model card's section into the folder.
+    """
+    if output_format not in FORMATS:
+        raise UsageError(f"--format is {output_format!r}, but has to be one of {', '.join(FORMATS)}")
+    folder = resolve_model(model, "eval")
+    parts = {"perplexity": perplexity is not None, "recall": recall, "agreement": agreement}
+    if not any(parts.values()):
+        parts = dict.fromkeys(parts, True)
+    subject = open_subject(folder, against=against, device=device, dtype=dtype)
+    result = evaluate(
+        subject,
+        parts=tuple(name for name, wanted in parts.items() if wanted),
+        text=perplexity,
+        seq_len=seq_len,
+        distances=distances,
+        count=count,
+        seed=TEST_SEED if seed is None else seed,
+        batch_size=batch_size,
+    )
+    notes = eval_notes(result)
+    if save:
+        from liger_cli.card import keep_result
+
+        notes += keep_result(folder, "eval", result)
+    if output_format == "json":
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        print_tables(eval_tables(result), output_format, tuple(notes))
+    return result
+
+
+def evaluate(
+    subject: Subject,
+    *,
+    parts: tuple[str, ...] = ("perplexity", "agreement", "recall"),
+    text: str | None = None,
+    seq_len: int = SEQ_LEN,
+    distances: tuple[int, ...] = DISTANCES,
+    count: int = COUNT,
+    kinds: tuple[str, ...] = KINDS,
+    methods: tuple[str, ...] = METHODS,
+    seed: int = TEST_SEED,
+    batch_size: int | None = None,
+) -> dict:
+    """Measure the parts and return what `--json` prints.
+
+    Args:
+        text: a file; the shipped held-out text by default.
+        seq_len: tokens a row of the text.
+        distances: of the recall probes, in tokens.
+        count: probes of each kind and distance.
+        batch_size: sequences a pass; as many as fit by default.
+    """
+    _check_positive("--seq-len", seq_len)
+    _check_positive("--batch-size", batch_size)
+    _check_positive("--count", count)
+    result = {**stamp(), "seed": seed, "model": subject.describe()}
+    if "perplexity" in parts or "agreement" in parts:
+        result |= _score(subject, parts, text, seq_len, batch_size)
+    if "recall" in parts:
+        steps = len(kinds) * len(distances) * len(COLUMNS) * len(methods)
+        with progress("recall", steps) as step:
+            found = measure(
+                subject,
+                distances,
+                count=count,
+                kinds=kinds,
+                methods=methods,
+                seed=seed,
+                batch_size=batch_size or 16,
+                step=step,
+            )
+        counts = {"teacher_forced": count, "generation": generated_count(count)}
+        result["recall"] = {**found, "recovery": _recovery(found, subject), "count": counts}
+    return result
+
+
+def _score(subject: Subject, parts, text: str | None, seq_len: int, batch_size: int | None) -> dict:
+    name = "the shipped held-out text" if text is None else str(text)
+    texts = held_out_text(SHIPPED_CHARACTERS) if text is None else read_texts(Path(text))
+    rows = make_rows(subject.tokenizer, texts, seq_len)
+    size = batch_size_for(rows, subject.liger_model.config.vocab_size, batch_size)
+    with progress("perplexity", -(-len(rows.ids) // size) * len(COLUMNS)) as step:
+        found = score(subject, rows, batch_size=batch_size, agreement="agreement" in parts, step=step)
+    scored = {"name": name, "tokens": rows.tokens, "bytes": rows.nbytes, "seq_len": seq_len}
+    if "perplexity" not in parts:
+        del found["perplexity"]
+    for part, values in found.items():
+        values["recovery"] = None
+        values["text"] = scored
+        if part == "agreement":
+            values["recovery"] = values["model"]["top1"] if subject.has_recovery else None
+        elif subject.has_recovery:
+            values["recovery"] = _ratios(values["base"], values["model"])
+    return found
+
+
+def _recovery(found: dict, subject: Subject):
+    return _ratios(found["model"], found["base"]) if subject.has_recovery else None
+
+
+def _ratios(over, under):
+    """The same nested figures, divided; None where the divisor is 0."""
+    if isinstance(over, dict):
+        return {name: _ratios(over[name], under[name]) for name in over}
+    return over / under if under else None
+
+
+def _check_positive(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UsageError(f"{option} is {value}, but has to be 1 or more")
+
+
+def parse_distances(text: str) -> tuple[int, ...]:
+    """`16,64,256` as numbers. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--recall-distances is {text!r}, but has to be a list of tokens such as 64,256,1024")
+    return tuple(sorted({int(part) for part in parts}))

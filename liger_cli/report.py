@@ -1,0 +1,235 @@
+"""Tables of results for people, as text, Markdown or CSV, made from the JSON that the commands print."""
+
+import csv
+import io
+import sys
+from dataclasses import dataclass, field
+
+from liger_cli.columns import TITLES
+
+FORMATS = ("table", "md", "json", "csv")
+
+
+@dataclass
+class Table:
+    """One table: a title, a header, rows of strings; the first column is left-aligned."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [f"**{self.title}**", "", _markdown_row(self.header)]
+        lines.append("|" + "---|" + "---:|" * (len(self.header) - 1))
+        return "\n".join([*lines, *map(_markdown_row, self.rows)])
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([self.header, *self.rows])
+        return text.getvalue()
+
+    def rich(self):
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD)
+        for index, name in enumerate(self.header):
+            table.add_column(Text(name), justify="right" if index else "left", no_wrap=index == 0)
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+
+def print_tables(tables: list[Table], output_format: str = "table", notes: tuple[str, ...] = ()) -> None:
+    """Print tables to stdout; notes follow them (for CSV on stderr)."""
+    if output_format == "table":
+        from rich.console import Console
+
+        console = Console(highlight=False, markup=False)
+        for table in tables:
+            console.print(table.rich())
+        for note in notes:
+            console.print(note, soft_wrap=True)
+        return
+    if output_format == "md":
+        print("\n\n".join([table.markdown() for table in tables] + list(notes)))
+        return
+    print("\n".join(table.csv() for table in tables), end="")
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """A perplexity or a divergence: three decimals where small, none where huge."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def eval_tables(result: dict) -> list[Table]:
+    """Every table of one evaluation: base, model, window only, recovery."""
+    titles = {**TITLES, "base": result["model"]["base_column"]["label"]}
+    columns = [name for name in TITLES if any(name in result.get(part, {}) for part in PARTS)]
+    head = [titles[name] for name in columns]
+    tables = []
+    for part, make in PARTS.items():
+        if part in result:
+            tables += make(result, columns, head)
+    return tables
+
+
+def _perplexity_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
+    values = result["perplexity"]
+    recovery = values["recovery"]
+    source = values["text"]
+    table = Table(
+        f"perplexity of {source['name']} ({source['tokens']:,} tokens, rows of {source['seq_len']})",
+        ["", *head, "recovery"],
+    )
+    rows = [("a token", lambda column: column["token"]), ("a byte", lambda column: column["byte"])]
+    for bucket in values["model"]["by_position"]:
+        rows.append((f"at tokens {bucket}", lambda column, bucket=bucket: column["by_position"][bucket]))
+    for name, pick in rows:
+        shown = "-" if recovery is None else percent(pick(recovery))
+        table.rows.append([name, *(number(pick(values[column])) for column in columns), shown])
+    return [table]
+
+
+def _agreement_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
+    values = result["agreement"]
+    table = Table(f"agreement with the {head[0]} column on the same text", ["", *head])
+    table.rows.append(["KL divergence, nats a token", *(number(values[column]["kl"]) for column in columns)])
+    table.rows.append(["same most likely token", *(percent(values[column]["top1"]) for column in columns)])
+    return [table]
+
+
+RECALL_TITLES = {
+    "single": "one fact",
+    "key_value": "one of four facts",
+    "multi": "all of four facts",
+    "copy": "copying",
+}
+METHOD_TITLES = {"teacher_forced": "teacher-forced", "generation": "generated"}
+
+
+def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
+    values = result["recall"]
+    tables = []
+    for method, title in METHOD_TITLES.items():
+        table = Table(
+            f"recall, {title}: exact answers by distance in tokens ({values['count'][method]} probes each)",
+            ["probe", "distance", *head, "recovery"],
+        )
+        for kind, methods in values["model"].items():
+            for distance in methods.get(method, {}):
+                cells = [values[column][kind][method][distance] for column in columns]
+                recovery = values["recovery"] and values["recovery"][kind][method][distance]
+                table.rows.append([RECALL_TITLES[kind], distance, *map(percent, cells), percent(recovery)])
+        if table.rows:
+            tables.append(table)
+    return tables
+
+
+def _task_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
+    values = result["tasks"]
+    table = Table("lm-evaluation-harness", ["task", "metric", *head, "recovery"])
+    for task, metrics in values["model"].items():
+        for metric in metrics:
+            cells = []
+            for column in columns:
+                figure = values[column][task][metric]
+                spread = "" if figure["stderr"] is None else f" ± {100 * figure['stderr']:.1f}"
+                cells.append(f"{100 * figure['value']:.1f}{spread}")
+            recovery = values["recovery"] and values["recovery"][task].get(metric)
+            table.rows.append([task, metric, *cells, percent(recovery)])
+    return [table]
+
+
+PARTS = {
+    "perplexity": _perplexity_tables,
+    "agreement": _agreement_tables,
+    "recall": _recall_tables,
+    "tasks": _task_tables,
+}
+
+
+def eval_notes(result: dict) -> list[str]:
+    """Sentences that belong under the tables."""
+    column = result["model"]["base_column"]
+    notes = [f"{column['label']}: {column['source']}. window only: the same weights with the recurrent branch off."]
+    if column["label"] != "base":
+        notes.append("The original base is not at hand, so no recovery is shown; name it with --against.")
+    return notes
+
+
+def bench_tables(result: dict) -> list[Table]:
+    """Model and base side by side: decoding, prefill, cache and peak memory at every position."""
+    rows = {(row["which"], row["position"]): row for row in result["rows"]}
+    settings = result["settings"]
+    where = f"{result['model']['folder']}, {result['model']['dtype']}, batch {settings['batch_size']}"
+    tables = []
+    for title, columns in BENCH_TABLES.items():
+        header = ["tokens", *(f"{which}, {unit}" for _, unit, _, _ in columns for which in SIDES)]
+        table = Table(f"{title}: {where}", header)
+        for position in sorted({row["position"] for row in result["rows"]}):
+            both = [rows[which, position] for which in SIDES]
+            cells = [show(row[name], row.get(note)) for name, _, note, show in columns for row in both]
+            table.rows.append([str(position), *cells])
+        tables.append(table)
+    return tables
+
+
+SIDES = ("model", "base")
+
+
+def bench_notes(result: dict) -> list[str]:
+    """Sentences that belong under the table."""
+    machine, settings = result["machine"], result["settings"]
+    notes = [
+        f"{machine['name']}, {machine['threads']} threads. Base: the same weights run as softmax attention with a "
+        f"growing cache. Decoding: medians of {settings['new_tokens']} interleaved steps, mean and standard deviation "
+        f"of {settings['repetitions']}; the base's cache is filled with random numbers, since a step takes as long "
+        "whatever they are. Peak: weights and all that was allocated while reading the text and decoding a token.",
+    ]
+    stopped = [
+        f"{row['which']} at {row['position']} tokens: {what} {row[name]}"
+        for row in result["rows"]
+        for name, what in (("prefill_note", "prefill"), ("latency_note", "decoding"))
+        if row[name]
+    ]
+    return notes + ([". ".join(stopped) + "."] if stopped else [])
+
+
+def _spread(figure: dict | None, note: str | None) -> str:
+    if figure is None:
+        return (note or "-").partition(":")[0]
+    spread = "" if figure["std"] is None else f" ± {figure['std']:.2g}"
+    return f"{figure['mean']:.3g}{spread}"
+
+
+def _bytes(count: int | None, _note: str | None = None) -> str:
+    from liger_cli.plan_table import size
+
+    return "-" if count is None else size(count)
+
+
+BENCH_TABLES = {
+    "decoding after that many tokens": (
+        ("latency_ms", "ms a token", "latency_note", _spread),
+        ("cache_bytes", "cache", None, _bytes),
+    ),
+    "reading that many tokens": (
+        ("prefill_s", "s", "prefill_note", _spread),
+        ("peak_bytes", "peak memory", None, _bytes),
+    ),
+}
