@@ -264,3 +264,85 @@ def recipes(
     from liger_cli import recipes as module
 
     module.run(name, as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A folder liger made; the newest here by default.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Base to compare with; the folder's own by default.")] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Perplexity of a text or .jsonl file (also for --agreement).")
+    ] = None,
+    recall: Annotated[bool, typer.Option("--recall", help="Recall probes by distance.")] = False,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="KL divergence from the base, same top token.")
+    ] = False,
+    seq_len: Annotated[int, typer.Option(help="Tokens a row of the text.")] = 1024,
+    recall_distances: Annotated[str, typer.Option(help="Distances of the probes in tokens.")] = (
+        "16,32,64,128,256,512,768"
+    ),
+    recall_count: Annotated[int, typer.Option(help="Probes of each kind and distance.")] = 32,
+    seed: Annotated[int | None, typer.Option(help="Seed of the probes; a held-out one by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a pass; as many as fit by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
+    output_format: Annotated[str, typer.Option("--format", help="table, md, json or csv.")] = "table",
+    save: Annotated[bool, typer.Option(help="Keep results.json, plots and card section in the folder.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure MODEL beside its base and its window alone: perplexity, agreement, recall (all three by default)."""
+    from liger_cli import evaluate as module
+
+    module.run(
+        model,
+        against=against,
+        perplexity=perplexity,
+        recall=recall,
+        agreement=agreement,
+        seq_len=seq_len,
+        distances=module.parse_distances(recall_distances),
+        count=recall_count,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        output_format="json" if as_json else output_format,
+        save=save,
+    )
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A folder liger made; the newest here by default.")
+    ] = None,
+    seq_len: Annotated[
+        int, typer.Option(help="Longest text in tokens; 1024, 2048 ... are measured on the way.")
+    ] = 32768,
+    batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Decoding steps of a repetition, whose median counts.")] = 16,
+    repetitions: Annotated[int, typer.Option(help="Repetitions that mean and spread are taken from.")] = 5,
+    base_limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped and shown as such.")] = 60.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
+    output_format: Annotated[str, typer.Option("--format", help="table, md, json or csv.")] = "table",
+    save: Annotated[bool, typer.Option(help="Keep results.json, plots and card section in the folder.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time and memory of MODEL and of its softmax base at growing lengths, in the same run."""
+    from liger_cli import bench as module
+
+    module.run(
+        model,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        base_limit=base_limit,
+        device=device,
+        dtype=dtype,
+        output_format="json" if as_json else output_format,
+        save=save,
+    )
