@@ -146,6 +146,27 @@ def families(
 
 
 @app.command()
+def gates(
+    head_dim: Annotated[int, typer.Option(min=1, help="Head dimension to give the state's size for.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the gates with their formulas and the size of their states."""
+    from liger_cli import gate_table
+
+    gate_table.run(as_json, head_dim)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show versions and devices and what runs on what; exit 4 where liger cannot run."""
+    from liger_cli import doctor
+
+    doctor.run(as_json)
+
+
+@app.command()
 def finetune(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A converted folder; the newest one here by default.")

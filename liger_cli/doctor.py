@@ -1,0 +1,128 @@
+"""`liger doctor`: what is installed, what it runs on, and whether this environment can run liger at all."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from liger_cli import __version__
+from liger_cli.errors import SetupError
+
+OPTIONAL = {
+    "flash-linear-attention": "not used yet: the recurrences run on torch operations on every device",
+    "flash-attn": 'softmax layers with attn_implementation="flash_attention_2" on CUDA',
+    "bitsandbytes": "4-bit bases on CUDA",
+    "lm-eval": "liger eval --tasks; pip install lm-eval",
+    "tensorboard": "liger finetune --report-to tensorboard",
+    "wandb": "liger finetune --report-to wandb",
+}
+
+
+def examine() -> dict:
+    """Versions, devices, where each gate runs, and `problems`: why liger could not run, empty where it can."""
+    packages, problems = required_packages()
+    report = {
+        "liger": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "optional": {name: {"version": installed(name), "for": use} for name, use in OPTIONAL.items()},
+        "devices": [],
+        "gates": {},
+        "problems": problems,
+    }
+    if not packages.get("torch", {}).get("version"):
+        return report
+    try:
+        import torch
+
+        report["devices"] = devices(torch)
+        report["torch_cuda"] = torch.version.cuda
+        _smoke_test(torch)
+    except Exception as error:  # whatever a broken installation raises is what has to be reported
+        problems.append(f"torch does not work: {type(error).__name__}: {error}")
+        return report
+    from liger_cli.templates.liger_gates import GATES
+
+    reason = "plain torch operations on every device: chunked for texts, one step for a token"
+    report["gates"] = {name: {"backend": "torch", "why": reason} for name in GATES}
+    report["window"] = "batched products in float32 on a CPU, scaled_dot_product_attention over blocks otherwise"
+    return report
+
+
+def required_packages() -> tuple[dict, list[str]]:
+    """Every required package with its installed version, and a sentence for each that is missing or out of range."""
+    from packaging.requirements import Requirement
+
+    packages, problems = {}, []
+    for line in requires("liger-cli") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = installed(requirement.name)
+        packages[requirement.name] = {"version": found, "wanted": str(requirement.specifier)}
+        if found is None:
+            problems.append(f"{requirement.name} is missing; pip install '{requirement}'")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            problems.append(f"{requirement.name} is {found}, but has to be {requirement.specifier}")
+    return packages, problems
+
+
+def installed(name: str) -> str | None:
+    """The installed version of a distribution, or None; nothing is imported."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def devices(torch) -> list[dict]:
+    """The CPU and every CUDA device, with memory in bytes."""
+    found = [{"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append({"device": f"cuda:{index}", "name": properties.name, "memory_bytes": properties.total_memory})
+    return found
+
+
+def _smoke_test(torch) -> None:
+    """One chunked recurrence against its definition, on the CPU."""
+    from liger_cli.templates.liger_recurrence import chunk_decay, naive_decay
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 8, generator=generator) for _ in range(3))
+    log_decay = -torch.rand(1, 2, 70, 8, generator=generator)
+    difference = (chunk_decay(q, k, v, log_decay)[0] - naive_decay(q, k, v, log_decay)[0]).abs().max().item()
+    if not difference < 1e-3:
+        raise ArithmeticError(f"the chunked recurrence is off by {difference} from its definition")
+
+
+def run(as_json: bool) -> None:
+    """Print the report. Raises SetupError (exit 4) where the environment cannot run liger."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    if report["problems"]:
+        raise SetupError("; ".join(report["problems"]))
+
+
+def _print(report: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    console.print(f"liger {report['liger']}, Python {report['python']}, {report['platform']}")
+    table = Table("package", "installed", "wanted or used for")
+    for name, row in report["packages"].items():
+        table.add_row(name, row["version"] or "missing", row["wanted"])
+    for name, row in report["optional"].items():
+        table.add_row(name, row["version"] or "-", row["for"])
+    console.print(table)
+    for device in report["devices"]:
+        memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
+        threads = f", {device['threads']} threads" if "threads" in device else ""
+        console.print(f"{device['device']}: {device['name']}{memory}{threads}")
+    if report["gates"]:
+        console.print(f"gates ({', '.join(report['gates'])}): {next(iter(report['gates'].values()))['why']}")
+        console.print(f"window: {report['window']}")

@@ -1,0 +1,45 @@
+"""`liger doctor` and `liger gates`."""
+
+import json
+
+from typer.testing import CliRunner
+
+from liger_cli import doctor
+from liger_cli.main import app
+from liger_cli.templates.liger_gates import GATES
+
+runner = CliRunner()
+
+
+def test_healthy():
+    result = runner.invoke(app, ["doctor", "--json"])
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["problems"] == []
+    assert set(report["gates"]) == set(GATES)
+    assert report["packages"]["torch"]["version"] and report["devices"][0]["device"] == "cpu"
+    assert "torch" in runner.invoke(app, ["doctor"]).stdout
+
+
+def test_missing_and_old_packages(monkeypatch):
+    versions = {"peft": None, "transformers": "4.40.0"}
+    monkeypatch.setattr(doctor, "installed", lambda name, real=doctor.installed: versions.get(name, real(name)))
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 4
+    assert "peft is missing" in result.stderr and "transformers is 4.40.0" in result.stderr
+
+
+def test_broken_recurrence(monkeypatch):
+    def broken(_torch):
+        raise ArithmeticError("wrong sums")
+
+    monkeypatch.setattr(doctor, "_smoke_test", broken)
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 4 and "wrong sums" in result.stderr
+
+
+def test_gates():
+    rows = json.loads(runner.invoke(app, ["gates", "--head-dim", "64", "--json"]).stdout)["gates"]
+    assert [row["gate"] for row in rows] == list(GATES)
+    assert next(row for row in rows if row["gate"] == "gla")["state_bytes"] == 64 * 64 * 4
+    table = runner.invoke(app, ["gates"]).stdout
+    assert all(name in table for name in GATES)
