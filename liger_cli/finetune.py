@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +145,8 @@ def finetune(
     from liger_cli.train_view import print_plan
 
     logging.disable_progress_bar()
+    # PEFT asks for a name that transformers has just renamed
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     modules = lora_modules(base, recipe)
     tokenizer = load_tokenizer(base.folder)
     loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)
@@ -291,7 +294,7 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
     began = time.perf_counter()
     with view:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        if loaded.held_out and trainer.state.global_step % recipe.eval_steps:
+        if loaded.held_out and not any("eval_loss" in one for one in _records_of(log, trainer.state.global_step)):
             trainer.evaluate()
     seconds = time.perf_counter() - began
     records = read_log(log)
@@ -311,6 +314,12 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
         "held_out_perplexity_before": evaluations[0]["eval_perplexity"] if evaluations else None,
         "held_out_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
     }  # fmt: skip
+
+
+def _records_of(log: Path, step: int) -> list[dict]:
+    from liger_cli.training import read_log
+
+    return [record for record in read_log(log) if record["step"] == step]
 
 
 def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Path, partial: Path, force: bool) -> None:
