@@ -16,7 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 from liger_cli.errors import ModelError, UsageError
+from liger_cli.experimental import experimental_family
 from liger_cli.families import FAMILIES, Family
+from liger_cli.released import as_base
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -123,6 +125,7 @@ class Checkpoint:
         shards: in the order of their names.
         indexed: whether the shards are named by an index that has to go along.
         support_files: tokenizer, generation config, chat template and licences: relative name -> real file.
+        released_gate: the gate of a folder of the paper's own code, whose `config` is then its base's; else None.
     """
 
     folder: Path
@@ -132,15 +135,18 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     indexed: bool
     support_files: dict[str, Path]
+    released_gate: str | None = None
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, experimental: bool = False) -> Checkpoint:
     """Read and check a base model's folder.
 
+    Args:
+        experimental: take model types that `FAMILIES` does not have.
     Raises:
         UsageError: no such folder.
         ModelError: an unsupported, converted, quantized, multimodal, incomplete or broken model.
@@ -148,13 +154,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give a model's folder or a hub id such as Qwen/Qwen3-8B")
     folder = folder.resolve()
-    config = read_config(folder)
-    family = supported_family(config, folder)
+    config, released_gate = as_base(read_config(folder))
+    family = supported_family(config, folder, experimental)
     geometry = Geometry.of(family.with_defaults(config))
     names, weight_map = _shard_names(folder)
     shards = tuple(read_shard(folder, name) for name in names)
     checkpoint = Checkpoint(
-        folder, config, family, geometry, shards, weight_map is not None, dict(_support_files(folder))
+        folder,
+        config,
+        family,
+        geometry,
+        shards,
+        weight_map is not None,
+        dict(_support_files(folder)),
+        released_gate,
     )
     if weight_map is not None:
         _check_index(weight_map, checkpoint)
@@ -199,8 +212,12 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def supported_family(config: dict, folder: Path) -> Family:
-    """The row of `FAMILIES` for this config. Raises ModelError for every kind of model that cannot be converted."""
+def supported_family(config: dict, folder: Path, experimental: bool = False) -> Family:
+    """The row of `FAMILIES` for this config, or a generic one where `experimental` asks for it.
+
+    Raises:
+        ModelError: every kind of model that cannot be converted.
+    """
     model_type = config.get("model_type")
     if "liger" in config or str(model_type).startswith("liger_"):
         raise ModelError(f"{folder} is linearized already; give the base model it was made from")
@@ -211,15 +228,19 @@ def supported_family(config: dict, folder: Path) -> Family:
         if isinstance(config.get(field), dict):
             inner = config[field].get("model_type", "unknown")
             raise ModelError(
-                f"{folder} is a multimodal model; save its language model (config.json's {field}, of type {inner!r}) "
-                "as a folder of its own with save_pretrained and convert that"
+                f"{folder} is a multimodal model; extract its language model (config.json's {field}, of type "
+                f"{inner!r}) as a folder of its own with save_pretrained and convert that"
             )
+    if config.get("use_bidirectional_attention"):
+        raise ModelError(f"{folder} looks at both sides of a token (use_bidirectional_attention), which liger cannot")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None and experimental:
+        family = experimental_family(str(model_type), config)
     if family is None:
         near = get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
         raise ModelError(
-            f"model type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-            f" (nearest: {near[0] if near else 'none'})"
+            f"model type {model_type!r} is not supported; the nearest is {near[0] if near else 'none'} (`liger "
+            "families` lists all), and --experimental tries the generic mechanism"
         )
     architectures = config.get("architectures")
     wanted = f"{family.prefix}ForCausalLM"

@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from liger_cli import released
 from liger_cli.checkpoint import INDEX, Checkpoint, Geometry, fingerprint, inside, read_checkpoint, read_config
 from liger_cli.errors import LigerError, ModelError, UsageError
+from liger_cli.experimental import family_of, run_gate
 from liger_cli.families import FAMILIES, Family
 from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
@@ -31,6 +34,7 @@ def run(
     settings: dict | None = None,
     softmax_layers: str = "none",
     linearize_local: bool = False,
+    experimental: bool = False,
     revision: str | None = None,
     link: str = "auto",
     dry_run: bool = False,
@@ -44,6 +48,7 @@ def run(
         settings=settings,
         softmax_layers=softmax_layers,
         linearize_local=linearize_local,
+        experimental=experimental,
         revision=revision,
         link=link,
         dry_run=dry_run,
@@ -73,6 +78,7 @@ def convert(
     settings: dict | None = None,
     softmax_layers: str = "none",
     linearize_local: bool = False,
+    experimental: bool = False,
     revision: str | None = None,
     link: str = "auto",
     dry_run: bool = False,
@@ -86,6 +92,7 @@ def convert(
         settings: fields of `LayerSpec` for the Liger layers.
         softmax_layers: layers kept as softmax attention: `none`, `every:N`, or a list such as `3,11`.
         linearize_local: linearize layers that are local in the base, too.
+        experimental: try model types that no family describes; the identity gate on a tiny model decides.
         link: `auto` (reflink, else hard link, else copy), `hard` or `copy`.
         dry_run: plan and check only.
         force: replace an output that liger made.
@@ -96,12 +103,21 @@ def convert(
     """
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
-    source = find_base(base, revision)
-    checkpoint = read_checkpoint(source.folder)
-    plan = make_plan(checkpoint, settings or {}, softmax_layers, linearize_local)
+    source = find_base(base, revision, experimental)
+    checkpoint = read_checkpoint(source.folder, experimental)
+    settings = settings or {}
+    if checkpoint.released_gate:
+        settings = released.fixed_settings(settings, checkpoint.released_gate)
+    plan = make_plan(checkpoint, settings, softmax_layers, linearize_local)
+    if checkpoint.released_gate:
+        about = released.notes(checkpoint.family.model_type, checkpoint.released_gate)
+        plan = replace(plan, notes=plan.notes + about)
     gate = next(spec.gate for spec in plan.specs if spec.kind == "liger")
     target = Path(output).expanduser() if output else Path(f"{source.short_name}-liger-{gate}")
     check_output(target, force, base=checkpoint.folder)
+    if checkpoint.family.model_type not in FAMILIES:
+        result = run_gate(checkpoint.family, checkpoint.config)
+        plan = replace(plan, notes=(*plan.notes, result.sentence()))
     report = _report(source, plan, target, dry_run)
     if not dry_run:
         report["link"] = _write(source, plan, target, link, force)
@@ -124,9 +140,7 @@ def refresh(folder: str, dry_run: bool = False) -> dict:
     if manifest is None or manifest["kind"] == "adapter":
         raise UsageError(f"{folder} is not a converted or merged folder of liger's, so there is nothing to refresh")
     config = read_config(target)
-    family = FAMILIES.get(str(config.get("model_type")).removeprefix("liger_"))
-    if family is None:
-        raise ModelError(f"{folder}: model type {config.get('model_type')!r} is not one of liger's")
+    family = family_of(str(config.get("model_type")).removeprefix("liger_"))
     try:
         layer_specs(config.get("liger"), Geometry.of(family.with_defaults(config)).num_hidden_layers)
     except LigerConfigError as error:

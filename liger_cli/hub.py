@@ -6,6 +6,7 @@ from pathlib import Path
 
 from liger_cli.checkpoint import INDEX, TOKENIZER_NAMES, WEIGHTS, read_config, read_json, supported_family
 from liger_cli.errors import SetupError, UsageError
+from liger_cli.released import as_base
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 SNAPSHOT = re.compile(r"models--(?P<id>[\w.-]+)/snapshots/(?P<revision>[\w.-]+)", re.ASCII)
@@ -33,7 +34,7 @@ class Source:
         return self.name.rpartition("/")[2]
 
 
-def find_base(base: str, revision: str | None = None) -> Source:
+def find_base(base: str, revision: str | None = None, experimental: bool = False) -> Source:
     """The folder of a local path, or of a hub id, which is downloaded where it is not in the cache.
 
     Raises:
@@ -49,7 +50,7 @@ def find_base(base: str, revision: str | None = None) -> Source:
     if not HUB_ID.fullmatch(base):
         raise UsageError(f"{base} does not exist; give a model's folder or a hub id such as Qwen/Qwen3-8B")
     folder = _download(base, revision, SMALL_FILES)
-    supported_family(read_config(folder.resolve()), base)
+    supported_family(as_base(read_config(folder.resolve()))[0], base, experimental)
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX).get("weight_map")
         weights = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []

@@ -4,7 +4,8 @@ import sys
 from importlib.resources import files
 from types import ModuleType
 
-from liger_cli.families import FAMILIES, Family
+from liger_cli.experimental import family_of
+from liger_cli.families import Family
 
 # Every file of a folder is flat and relative: what transformers' scan of custom code can follow.
 MODULES = (
@@ -79,13 +80,13 @@ def load_model(folder, **kwargs):
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {folder}/config.json: {error}") from None
     model_type = str(config.get("model_type", "")).removeprefix("liger_")
-    if "liger" not in config or model_type not in FAMILIES:
+    if "liger" not in config:
         raise ModelError(
             f"{folder} is not a folder that `liger convert` wrote (model_type {config.get('model_type')!r})"
         )
     from liger_cli.templates.liger_config import LigerConfigError
 
-    config_class, model_class = model_classes(FAMILIES[model_type])
+    config_class, model_class = model_classes(family_of(model_type))
     try:
         return model_class.from_pretrained(folder, config=config_class.from_pretrained(folder), **kwargs)
     except LigerConfigError as error:

@@ -59,7 +59,7 @@ def test_numbers_agree_with_the_library(tiny_base):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "quen3"}, ["quen3", "nearest: qwen3", "llama"]),
+        ({"model_type": "quen3"}, ["quen3", "nearest is qwen3", "liger families"]),
         ({"model_type": None}, ["None", "not supported"]),
         ({"model_type": ["qwen3"]}, ["not supported"]),
         ({"liger": {"format": 1}}, ["linearized already"]),

@@ -6,6 +6,7 @@ weights large enough that attention is far from uniform, and norms, biases and s
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -17,8 +18,11 @@ from test_convert import BLOCKER
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
+from liger_cli import convert as convert_module
+from liger_cli import family_table
 from liger_cli.checkpoint import Geometry, read_checkpoint
 from liger_cli.convert import convert
+from liger_cli.errors import ModelError, UsageError
 from liger_cli.families import FAMILIES
 from liger_cli.modeling import load_model
 
@@ -345,3 +349,109 @@ def test_local_layers(model_type):
             expected = [bool(getattr(config, "sliding_window", None))] * 8
         assert family.local_layers(given) == expected
         assert family.local_layers(config.to_dict()) == expected
+
+
+def tiny_folder(folder, model_type, **overrides):
+    """A tiny random model of any type that transformers has."""
+    known = AutoConfig.for_model(model_type)
+    sizes = {key: value for key, value in {**TINY, **SMALL_EXPERTS}.items() if hasattr(known, key)}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **ids, **overrides)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def refused(folder, sentence, **options):
+    """convert refuses with exit code 3 and writes nothing."""
+    with pytest.raises(ModelError, match=sentence) as error:
+        convert(str(folder), str(folder.parent / "refused"), **options)
+    assert error.value.exit_code == 3
+    assert not (folder.parent / "refused").exists()
+
+
+def test_unlisted(tmp_path):
+    """An unlisted type is refused naming the closest; --experimental converts what passes the gate, and it loads."""
+    base = tiny_folder(tmp_path / "base", "helium")
+    refused(base, "'helium' is not supported; the nearest is .*--experimental")
+    report, _ = convert(str(base), str(tmp_path / "out"), experimental=True, settings={"mix": 0.0, "window": 64})
+    assert "identity gate passed (largest difference 0;" in report["notes"][-1]
+    ids = tokens(40)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out")(ids).logits, load_base(base)(ids).logits)
+    convert_module.refresh(str(tmp_path / "out"))
+
+
+def test_experimental_writes_nothing_where_the_gate_fails(tmp_path):
+    """Differential attention has Llama's tensor names and is another function; GPT-NeoX has other names."""
+    refused(tiny_folder(tmp_path / "diff", "diffllama"), "identity gate failed: logits differ by", experimental=True)
+    refused(tiny_folder(tmp_path / "neox", "gpt_neox"), "0 layers", experimental=True)
+    config = json.loads((tmp_path / "diff" / "config.json").read_text())
+    (tmp_path / "diff" / "config.json").write_text(json.dumps({**config, "model_type": "made_up"}))
+    refused(tmp_path / "diff", "transformers has no causal language model of type 'made_up'", experimental=True)
+
+
+def test_wrappers_are_refused(folder_of, tmp_path):
+    inner = json.loads((folder_of("gemma3_text") / "config.json").read_text())
+    (tmp_path / "vlm").mkdir()
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": inner}))
+    for experimental in (False, True):
+        refused(tmp_path / "vlm", "extract its language model .*text_config.*'gemma3_text'", experimental=experimental)
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps({**inner, "use_bidirectional_attention": True}))
+    refused(tmp_path / "vlm", "both sides")
+
+
+RELEASED = {
+    "liger_gla": ("llama", "LigerGLAForCausalLM", "gla"),
+    "liger_gsa": ("llama", "LigerGSAForCausalLM", "gsa"),
+    "liger_hgrn2": ("llama", "LigerHGRN2ForCausalLM", "hgrn2"),
+    "liger_mistral_gla": ("mistral", "LigerMistralGLAForCausalLM", "gla"),
+    "liger_qwen2_gla": ("qwen2", "LigerQwen2GLAForCausalLM", "gla"),
+    "liger_qwen3_gla": ("qwen3", "LigerQwen3GLAForCausalLM", "gla"),
+    "liger_qwen3_moe_gla": ("qwen3_moe", "LigerQwen3MoeGLAForCausalLM", "gla"),
+}
+
+
+@pytest.mark.parametrize("model_type", RELEASED)
+def test_folders_of_the_paper_code(folder_of, tmp_path, model_type):
+    """Its README's recipe: the base's weights, `model_type` and `architectures` edited, the LoRA adapter apart."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base_type, architecture, gate = RELEASED[model_type]
+    theirs, ours, plain = tmp_path / "theirs", tmp_path / "ours", tmp_path / "plain"
+    shutil.copytree(folder_of(base_type), theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(
+        json.dumps({**config, "model_type": model_type, "architectures": [architecture]})
+    )
+    adapted = get_peft_model(
+        load_base(folder_of(base_type)),
+        LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    report, plan = convert(str(theirs), str(ours), settings={"window": 16})
+    assert {(spec.gate, spec.mix, spec.normalizer, spec.window) for spec in plan.specs} == {(gate, 0.5, "none", 16)}
+    assert "paper's own code" in " ".join(report["notes"])
+    convert(str(folder_of(base_type)), str(plain), settings={"gate": gate, "mix": 0.5, "window": 16})
+    ids = tokens(30)
+    with torch.no_grad():
+        model, same = load(ours), load(plain)
+        assert torch.equal(model(ids).logits, same(ids).logits)
+        before = model(ids).logits
+        adapter = PeftModel.from_pretrained(model, tmp_path / "adapter")
+        assert not torch.equal(adapter(ids).logits, before)
+        model.set_attention_mode("softmax")
+        assert torch.equal(adapter(ids).logits, adapted.eval()(ids).logits)
+    for wrong in ({"mix": 0.3}, {"normalizer": "running"}, {"gate": "mamba2"}):
+        with pytest.raises(UsageError, match="paper's own code"):
+            convert(str(theirs), str(tmp_path / "x"), settings=wrong)
+
+
+def test_families_command(capsys):
+    family_table.run(as_json=True)
+    rows = json.loads(capsys.readouterr().out)["families"]
+    assert [row["model_type"] for row in rows] == list(FAMILIES)
+    assert all(row["special"] for row in rows)
+    family_table.run()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in FAMILIES)

@@ -1,0 +1,57 @@
+"""Folders of the paper's own code (OpenSparseLLMs/Linearization): a base's weights under their own names, beside a
+config.json whose `model_type` and `architectures` name one of its seven models. A LoRA adapter lies in a folder apart.
+"""
+
+import re
+
+from liger_cli.errors import UsageError
+from liger_cli.families import FAMILIES
+
+FAMILY_OF = {None: "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen25": "qwen2", "qwen3": "qwen3"} | {
+    "qwen3_moe": "qwen3_moe",
+    "qwen3moe": "qwen3_moe",
+}
+MODEL_TYPE = re.compile(r"liger_(?:(mistral|qwen2|qwen25|qwen3|qwen3_moe)_)?(gla|gsa|hgrn2)")
+ARCHITECTURE = re.compile(r"Liger(Mistral|Qwen2|Qwen25|Qwen3|Qwen3Moe|Qwen3MoE)?(GLA|GSA|HGRN2)ForCausalLM")
+# Written into its model code: half and half, and nothing divides the recurrent branch.
+FIXED = {"mix": 0.5, "normalizer": "none"}
+
+
+def as_base(config: dict) -> tuple[dict, str | None]:
+    """The config.json of such a folder's base, and the folder's gate; any other config as it is, and None."""
+    if "liger" in config:
+        return config, None
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    match = MODEL_TYPE.fullmatch(str(config.get("model_type"))) or ARCHITECTURE.fullmatch(str(architecture))
+    if match is None:
+        return config, None
+    family = FAMILIES[FAMILY_OF[match[1] and match[1].lower()]]
+    names = {"model_type": family.model_type, "architectures": [f"{family.prefix}ForCausalLM"]}
+    return {**config, **names}, match[2].lower()
+
+
+def fixed_settings(settings: dict, gate: str) -> dict:
+    """Fields of `LayerSpec` for such a folder. Raises UsageError where `settings` ask for something else.
+
+    Args:
+        settings: what the user asked for.
+        gate: the folder's.
+    """
+    for name, value in FIXED.items():
+        if settings.get(name, value) != value:
+            raise UsageError(f"--{name} is {settings[name]}, but a folder of the paper's own code is fixed to {value}")
+    if settings.get("gate", gate) not in (gate, "gla"):
+        raise UsageError(f"--gate is {settings['gate']}, but this folder of the paper's own code has the gate {gate}")
+    return {**settings, **FIXED, "gate": gate}
+
+
+def notes(model_type: str, gate: str) -> tuple[str, ...]:
+    """Sentences about what becomes of such a folder."""
+    first = (
+        f"a folder of the paper's own code: gate {gate}, mix 0.5 and no normaliser are kept; its code's window is 65 "
+        "tokens, the token itself included (--window 65); its LoRA adapter fits, since the tensors keep their names"
+    )
+    if not model_type.startswith("qwen3"):
+        return (first,)
+    return (first, "the paper's code leaves out the norms on q and k, which are used here; fine-tune again to be sure")
