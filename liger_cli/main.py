@@ -367,3 +367,17 @@ def bench(
         output_format="json" if as_json else output_format,
         save=save,
     )
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", help="Folder to work in; ./liger-demo by default.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier demo.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Convert, fine-tune, merge, evaluate and time the small model that liger ships: minutes on a CPU."""
+    from liger_cli import demo as module
+
+    module.run(folder, force=force, as_json=as_json)

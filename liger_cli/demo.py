@@ -1,0 +1,189 @@
+"""`liger demo`: the whole main job on the shipped base, in minutes on a CPU, ending in one table of what came of it."""
+
+import json
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from liger_cli import bench, convert, evaluate, finetune, merge
+from liger_cli.card import keep_result
+from liger_cli.columns import Subject, open_subject
+from liger_cli.errors import UsageError
+from liger_cli.report import Table, number, percent, print_tables
+from liger_cli.results import stamp, write_whole
+from liger_cli.shipped import BASE_DIR
+
+FOLDER = "liger-demo"
+REPORT = "demo.json"
+NAME = "demo-liger-gla"
+HYBRID = "demo-liger-gla-hybrid"
+# With the windows alone, softmax in this one of the base's six layers answers every recall probe (measured per layer).
+SOFTMAX_LAYER = 4
+TRAINING = {
+    "data": "demo",
+    "recipe": "paper",
+    "seq_len": 512,
+    "batch_size": 8,
+    "held_out": 16,
+    "schedule": "cosine",
+    "lr": 3e-3,
+    "save_steps": 1000,
+    "eval_steps": 1000,
+}
+STEPS = {NAME: 60, HYBRID: 25}
+DISTANCES = (32, 64, 128, 256, 512)
+COUNT = 32
+POSITIONS = 16384
+
+
+def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool = False) -> dict:
+    """Convert, fine-tune, merge, evaluate and time the shipped base; print the table.
+
+    Args:
+        folder: to work in; `./liger-demo` by default.
+        force: replace the folder of an earlier demo.
+        as_json: print one JSON object instead of the table.
+    Returns:
+        What `--json` prints; it is also `demo.json` in the folder.
+    Raises:
+        UsageError: the folder is in the way. LigerError in all its kinds, OSError.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    began = time.perf_counter()
+    home = _fresh(Path(folder or FOLDER), force)
+    base = home / "base"
+    shutil.copytree(BASE_DIR, base)
+    columns: dict[str, dict] = {}
+    seconds: dict[str, float] = {}
+    # The hybrid first: what `liger eval` takes in this folder afterwards, the newest, is then the plain model.
+    for name, softmax_layers in ((HYBRID, str(SOFTMAX_LAYER)), (NAME, "none")):
+        plain = name == NAME
+        converted, adapter, merged = home / name, home / f"{name}-lora", home / f"{name}-merged"
+        with _step(f"liger convert base {name}" + ("" if plain else f" --softmax-layers {softmax_layers}"), seconds):
+            convert.convert(str(base), str(converted), softmax_layers=softmax_layers)
+        if plain:
+            with _step(f"liger eval {name}", seconds):
+                columns |= _columns(open_subject(converted), {"model": "converted", "window_only": "window_untrained"})
+        with _step(f"liger finetune {name} --data demo --max-steps {STEPS[name]}", seconds):
+            finetune.run(converted, output=adapter, max_steps=STEPS[name], **TRAINING)
+        with _step(f"liger merge {name}-lora", seconds):
+            merge.run(adapter, output=merged, quiet=True)
+        with _step(f"liger eval {name}-merged", seconds):
+            subject = open_subject(merged)
+            wanted = {"base": "base", "model": "trained", "window_only": "window"} if plain else {"model": "hybrid"}
+            columns |= _columns(subject, wanted, keep=merged)
+        with _step(f"liger bench {name}-merged --seq-len {POSITIONS}", seconds):
+            timed = bench.bench(subject, seq_len=POSITIONS, new_tokens=8, repetitions=3, base_limit=20)
+            timed["command"] = ["liger", "bench"]
+            keep_result(merged, "bench", timed)
+            _add_speed(columns["trained" if plain else "hybrid"], timed, "model")
+            if plain:
+                _add_speed(columns["base"], timed, "base")
+    report = {
+        **stamp(),
+        "folder": str(home),
+        "columns": columns,
+        "softmax_layer_of_the_hybrid": SOFTMAX_LAYER,
+        "seconds": {**seconds, "all": round(time.perf_counter() - began, 1)},
+        "plot": str(home / f"{NAME}-merged" / "bench.png"),
+    }
+    write_whole(home / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if as_json:
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        print_tables([demo_table(report)], notes=tuple(demo_notes(report)))
+    return report
+
+
+TITLES = {
+    "base": "base",
+    "converted": "converted",
+    "trained": "trained",
+    "window": "window only",
+    "hybrid": "hybrid",
+}
+
+
+def demo_table(report: dict) -> Table:
+    """The table at the end, made from what was measured."""
+    columns = {name: report["columns"][name] for name in TITLES}
+    table = Table("the shipped base, linearized", ["", *TITLES.values()])
+    table.rows.append(["perplexity", *(number(column["perplexity"]) for column in columns.values())])
+    for distance in columns["base"]["recall"]:
+        cells = [percent(column["recall"][distance]) for column in columns.values()]
+        table.rows.append([f"recall, {distance} tokens back", *cells])
+    for name, what, show in (
+        ("latency_ms", "ms a token after {}", lambda value: f"{value['mean']:.2f}"),
+        ("cache_bytes", "cache after {}", lambda value: _size(value)),
+    ):
+        for position in columns["base"][name]:
+            cells = [column.get(name, {}).get(position) for column in columns.values()]
+            table.rows.append([what.format(position), *("" if cell is None else show(cell) for cell in cells)])
+    return table
+
+
+def demo_notes(report: dict) -> list[str]:
+    """What the columns are, and where everything lies."""
+    columns, home = report["columns"], report["folder"]
+    untrained = columns["window_untrained"]
+    return [
+        "base: softmax attention. converted: every layer linearized (gla, window 64), the weights untouched. trained: "
+        "after LoRA and merge. window only: the trained weights with the recurrent branch off (without any training: "
+        f"perplexity {number(untrained['perplexity'])}). hybrid: softmax kept in layer "
+        f"{report['softmax_layer_of_the_hybrid']}, then trained. Speed is a matter of shapes: converted is as fast as "
+        "trained.",
+        f"This took {report['seconds']['all']:.0f} s. The models are in {home}; the plot is {report['plot']}.",
+        f"Next: cd {home} && liger eval, or liger bench --seq-len 32768.",
+    ]
+
+
+def _columns(subject: Subject, wanted: dict[str, str], keep: Path | None = None) -> dict[str, dict]:
+    """Perplexity and recall of the wanted columns, under the names they have in the demo."""
+    result = evaluate.evaluate(
+        subject, distances=DISTANCES, count=COUNT, kinds=("key_value",), methods=("teacher_forced",)
+    )
+    if keep is not None:
+        keep_result(keep, "eval", result)
+    return {
+        name: {
+            "perplexity": result["perplexity"][column]["token"],
+            "recall": result["recall"][column]["key_value"]["teacher_forced"],
+        }
+        for column, name in wanted.items()
+    }
+
+
+def _add_speed(column: dict, timed: dict, which: str) -> None:
+    rows = [row for row in timed["rows"] if row["which"] == which and row["position"] in (1024, 4096, POSITIONS)]
+    for name in ("latency_ms", "cache_bytes"):
+        column[name] = {str(row["position"]): row[name] for row in rows}
+
+
+def _fresh(home: Path, force: bool) -> Path:
+    if home.exists() and any(home.iterdir() if home.is_dir() else (home,)):
+        if not force:
+            raise UsageError(f"{home} exists already; name another folder, or replace an earlier demo with --force")
+        if home.is_symlink() or not (home / REPORT).is_file():
+            raise UsageError(f"{home} is not the folder of an earlier demo, so --force does not replace it")
+        shutil.rmtree(home)
+    home.mkdir(parents=True, exist_ok=True)
+    write_whole(home / REPORT, json.dumps({"folder": str(home), "finished": False}) + "\n")
+    return home
+
+
+@contextmanager
+def _step(command: str, seconds: dict[str, float]):
+    print(f"$ {command}", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    yield
+    seconds[command] = round(time.perf_counter() - began, 1)
+
+
+def _size(count: int) -> str:
+    from liger_cli.plan_table import size
+
+    return size(count)
