@@ -1,0 +1,283 @@
+"""liger eval: the figures against independent ones, the columns, what is kept, and what is refused."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from liger_cli import convert, evaluate
+from liger_cli.columns import COLUMNS, TUNED, open_subject
+from liger_cli.errors import LigerError, UsageError
+from liger_cli.manifest import new_manifest, read_manifest, write_manifest
+from liger_cli.recall import KINDS, generated, make_probes, teacher_forced
+from liger_cli.scoring import make_rows, read_texts, score
+from liger_cli.shipped import BASE_DIR
+from liger_cli.shipped.probes import evaluate_recall, held_out_text
+
+TEXT = held_out_text(3000)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The shipped base, converted; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("eval") / "shipped"
+    convert.convert(str(BASE_DIR), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject(shipped):
+    return open_subject(shipped)
+
+
+@pytest.fixture
+def tiny(tiny_base, tmp_path):
+    """A converted tiny model in a folder of its own."""
+    folder = tmp_path / "tiny-liger"
+    convert.convert(str(tiny_base()), str(folder), settings={"window": 8})
+    return folder
+
+
+def _adapter(converted, folder):
+    """A LoRA adapter with weights that change the model, as `liger finetune` leaves it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from liger_cli.modeling import load_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(load_model(converted), config).save_pretrained(folder)
+    write_manifest(folder, new_manifest("adapter", base={"path": str(converted)}))
+    return folder
+
+
+def _tokens_by_hand(model, tokenizer, texts):
+    """Mean loss over a stream in one pass, by transformers' own loss."""
+    import torch
+
+    ids = []
+    for text in texts:
+        ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids = torch.tensor([ids])
+    with torch.inference_mode():
+        return float(model(input_ids=ids, labels=ids).loss), ids.shape[1] - 1
+
+
+def test_perplexity_is_that_of_transformers(subject):
+    """Base and model columns against the losses transformers computes on the same tokens."""
+    from transformers import AutoModelForCausalLM
+
+    rows = make_rows(subject.tokenizer, TEXT, seq_len=4096)  # one row: nothing is cut
+    found = score(subject, rows)["perplexity"]
+    base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype="float32").eval()
+    loss, count = _tokens_by_hand(base, subject.tokenizer, TEXT)
+    assert rows.tokens == count
+    assert found["base"]["token"] == pytest.approx(math.exp(loss), rel=1e-4)
+    nbytes = sum(len(text.encode()) for text in TEXT)
+    assert found["base"]["byte"] == pytest.approx(math.exp(loss * count / nbytes), rel=1e-4)
+    loss, _ = _tokens_by_hand(subject.model, subject.tokenizer, TEXT)
+    assert found["model"]["token"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found["window_only"]["token"] < found["model"]["token"]
+
+
+def test_buckets_make_up_the_whole(subject):
+    rows = make_rows(subject.tokenizer, TEXT, seq_len=200)
+    found = score(subject, rows, agreement=False)["perplexity"]["base"]
+    assert list(found["by_position"]) == ["1-64", "65-128", "129-200"]
+    counts = [0, 0, 0]
+    for length in rows.lengths.tolist():
+        for index, (first, last) in enumerate(((0, 64), (64, 128), (128, 200))):
+            counts[index] += max(0, min(length, last) - first)
+    mean = sum(n * math.log(x) for n, x in zip(counts, found["by_position"].values(), strict=True)) / sum(counts)
+    assert math.exp(mean) == pytest.approx(found["token"], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_changes_nothing(subject, batch_size):
+    rows = make_rows(subject.tokenizer, TEXT, seq_len=150)
+    alone, batched = (score(subject, rows, batch_size=size) for size in (7, batch_size))
+    for column in COLUMNS:
+        for part, name in (("perplexity", "token"), ("agreement", "kl"), ("agreement", "top1")):
+            assert batched[part][column][name] == pytest.approx(alone[part][column][name], rel=1e-4, abs=1e-5)
+
+
+def test_agreement_by_hand(subject):
+    import torch
+
+    rows = make_rows(subject.tokenizer, TEXT[:1], seq_len=100)
+    found = score(subject, rows)["agreement"]
+    log_p = {}
+    for column in ("base", "model"):
+        with subject.column(column) as model, torch.inference_mode():
+            log_p[column] = model(input_ids=rows.ids[:, :-1]).logits.double().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_p["model"], log_p["base"], log_target=True, reduction="none").sum(-1)
+    same = log_p["model"].argmax(-1) == log_p["base"].argmax(-1)
+    counted = torch.arange(100)[None] < rows.lengths[:, None]
+    assert found["model"]["kl"] == pytest.approx(float(kl[counted].mean()), rel=1e-4)
+    assert found["model"]["top1"] == pytest.approx(float(same[counted].double().mean()))
+    assert found["base"] == {"kl": pytest.approx(0, abs=1e-6), "top1": 1.0}
+
+
+def test_recall_needs_the_base(subject):
+    """The base answers from beyond the window, where the window alone finds nothing; both probes agree."""
+    probes = make_probes("key_value", subject.tokenizer, 128, 8)
+    with subject.column("base") as model:
+        assert teacher_forced(model, probes, subject.tokenizer) == 8
+        assert generated(model, probes, subject.tokenizer) == 8
+        assert evaluate_recall(model, subject.tokenizer, (128,), 8)[128] == 1
+    with subject.column("window_only") as model:
+        assert teacher_forced(model, probes, subject.tokenizer) <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_is_what_teacher_forcing_says(subject, kind):
+    """Right answers in one pass are right answers when written token by token from the left-padded cache."""
+    probes = make_probes(kind, subject.tokenizer, 40, 6)
+    for column in COLUMNS:
+        with subject.column(column) as model:
+            for probe in probes:
+                last = type(probe)(probe.tokens, probe.spans[-1:])
+                assert teacher_forced(model, [last], subject.tokenizer) == generated(model, [last], subject.tokenizer)
+            lasts = [type(probe)(probe.tokens, probe.spans[-1:]) for probe in probes]
+            assert teacher_forced(model, lasts, subject.tokenizer) == generated(model, lasts, subject.tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probes_stand_at_their_distance(subject, kind):
+    tokenizer = subject.tokenizer
+    for probe in make_probes(kind, tokenizer, 100, 4):
+        assert probe.spans[-1][1] == len(probe.tokens)
+        first, last = probe.spans[0]
+        answer = probe.tokens[first:last]
+        if kind == "copy":
+            assert probe.tokens[first - 100 : last - 100] == answer
+        elif kind != "multi":
+            assert probe.tokens[first - 100 - len(answer) : first - 100] == answer
+        else:
+            text = tokenizer.decode(probe.tokens)
+            assert len(probe.spans) == 4
+            for a, b in probe.spans:
+                assert text.count(tokenizer.decode(probe.tokens[a:b]).strip()) >= 2
+
+
+def test_adapter_columns(tiny, tmp_path):
+    """With LoRA off and softmax on, an adapter's base column is the base, to the last bit."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    adapter = _adapter(tiny, tmp_path / "lora")
+    opened = open_subject(adapter)
+    assert opened.has_recovery and opened.kind == "adapter"
+    ids = torch.arange(4, 44)[None]
+    original = AutoModelForCausalLM.from_pretrained(read_manifest(tiny)["base"]["path"]).eval()
+    with torch.inference_mode():
+        wanted = original(ids).logits
+        with opened.column("base") as model:
+            assert torch.equal(model(ids).logits, wanted)
+        with opened.column("model") as model:
+            assert not torch.allclose(model(ids).logits, wanted)
+            assert opened.liger_model.get_decoder().layers[0].self_attn.liger_mode == "liger"
+
+
+def _merged(converted, folder, fingerprint):
+    """A folder with other weights than its base's, as `liger merge` leaves it."""
+    import torch
+
+    from liger_cli.modeling import load_model
+
+    model = load_model(converted)
+    with torch.no_grad():
+        model.get_decoder().layers[0].self_attn.q_proj.weight.mul_(2)
+    shutil.copytree(converted, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(folder)
+    base = read_manifest(converted)["base"]
+    write_manifest(folder, new_manifest("merged", base={**base, "fingerprint": fingerprint}))
+    return folder
+
+
+def test_merged_model_finds_its_base(tiny, tmp_path):
+    folder = _merged(tiny, tmp_path / "merged", read_manifest(tiny)["fingerprint"])
+    opened = open_subject(folder)
+    assert opened.has_recovery and opened.original is not None
+    assert opened.base_source == read_manifest(tiny)["base"]["path"]
+
+
+def test_merged_model_without_its_base(tiny, tmp_path, capsys):
+    """A base that has changed is not shown as one, and there is no recovery."""
+    folder = _merged(tiny, tmp_path / "merged", {"digest": "another"})
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"w{i % 100 + 4}" for i in range(200)))
+    result = evaluate.run(str(folder), perplexity=str(file), seq_len=64)
+    assert result["model"]["base_column"]["label"] == TUNED
+    assert result["perplexity"]["recovery"] is None
+    out = capsys.readouterr().out
+    assert TUNED in out and "--against" in out
+    base = read_manifest(tiny)["base"]["path"]
+    against = evaluate.run(str(folder), perplexity=str(file), seq_len=64, against=base)
+    assert against["perplexity"]["recovery"] is not None
+
+
+def test_changed_weights_are_no_base(tiny):
+    """A converted folder whose weights were overwritten has lost its base."""
+    from safetensors.torch import load_file, save_file
+
+    weights = tiny / "model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()  # it may be a link to the base's
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    assert open_subject(tiny).base_label == TUNED
+
+
+def test_run_keeps_results_and_card(tiny, tmp_path, capsys):
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": " ".join(f"w{i % 90 + 4}" for i in range(n))}) for n in (50, 90)))
+    card = (tiny / "README.md").read_text()
+    result = evaluate.run(str(tiny), perplexity=str(file), agreement=True, seq_len=32, output_format="json")
+    assert json.loads(capsys.readouterr().out) == result
+    assert set(result) >= {"perplexity", "agreement", "model", "versions", "command", "seed"}
+    assert result["perplexity"]["recovery"]["token"] == pytest.approx(
+        result["perplexity"]["base"]["token"] / result["perplexity"]["model"]["token"]
+    )
+    kept = json.loads((tiny / "results.json").read_text())
+    assert kept["eval"]["perplexity"] == result["perplexity"]
+    once = (tiny / "README.md").read_text()
+    assert once.startswith(card.rstrip()) and once.count("## Results") == 1
+    evaluate.run(str(tiny), recall=True, distances=(24,), count=2)
+    capsys.readouterr()
+    kept = json.loads((tiny / "results.json").read_text())
+    assert kept["eval"]["perplexity"] == result["perplexity"] and "recall" in kept["eval"]
+    twice = (tiny / "README.md").read_text()
+    assert twice.count("## Results") == 1 and "recall.png" in twice and (tiny / "recall.svg").stat().st_size > 1000
+
+
+def test_what_is_refused(tiny, tmp_path):
+    with pytest.raises(UsageError, match="--format is 'xml'"):
+        evaluate.run(str(tiny), output_format="xml")
+    with pytest.raises(UsageError, match="nowhere.txt is not a file"):
+        evaluate.run(str(tiny), perplexity=str(tmp_path / "nowhere.txt"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(LigerError, match="holds no text"):
+        read_texts(tmp_path / "empty.txt")
+    (tmp_path / "bad.jsonl").write_text('{"words": 1}\n')
+    with pytest.raises(LigerError, match="field `text`"):
+        read_texts(tmp_path / "bad.jsonl")
+    with pytest.raises(UsageError, match="--recall-distances is '3,x'"):
+        evaluate.parse_distances("3,x")
+    with pytest.raises(UsageError, match="--seq-len is 0"):
+        evaluate.run(str(tiny), seq_len=0)
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UsageError, match="has no liger.json"):
+        evaluate.run(str(tmp_path / "plain"))
+
+
+def test_loss_that_is_not_finite(tiny):
+    import torch
+
+    opened = open_subject(tiny)
+    with torch.no_grad():
+        opened.model.get_decoder().norm.weight.fill_(float("nan"))
+    rows = make_rows(opened.tokenizer, ["w5 w6 w7 w8"], 8)
+    with pytest.raises(LigerError, match="not finite"):
+        score(opened, rows)
