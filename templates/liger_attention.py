@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .liger_branches import mixed_attention
+from .liger_branches import document_starts, mixed_attention, packed_attention
 from .liger_config import LayerSpec
 
 MODES = ("liger", "softmax", "window")
@@ -91,21 +91,21 @@ class LigerAttention:
             mask = self._softmax_mask(hidden_states, valid, None, None)
             return self._family_attention(rotated_q, rotated_k, v, mask, kwargs)
 
-        output = mixed_attention(
-            *self.without_positions(q, k),
-            v,
-            rotated_q,
-            rotated_k,
-            spec=self.liger_spec,
-            window=self.liger_window,
-            mix=0.0 if self.liger_mode == "window" else self.liger_spec.mix,
-            scaling=self.scaling,
-            valid=valid,
-            cache=cache,
-            softcap=self._softcap(),
-            sink_logits=getattr(self, "sinks", None),
-            within_window=within_window,
-        )
+        branches = (*self.without_positions(q, k), v, rotated_q, rotated_k)
+        settings = {
+            "spec": self.liger_spec,
+            "window": self.liger_window,
+            "mix": 0.0 if self.liger_mode == "window" else self.liger_spec.mix,
+            "scaling": self.scaling,
+            "softcap": self._softcap(),
+            "sink_logits": getattr(self, "sinks", None),
+        }
+        packed = padding is None and cache is None
+        starts = document_starts(kwargs.get("position_ids"), len(hidden_states)) if packed else None
+        if starts is not None:
+            output = packed_attention(starts, *branches, **settings)
+        else:
+            output = mixed_attention(*branches, **settings, valid=valid, cache=cache, within_window=within_window)
         return self.project_output(output.flatten(2)), None
 
     def project(self, hidden_states):

@@ -78,6 +78,46 @@ def mixed_attention(
     return output
 
 
+def document_starts(position_ids, batch: int):
+    """Where a new document begins in packed rows: [B, T] bool, or None where each row is one text.
+
+    The convention of transformers' padding-free collators: positions that do not go on by one start a document.
+    """
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return None
+    jumps = position_ids.diff(dim=1) != 1
+    if not jumps.any():
+        return None
+    starts = torch.nn.functional.pad(jumps, (1, 0), value=True)
+    return starts.expand(batch, -1)
+
+
+def packed_attention(starts, q, k, v, rotated_q, rotated_k, **settings):
+    """`mixed_attention` of every document by itself: state and window begin anew where `starts` ([B, T]) is true.
+
+    Documents are taken out of the rows and run side by side, those of similar length together, so that less than half
+    of what is computed is padding. No cache, no other padding. Returns [B, T, Hq, D].
+    """
+    batch, length = starts.shape
+    first = starts.flatten().nonzero().squeeze(1)
+    lengths = torch.diff(first, append=first.new_tensor([batch * length]))
+    buckets = torch.ceil(torch.log2(lengths.float()))
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, rotated_q, rotated_k)]
+    places, outputs = [], []
+    for bucket in buckets.unique():
+        members = buckets == bucket
+        offsets = torch.arange(int(lengths[members].max()), device=first.device)
+        inside = offsets < lengths[members, None]
+        index = torch.where(inside, first[members, None] + offsets, 0)
+        # Padding comes behind each document, where nothing looks.
+        output = mixed_attention(*(x[index].transpose(1, 2) for x in flat), **settings)
+        places.append(index[inside])
+        outputs.append(output[inside])
+    # The places are a permutation of the tokens; sorting them puts the outputs back in order.
+    output = torch.cat(outputs)[torch.cat(places).argsort()]
+    return output.unflatten(0, (batch, length))
+
+
 def _combine(recurrent, total, local, lse, mix: float):
     """The weighted sum of the branches that are there; with `lse`, over one denominator. [B, Hq, T, D]"""
     if recurrent is None:
