@@ -84,10 +84,11 @@ def run(
     if resume:
         recipe, data, checked = _resumed(partial, target, base, recipe, data, flags)
     else:
-        check_output(target, force, base=base.folder)
+        if _main_process():
+            check_output(target, force, base=base.folder)
         checked = override(load_recipe(recipe or "paper"), **flags)
         data = data or checked.data
-        if partial.exists() and not force and not dry_run:
+        if partial.exists() and not force and not dry_run and _main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
     report = finetune(
         base,
@@ -273,7 +274,7 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
     adapted.__class__ = TrainedModel
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    view = TrainView(schedule, start, quiet)
+    view = TrainView(schedule, start, quiet or not _main_process())
     log = partial / LOG
     callbacks = [Recorder(log, schedule, view, start)]
     if recipe.early_stop:
@@ -294,7 +295,8 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
     began = time.perf_counter()
     with view:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        if loaded.held_out and not any("eval_loss" in one for one in _records_of(log, trainer.state.global_step)):
+        last_step = [one for one in trainer.state.log_history if one["step"] == trainer.state.global_step]
+        if loaded.held_out and not any("eval_loss" in one for one in last_step):
             trainer.evaluate()
     seconds = time.perf_counter() - began
     records = read_log(log)
@@ -314,12 +316,6 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
         "held_out_perplexity_before": evaluations[0]["eval_perplexity"] if evaluations else None,
         "held_out_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
     }  # fmt: skip
-
-
-def _records_of(log: Path, step: int) -> list[dict]:
-    from liger_cli.training import read_log
-
-    return [record for record in read_log(log) if record["step"] == step]
 
 
 def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Path, partial: Path, force: bool) -> None:

@@ -219,6 +219,8 @@ class Recorder(TrainerCallback):
 
     def __init__(self, path: Path, schedule: Schedule, view, start: int = 0):
         self.path, self.schedule, self.view = path, schedule, view
+        if not is_main_process():
+            return
         kept = [record for record in read_log(path) if record["step"] <= start] if start else []
         path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
