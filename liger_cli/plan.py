@@ -68,14 +68,18 @@ class Plan:
         sizes = self.checkpoint.geometry
         shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
         state = sum(math.prod(shape) for shape in shapes) * sizes.num_key_value_heads * STATE_BYTES
-        cached = min(tokens, spec.window - 1 + spec.sinks) if spec.window else 0
+        window = min(spec.window, self._local_window(index) or spec.window)
+        cached = min(tokens, window - 1 + spec.sinks) if window else 0
         return state + cached * self._token_bytes()
 
     def _base_cache(self, index: int, tokens: int) -> int:
-        config = self.checkpoint.family.with_defaults(self.checkpoint.config)
-        local = self.checkpoint.family.local_layers(config)[index]
-        window = config.get("sliding_window") if local else None
+        window = self._local_window(index)
         return (tokens if window is None else min(tokens, window - 1)) * self._token_bytes()
+
+    def _local_window(self, index: int) -> int | None:
+        """The base's own window in a layer that is local already."""
+        config = self.checkpoint.family.with_defaults(self.checkpoint.config)
+        return config.get("sliding_window") if self.checkpoint.family.local_layers(config)[index] else None
 
     def _token_bytes(self) -> int:
         """Bytes of one token's keys and values in one layer, in the dtype of the checkpoint."""

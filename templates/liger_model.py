@@ -8,6 +8,11 @@ from .liger_cache import adapt_cache, cache_for
 from .liger_config import layer_specs
 from .liger_families import attention_mixin
 
+try:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError:  # a transformers without this private table has no need of an entry in it
+    _CAN_RECORD_REGISTRY = {}
+
 _CLASSES: dict[tuple[type, ...], type] = {}
 
 
@@ -79,6 +84,8 @@ class LigerForCausalLM:
         super().__init__(config, *args, **kwargs)
         decoder = self.get_decoder()
         decoder.__class__ = _mixed(LigerDecoder, type(decoder))
+        # transformers notes by class name, when a model is built, what it can record (hidden states, router logits).
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
         specs = layer_specs(getattr(config, "liger", None), config.num_hidden_layers)
         for layer, spec in zip(decoder.layers, specs, strict=True):
             attention = layer.self_attn

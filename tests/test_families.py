@@ -241,18 +241,20 @@ def test_files(folder_of, case, tmp_path):
         assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("linearize_local", [False, True])
 @every_case
 @torch.no_grad()
-def test_sizes(folder_of, case, monkeypatch):
+def test_sizes(folder_of, case, linearize_local, monkeypatch):
     """The dry run's parameters, state and KV cache are the built model's."""
     base = folder_of(case)
     monkeypatch.chdir(base.parent)
-    report, plan = convert(str(base), "x", settings={"window": 8, "sinks": 2, "normalizer": "running"}, dry_run=True)
+    settings = {"window": 30, "sinks": 2, "normalizer": "running"}
+    report, plan = convert(str(base), "x", settings=settings, linearize_local=linearize_local, dry_run=True)
     original = load_base(base)
     assert report["parameters"] == original.num_parameters() + sum(
         tensor.numel for name, tensor in plan.checkpoint.tensors.items() if name.endswith((".beta", ".eps"))
     )
-    model = load(folder_of(case, window=8, sinks=2, normalizer="running"))
+    model = load(folder_of(case, linearize_local=linearize_local, **settings))
     (row,) = plan.memory(contexts=(50,))
     for subject, expected in ((model, row["state_bytes"]), (original, row["kv_cache_bytes"])):
         cache = subject(tokens(50), use_cache=True).past_key_values
@@ -286,6 +288,32 @@ def test_lora(folder_of, case):
         assert not torch.equal(peft(ids).logits, before)
         with peft.disable_adapter():
             assert torch.equal(peft(ids).logits, before)
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if "mixture of experts" in FAMILIES[name].note])
+@torch.no_grad()
+def test_router_outputs(folder_of, model_type):
+    """The routers' logits and the balancing loss come out as they do from the base, padding included."""
+    base, model = load_base(folder_of(model_type)), load(folder_of(model_type, mix=0.0, window=64))
+    ids = tokens(24, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    arguments = {"attention_mask": mask, "labels": ids, "output_router_logits": True}
+    expected, actual = base(ids, **arguments), model(ids, **arguments)
+    assert len(actual.router_logits) == 4
+    assert all(map(torch.equal, actual.router_logits, expected.router_logits))
+    assert actual.aux_loss == expected.aux_loss > 0
+    assert actual.loss == expected.loss
+
+
+@every_case
+@torch.no_grad()
+def test_hidden_states(folder_of, case):
+    """output_hidden_states gives every layer's, as the base does."""
+    base, model = load_base(folder_of(case)), load(folder_of(case, mix=0.0, window=64))
+    expected, actual = (subject(tokens(20), output_hidden_states=True).hidden_states for subject in (base, model))
+    assert len(actual) == len(expected) == 5
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_load_without_liger(folder_of, tmp_path):
