@@ -17,6 +17,7 @@ from liger_cli.progress import progress
 from liger_cli.report import FORMATS, bench_notes, bench_tables, print_tables
 from liger_cli.results import stamp
 
+SIDES = ("model", "base")
 FIRST_POSITION = 1024
 MAX_PREFILLS = 3  # runs of one prefill at most
 PREFILL_SECONDS = 10.0  # a prefill is repeated only while it took less in all
@@ -75,6 +76,7 @@ def bench(
     new_tokens: int = 16,
     repetitions: int = 5,
     base_limit: float = 60.0,
+    sides: tuple[str, ...] = SIDES,
 ) -> dict:
     """Measure the model and, with the same weights, its softmax base.
 
@@ -84,6 +86,7 @@ def bench(
         new_tokens: steps of each repetition, whose median is one figure.
         repetitions: figures that mean and spread are taken from.
         base_limit: seconds after which a prefill is stopped; longer ones are then not tried.
+        sides: of `SIDES`.
     Returns:
         What `--json` prints: `rows`, one for each side and position.
     """
@@ -100,16 +103,17 @@ def bench(
     model = subject.liger_model
     device = str(model.device)
     weights = sum(x.numel() * x.element_size() for x in subject.model.parameters())
-    sides = [
-        Side(which, _activation(subject, which), chunk, model.config.vocab_size, device, batch_size)
-        for which, chunk in (("model", PREFILL_CHUNK), ("base", None))
+    chunks = {"model": PREFILL_CHUNK, "base": None}
+    contestants = [
+        Side(which, _activation(subject, which), chunks[which], model.config.vocab_size, device, batch_size)
+        for which in sides
     ]
     positions = grown_positions(seq_len)
     rows: dict[tuple[str, int], dict] = {}
     with progress("prefill", len(sides) * len(positions)) as step:
-        for side in sides:
+        for side in contestants:
             _prefills(side, positions, base_limit, PeakMemory(device, weights), rows, step)
-    ready = [contestant for side in sides for contestant in _decodings(side, positions, rows, device)]
+    ready = [contestant for side in contestants for contestant in _decodings(side, positions, rows, device)]
     _race(ready, new_tokens, repetitions, base_limit, rows)
     return {
         **stamp(),
@@ -120,7 +124,7 @@ def bench(
             "new_tokens": new_tokens,
             "repetitions": repetitions,
             "base_limit_s": base_limit,
-            "prefill_chunk": {side.which: side.chunk for side in sides},
+            "prefill_chunk": {side.which: side.chunk for side in contestants},
         },
         "machine": machine(device),
         "rows": list(rows.values()),

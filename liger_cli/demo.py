@@ -26,16 +26,18 @@ TRAINING = {
     "recipe": "paper",
     "seq_len": 512,
     "batch_size": 8,
+    "micro_batch_size": 4,
     "held_out": 16,
     "schedule": "cosine",
     "lr": 3e-3,
+    "objective": "distill",
     "save_steps": 1000,
     "eval_steps": 1000,
 }
-STEPS = {NAME: 60, HYBRID: 25}
+STEPS = {NAME: 40, HYBRID: 20}
 DISTANCES = (32, 64, 128, 256, 512)
 COUNT = 32
-POSITIONS = 16384
+SEQ_LEN = 8192
 
 
 def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool = False) -> dict:
@@ -68,7 +70,7 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
         if plain:
             with _step(f"liger eval {name}", seconds):
                 columns |= _columns(open_subject(converted), {"model": "converted", "window_only": "window_untrained"})
-        with _step(f"liger finetune {name} --data demo --max-steps {STEPS[name]}", seconds):
+        with _step(f"liger finetune {name} --max-steps {STEPS[name]} {_flags(TRAINING)}", seconds):
             finetune.run(converted, output=adapter, max_steps=STEPS[name], **TRAINING)
         with _step(f"liger merge {name}-lora", seconds):
             merge.run(adapter, output=merged, quiet=True)
@@ -76,9 +78,9 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
             subject = open_subject(merged)
             wanted = {"base": "base", "model": "trained", "window_only": "window"} if plain else {"model": "hybrid"}
             columns |= _columns(subject, wanted, keep=merged)
-        with _step(f"liger bench {name}-merged --seq-len {POSITIONS}", seconds):
-            timed = bench.bench(subject, seq_len=POSITIONS, new_tokens=8, repetitions=3, base_limit=20)
-            timed["command"] = ["liger", "bench"]
+        with _step(f"liger bench {name}-merged --seq-len {SEQ_LEN}", seconds):
+            sides = bench.SIDES if plain else ("model",)
+            timed = bench.bench(subject, seq_len=SEQ_LEN, new_tokens=8, repetitions=3, base_limit=20, sides=sides)
             keep_result(merged, "bench", timed)
             _add_speed(columns["trained" if plain else "hybrid"], timed, "model")
             if plain:
@@ -157,8 +159,12 @@ def _columns(subject: Subject, wanted: dict[str, str], keep: Path | None = None)
     }
 
 
+def _flags(settings: dict) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
 def _add_speed(column: dict, timed: dict, which: str) -> None:
-    rows = [row for row in timed["rows"] if row["which"] == which and row["position"] in (1024, 4096, POSITIONS)]
+    rows = [row for row in timed["rows"] if row["which"] == which and row["position"] in (1024, SEQ_LEN // 2, SEQ_LEN)]
     for name in ("latency_ms", "cache_bytes"):
         column[name] = {str(row["position"]): row[name] for row in rows}
 

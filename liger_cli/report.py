@@ -176,20 +176,18 @@ def bench_tables(result: dict) -> list[Table]:
     """Model and base side by side: decoding, prefill, cache and peak memory at every position."""
     rows = {(row["which"], row["position"]): row for row in result["rows"]}
     settings = result["settings"]
+    sides = list(dict.fromkeys(row["which"] for row in result["rows"]))
     where = f"{result['model']['folder']}, {result['model']['dtype']}, batch {settings['batch_size']}"
     tables = []
     for title, columns in BENCH_TABLES.items():
-        header = ["tokens", *(f"{which}, {unit}" for _, unit, _, _ in columns for which in SIDES)]
+        header = ["tokens", *(f"{which}, {unit}" for _, unit, _, _ in columns for which in sides)]
         table = Table(f"{title}: {where}", header)
         for position in sorted({row["position"] for row in result["rows"]}):
-            both = [rows[which, position] for which in SIDES]
+            both = [rows[which, position] for which in sides]
             cells = [show(row[name], row.get(note)) for name, _, note, show in columns for row in both]
             table.rows.append([str(position), *cells])
         tables.append(table)
     return tables
-
-
-SIDES = ("model", "base")
 
 
 def bench_notes(result: dict) -> list[str]:

@@ -1,0 +1,205 @@
+"""liger bench: what is measured is what it says, the state stays constant, slow bases are shown as such."""
+
+import csv
+import io
+import json
+import statistics
+
+import pytest
+
+from liger_cli import bench, convert
+from liger_cli.columns import open_subject
+from liger_cli.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, growing
+from liger_cli.errors import UsageError
+from liger_cli.memory import PeakMemory
+from liger_cli.report import bench_notes, bench_tables
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_base, tmp_path_factory):
+    """A converted tiny model with one softmax layer, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("bench") / "tiny-liger"
+    convert.convert(str(tiny_base()), str(folder), settings={"window": 8}, softmax_layers="3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject(tiny):
+    return open_subject(tiny)
+
+
+def _side(subject, which, chunk=None, batch_size=1):
+    return Side(which, lambda: subject.column(which), chunk, 128, "cpu", batch_size)
+
+
+@pytest.fixture(scope="module")
+def result(subject):
+    return bench.bench(subject, seq_len=3000, new_tokens=2, repetitions=2)
+
+
+def test_rows(result):
+    assert [(row["which"], row["position"]) for row in result["rows"]] == [
+        (which, position) for which in ("model", "base") for position in (1024, 2048, 3000)
+    ]
+    for row in result["rows"]:
+        assert row["latency_ms"]["mean"] > 0 and row["latency_ms"]["runs"] == 2
+        assert row["prefill_s"]["mean"] > 0 and 1 <= row["prefill_s"]["runs"] <= bench.MAX_PREFILLS
+        assert row["prefill_tokens_per_s"] == pytest.approx(row["position"] / row["prefill_s"]["mean"])
+        assert row["prefill_note"] is None and row["latency_note"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_cache_bytes_are_the_shapes_bytes(result):
+    """Base: keys and values of 4 layers, 2 heads, 16 channels, 4 bytes. Model: one such layer, three constant ones."""
+    per_token_and_layer = 2 * 2 * 16 * 4
+    state = 3 * (2 * 16 * 16 * 4 + 7 * per_token_and_layer)
+    for row in result["rows"]:
+        tokens = row["position"]
+        if row["which"] == "base":
+            assert row["cache_bytes"] == 4 * tokens * per_token_and_layer
+        else:
+            assert row["cache_bytes"] == state + tokens * per_token_and_layer
+            assert [entry["layers"] for entry in row["cache_shapes"]] == [3, 1]
+            assert row["cache_shapes"][0]["tensors"]["state_0"] == [1, 2, 16, 16, "float32"]
+
+
+def test_memory_of_a_pure_model_is_constant(tiny_base, tmp_path):
+    convert.convert(str(tiny_base()), str(tmp_path / "pure"), settings={"window": 8})
+    side = _side(open_subject(tmp_path / "pure"), "model", chunk=512)
+    short, long = (side.prefill(tokens, float("inf"))[1] for tokens in (64, 2500))
+    assert cache_bytes(short) == cache_bytes(long) and cache_shapes(short) == cache_shapes(long)
+    assert not growing(long) and long.get_seq_length() == 2500
+
+
+@pytest.mark.parametrize("which", ["model", "base"])
+def test_filled_cache_is_like_a_read_one(subject, which):
+    side = _side(subject, which)
+    read, filled = side.prefill(300, float("inf"))[1], side.filled_cache(300)
+    assert cache_shapes(read) == cache_shapes(filled)
+    assert read.get_seq_length() == filled.get_seq_length() == 300
+    short = side.shortened(filled, 100)
+    assert cache_shapes(short) == cache_shapes(side.prefill(100, float("inf"))[1])
+    if which == "base":
+        assert short.layers[0].keys.data_ptr() == filled.layers[0].keys.data_ptr()
+
+
+@pytest.mark.parametrize("which", ["model", "base"])
+def test_a_step_leaves_the_position(subject, which):
+    side = _side(subject, which)
+    contestant = Decoding(side, 200, side.filled_cache(200))
+    before = cache_bytes(contestant.cache)
+    for _ in range(3):
+        assert contestant.step() > 0
+    assert cache_bytes(contestant.cache) == before
+    assert all(layer.keys.shape[2] == 200 for layer in growing(contestant.cache))
+
+
+def test_batch(subject):
+    one, four = (cache_bytes(_side(subject, "base", batch_size=n).prefill(50, float("inf"))[1]) for n in (1, 4))
+    assert four == 4 * one
+
+
+def test_prefill_in_pieces_is_prefill(subject):
+    import torch
+
+    side = _side(subject, "model", chunk=None)
+    torch.manual_seed(0)
+    _, whole = side.prefill(700, float("inf"))
+    side.chunk = 64
+    torch.manual_seed(0)
+    _, pieces = side.prefill(700, float("inf"))
+    for a, b in zip(whole.layers, pieces.layers, strict=True):
+        assert torch.allclose(a.keys, b.keys, atol=1e-4)
+
+
+def test_stops_what_takes_too_long(subject, monkeypatch):
+    """Stopped and skipped runs carry their reason, no figure, and the decoding figures are there all the same."""
+    with pytest.raises(OutOfTime):
+        _side(subject, "base").prefill(64, limit=-1.0)
+    prefill = Side.prefill
+
+    def slow_base(self, tokens, limit):
+        if self.which == "base" and tokens >= 2048:
+            raise OutOfTime
+        return prefill(self, tokens, limit)
+
+    monkeypatch.setattr(Side, "prefill", slow_base)
+    result = bench.bench(subject, seq_len=4096, new_tokens=1, repetitions=1, base_limit=7)
+    rows = {(row["which"], row["position"]): row for row in result["rows"]}
+    assert rows["base", 1024]["prefill_s"] and rows["model", 4096]["prefill_s"]
+    assert rows["base", 2048]["prefill_s"] is None and rows["base", 2048]["prefill_note"] == "stopped after 7 s"
+    assert rows["base", 4096]["prefill_note"].startswith("not tried")
+    assert rows["base", 4096]["latency_ms"]["mean"] > 0 and rows["base", 4096]["peak_bytes"] is None
+    shown = "\n".join(table.markdown() for table in bench_tables(result))
+    assert "stopped after 7 s" in shown and "not tried" in shown
+    assert any("base at 4096 tokens: prefill not tried" in note for note in bench_notes(result))
+
+
+def test_what_does_not_fit_is_said(subject, monkeypatch):
+    monkeypatch.setattr(bench, "available", lambda device: 1000)
+    result = bench.bench(subject, seq_len=256, new_tokens=1, repetitions=1)
+    base = next(row for row in result["rows"] if row["which"] == "base")
+    assert base["latency_ms"] is None and "does not fit" in base["latency_note"]
+
+
+def test_steps_are_taken_in_turn(subject, monkeypatch):
+    """Every round takes one step of every contestant, so that no side meets a busy moment alone."""
+    taken = []
+    step = Decoding.step
+    monkeypatch.setattr(Decoding, "step", lambda self: taken.append((self.side.which, self.position)) or step(self))
+    bench.bench(subject, seq_len=2048, new_tokens=3, repetitions=2)
+    steps = taken[-3 * 2 * 4 :]
+    for first in range(0, len(steps), 4):
+        assert len(set(steps[first : first + 4])) == 4
+
+
+def test_peak_memory_sees_an_allocation():
+    import torch
+
+    peak = PeakMemory("cpu", weights=5)
+    peak.start()
+    if peak.before is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    torch.ones(64 << 20, dtype=torch.uint8)
+    assert 60 << 20 < peak.stop() < 120 << 20
+    peak.start()
+    assert peak.stop() < 20 << 20
+
+
+def test_spread():
+    assert bench.spread([1.0, 2.0, 6.0]) == {
+        "mean": 3.0,
+        "std": pytest.approx(statistics.stdev([1, 2, 6])),
+        "median": 2.0,
+        "runs": 3,
+    }
+    assert bench.spread([4.0])["std"] is None
+
+
+@pytest.mark.parametrize(("length", "positions"), [(100, [100]), (1024, [1024]), (5000, [1024, 2048, 4096, 5000])])
+def test_positions(length, positions):
+    assert bench.grown_positions(length) == positions
+
+
+def test_run_prints_and_keeps(tiny, capsys):
+    result = bench.run(str(tiny), seq_len=64, new_tokens=1, repetitions=2, output_format="json")
+    assert json.loads(capsys.readouterr().out) == result
+    kept = json.loads((tiny / "results.json").read_text())
+    assert kept["bench"]["rows"] == result["rows"]
+    assert (tiny / "bench.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tiny / "bench.svg").read_text()
+    assert "Speed and memory" in (tiny / "README.md").read_text()
+    bench.run(str(tiny), seq_len=64, new_tokens=1, repetitions=1, output_format="csv", save=False)
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert rows[0][0] == "tokens" and rows[1][0] == "64"
+
+
+def test_what_is_refused(tiny):
+    for wrong, words in (
+        ({"seq_len": 0}, "--seq-len is 0"),
+        ({"repetitions": 0}, "--repetitions"),
+        ({"base_limit": 0}, "--base-limit"),
+        ({"output_format": "x"}, "--format"),
+        ({"dtype": "int4"}, "--dtype is 'int4'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            bench.run(str(tiny), **wrong)
