@@ -260,6 +260,7 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
     torch.manual_seed(recipe.seed)
     model = load_model(base.folder, dtype=getattr(torch, dtype))
     model.config.use_cache = False
+    model.set_attention_mode(recipe.attention)
     config = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
@@ -309,8 +310,7 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
         "steps_done": trainer.state.global_step,
         "resumed_from_step": start,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(sum(one["tokens"] for one in records if one.get("tokens") and one["step"] > start)
-                                   / seconds, 1),
+        "tokens_per_second": round(view.tokens / view.seconds, 1) if view.seconds else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "held_out_perplexity_before": evaluations[0]["eval_perplexity"] if evaluations else None,

@@ -4,6 +4,7 @@ Shards without a trained tensor are linked. In the others every byte is copied a
 those are read, summed with B A in float32 and rounded once to the base's dtype.
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def merge(
             place(path, folder / name, "copy" if path.stat().st_size < 1 << 20 else link)
         if len(shards) > 1 or (model / INDEX).is_file():
             _write_index(folder, shards)
-        _write_config(model, folder, dtype)
+        _write_config(model, folder, dtype, window_only(adapters))
         manifest = _manifest(adapters, model, found, dtype, sorted(ways))
         (folder / "README.md").write_text(_card(adapters, model, target), encoding="utf-8")
         write_manifest(folder, manifest)
@@ -320,8 +321,24 @@ def read_headers(folder: Path, shards: tuple[Shard, ...]) -> list[Shard]:
     return [read_shard(folder.resolve(), shard.name) for shard in shards]
 
 
-def _write_config(model: Path, folder: Path, dtype: str | None) -> None:
+def window_only(adapters: list[Adapter]) -> bool:
+    """Whether the adapters were trained with the window alone. Raises UsageError where only some of them were."""
+    ways = {_recipe(adapter).get("attention", "liger") for adapter in adapters}
+    if len(ways) > 1:
+        raise UsageError("some of these adapters were trained with the window alone and some were not; merge one kind")
+    return ways == {"window"}
+
+
+def _recipe(adapter: Adapter) -> dict:
+    return ((adapter.manifest or {}).get("settings") or {}).get("recipe") or {}
+
+
+def _write_config(model: Path, folder: Path, dtype: str | None, no_recurrence: bool) -> None:
     config = read_config(model)
+    if no_recurrence:
+        for layer in config["liger"]["layers"]:
+            if layer["kind"] == "liger":
+                layer["mix"] = 0.0
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
@@ -354,14 +371,7 @@ def _layers(converted: dict) -> dict:
 
 
 def _sha256(path: Path) -> str:
-    import hashlib
-
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _card(adapters: list[Adapter], model: Path, target: Path) -> str:
@@ -371,7 +381,7 @@ def _card(adapters: list[Adapter], model: Path, target: Path) -> str:
     lines = []
     for adapter in adapters:
         settings = (adapter.manifest or {}).get("settings") or {}
-        recipe = (settings.get("recipe") or {}).get("name", "unknown")
+        recipe = _recipe(adapter).get("name", "unknown")
         lines.append(f"- `{adapter.folder.name}`: recipe `{recipe}`, data `{settings.get('data', 'unknown')}`")
     return (
         f"{text.rstrip()}\n\n## Fine-tuned\n\nThese LoRA adapters are merged into the weights:\n\n"

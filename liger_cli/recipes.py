@@ -8,6 +8,7 @@ from pathlib import Path
 from liger_cli.errors import UsageError
 
 OBJECTIVES = ("ce", "distill", "transfer")
+ATTENTIONS = ("liger", "window")
 SCHEDULES = ("plateau", "constant", "cosine", "linear")
 
 
@@ -55,6 +56,7 @@ class Recipe:
         packing: several short documents share a row; they are padded apart and never see one another.
         lora_rank, lora_alpha, lora_dropout, target_modules: of LoRA; by default on Liger layers only.
         train_softmax_layers: LoRA on the other layers, too.
+        attention: `liger`, or `window`: the recurrent branch is off while training, and off (mix 0) once merged.
         schedule: of the learning rate: `plateau` (ReduceLROnPlateau on the held-out loss), `constant`, `cosine`,
             `linear`; within each stage. warmup: share of a stage's steps with a rising rate (not for `plateau`).
         plateau_factor, plateau_patience, min_lr: of `plateau`; patience counts evaluations.
@@ -78,6 +80,7 @@ class Recipe:
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     train_softmax_layers: bool = False
+    attention: str = "liger"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     schedule: str = "plateau"
@@ -110,6 +113,10 @@ class Recipe:
         for name in ("lora_dropout", "warmup", "plateau_factor"):
             value = getattr(self, name)
             _require(_number(value) and 0 <= value < 1, name, value, "from 0 up to, not including, 1")
+        _require(self.attention in ATTENTIONS, "attention", self.attention, f"one of {', '.join(ATTENTIONS)}")
+        if any(stage.window_dropout for stage in self.stages):
+            ok = self.attention == "liger" and not self.gradient_checkpointing
+            _require(ok, "window_dropout", "on", "0 with attention: window or with gradient checkpointing")
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _require(bool(self.target_modules), "target_modules", self.target_modules, "one name or more")
         _require(bool(self.stages), "stages", self.stages, "one stage or more")

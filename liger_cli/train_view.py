@@ -45,9 +45,10 @@ class TrainView:
         self.steps, self.start, self.quiet = schedule.steps, start, quiet
         self.every = max(1, self.steps // LINES)
         self.smoothed, self.tokens, self.perplexity, self.progress = None, 0, None, None
+        self.seconds = 0.0  # of training, evaluations left out
 
     def __enter__(self):
-        self.began = time.perf_counter()
+        self.last = time.perf_counter()
         if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -64,7 +65,10 @@ class TrainView:
 
     def __call__(self, record: dict) -> None:
         """Take one record of the log."""
+        now = time.perf_counter()
+        passed, self.last = now - self.last, now
         if "loss" in record:
+            self.seconds += passed
             before = record["loss"] if self.smoothed is None else self.smoothed
             self.smoothed = SMOOTHING * before + (1 - SMOOTHING) * record["loss"]
             self.tokens += record["tokens"]
@@ -79,15 +83,14 @@ class TrainView:
             print(f"step {record['step']}/{self.steps} {text}", file=sys.stderr, flush=True)
 
     def _line(self, record: dict) -> str:
-        seconds = time.perf_counter() - self.began
         parts = []
         if "loss" in record:
             parts.append(f"loss {record['loss']:.4f} (smoothed {self.smoothed:.4f})")
             parts.append(f"lr {record['lr']:.2g}")
-            parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
+            parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
             done = record["step"] - self.start
             if done >= ETA_AFTER or done >= self.steps - self.start:
-                parts.append(f"{_duration(seconds / done * (self.steps - record['step']))} left")
+                parts.append(f"{_duration(self.seconds / done * (self.steps - record['step']))} left")
         if self.perplexity is not None and ("loss" not in record or self.progress is not None):
             parts.append(f"held-out perplexity {self.perplexity:.3f}")
         return ", ".join(parts)

@@ -192,6 +192,45 @@ def test_nan_stops_with_a_sentence_and_keeps_the_last_checkpoint(converted, corp
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
 
 
+def test_full_disk_stops_with_a_sentence(converted, corpus, tmp_path, monkeypatch):
+    import errno
+
+    from transformers import Trainer
+
+    real = Trainer._save_checkpoint
+
+    def full(self, *args):
+        real(self, *args)
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    common = {"data": str(corpus), "output": tmp_path / "out", "max_steps": 6, "save_steps": 2, "quiet": True, **SMALL}
+    with pytest.raises(LigerError, match="No space left.*--resume"):
+        finetune.run(converted, **common)
+    monkeypatch.undo()
+    assert finetune.run(converted, **common, resume=True)["resumed_from_step"] == 2
+
+
+def test_window_only_is_trained_and_merged_without_the_recurrence(converted, corpus, tmp_path):
+    import torch
+    from peft import PeftModel
+
+    from liger_cli import merge
+    from liger_cli.modeling import load_model
+
+    common = {"data": str(corpus), "max_steps": 3, "quiet": True, **SMALL}
+    finetune.run(converted, recipe="window-only", output=tmp_path / "out", **common)
+    merge.run(tmp_path / "out", output=tmp_path / "merged", quiet=True)
+    tuned = PeftModel.from_pretrained(load_model(converted, dtype=torch.float32), tmp_path / "out")
+    x = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        merged = load_model(tmp_path / "merged", dtype=torch.float32)(x).logits
+        assert (tuned(x).logits - merged).abs().max() > 1e-3
+        tuned.get_base_model().set_attention_mode("window")
+        torch.testing.assert_close(tuned(x).logits, merged, rtol=1e-4, atol=1e-4)
+
+
 def command(converted, corpus, output, *more):
     options = ["--max-steps", 30, "--save-steps", 3, "--eval-steps", 10, "--recipe", "distill"]
     options += ["--seq-len", 48, "--batch-size", 4, "--micro-batch-size", 2, "--held-out", 8]

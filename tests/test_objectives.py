@@ -95,6 +95,18 @@ def test_distill_is_the_kl_to_the_original_checkpoint(trained):
     assert modes == {"liger"}
 
 
+@pytest.mark.parametrize("objective", ["distill", "transfer"])
+def test_teacher_is_the_same_weights(trained, objective):
+    """Both passes read the same storage, and the objective allocates nothing of a weight's size."""
+    model, _ = trained()
+    weight = model.get_base_model().get_decoder().layers[0].self_attn.q_proj.base_layer
+    seen = []
+    weight.register_forward_hook(lambda module, *_: seen.append(module.weight.data_ptr()))
+    loss_of(model, Stage(objective), batch()).backward()
+    assert len(seen) == 2 and len(set(seen)) == 1
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
+
+
 def test_transfer_matches_layer_outputs_on_the_originals_inputs(trained):
     model, original = trained()
     inputs = batch((24, 24))
@@ -102,10 +114,12 @@ def test_transfer_matches_layer_outputs_on_the_originals_inputs(trained):
     for index, layer in enumerate(original.model.layers):
         layer.self_attn.register_forward_hook(
             lambda module, args, kwargs, output, index=index: (
-                outputs.__setitem__(index, output[0]),
-                arguments.__setitem__(index, kwargs),
-            )[:0]
-            or None,
+                (
+                    outputs.__setitem__(index, output[0]),
+                    arguments.__setitem__(index, kwargs),
+                )[:0]
+                or None
+            ),
             with_kwargs=True,
         )
     wanted = 0.0
