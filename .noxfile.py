@@ -13,6 +13,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["-n", "2"]))
 
 
+@nox.session(python="3.11")
+def oldest(session: nox.Session) -> None:
+    """The families and the model on the oldest transformers that is supported."""
+    session.install("-e", ".[dev]", "transformers==5.17.0")
+    session.run("pytest", *(session.posargs or ["-n", "2", "tests/test_families.py", "tests/test_model.py"]))
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     session.install("-c", ".constraints.txt", "ruff")

@@ -295,6 +295,8 @@ def test_lora(folder_of, case):
 def test_router_outputs(folder_of, model_type):
     """The routers' logits and the balancing loss come out as they do from the base, padding included."""
     base, model = load_base(folder_of(model_type)), load(folder_of(model_type, mix=0.0, window=64))
+    if "router_logits" not in base.model._can_record_outputs:
+        pytest.skip("this transformers does not record this family's router logits (GraniteMoE in 5.17)")
     ids = tokens(24, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
@@ -483,3 +485,17 @@ def test_families_command(capsys):
     family_table.run()
     printed = capsys.readouterr().out
     assert all(name in printed for name in FAMILIES)
+
+
+def test_command_line(liger, tmp_path):
+    """As a user meets it: exit 3 and one sentence for an unlisted type, 0 and the figures with --experimental."""
+    base = tiny_folder(tmp_path / "base", "helium")
+    done = liger("convert", base, "out")
+    assert done.returncode == 3
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert not (tmp_path / "cwd" / "out").exists()
+    done = liger("convert", base, "out", "--experimental", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "identity gate passed" in json.loads(done.stdout)["notes"][0]
+    assert (tmp_path / "cwd" / "out" / "liger.json").exists()
+    assert "gemma3_text" in liger("families").stdout
