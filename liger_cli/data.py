@@ -204,6 +204,9 @@ def _local_rows(path: Path) -> Iterator[dict]:
 def _hub_rows(name: str) -> Iterator[dict]:
     import datasets
 
+    if not _hub_answers():
+        # Its own retries would take most of a minute; what is in the cache is still found.
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     try:
         yield from datasets.load_dataset(name, split="train")
     except KeyboardInterrupt:
@@ -215,6 +218,24 @@ def _hub_rows(name: str) -> Iterator[dict]:
             f"the data set {name} could not be fetched ({type(error).__name__}); without network pass local data "
             "(--data FILE.jsonl) or the shipped generator's (--data demo)"
         ) from None
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; taken for granted behind a proxy, where a connection of our own tells nothing."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return True
+    address = urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((address.hostname, address.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _demo_rows() -> Iterator[dict]:
