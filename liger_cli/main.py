@@ -175,39 +175,41 @@ def finetune(
         str | None,
         typer.Option(
             help="Hub id, .json/.jsonl/.parquet/.csv/.txt files, or demo; several as a.jsonl:0.7,b.parquet:0.3. "
-            "[default: the recipe's, yahma/alpaca-cleaned]"
+            "(default: the recipe's, yahma/alpaca-cleaned)"
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A name that `liger recipes` prints, or a YAML file. [default: paper]")
+        str | None, typer.Option(help="A name that `liger recipes` prints, or a YAML file. (default: paper)")
     ] = None,
-    output: Annotated[str | None, typer.Option(help="The adapter's folder. [default: ./<model>-lora]")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [paper: 2]")] = None,
+    output: Annotated[str | None, typer.Option(help="The adapter's folder. (default: ./<model>-lora)")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. (paper: 2)")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="ce, distill (KL to the original model) or transfer. [paper: ce]")
+        str | None, typer.Option(help="ce, distill (KL to the original model) or transfer. (paper: ce)")
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="[paper: 8]")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="[paper: 8]")] = None,
-    target_modules: Annotated[str | None, typer.Option(help="[paper: q_proj,k_proj,v_proj]")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the update. (paper: 8)")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="The update counts alpha / rank. (paper: 8)")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Linear layers that get LoRA. (paper: q_proj,k_proj,v_proj)")
+    ] = None,
     train_softmax_layers: Annotated[
         bool, typer.Option("--train-softmax-layers", help="LoRA on layers that are not Liger's, too.")
     ] = False,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of every stage. [paper: 0.001]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. [paper: 1024]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a global batch. [paper: 8]")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Rows run at once. [paper: 1]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of every stage. (paper: 0.001)")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. (paper: 1024)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a global batch. (paper: 8)")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Rows run at once. (paper: 1)")] = None,
     packing: Annotated[
-        bool | None, typer.Option(help="Short documents share a row, unseen by one another. [paper: packing]")
+        bool | None, typer.Option(help="Short documents share a row, unseen by one another. (paper: packing)")
     ] = None,
-    held_out: Annotated[int | None, typer.Option(help="Examples kept for evaluation. [paper: 200]")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. [paper: 200]")] = None,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints. [paper: 100]")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Examples kept for evaluation. (paper: 200)")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. (paper: 200)")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints. (paper: 100)")] = None,
     early_stop: Annotated[
-        int | None, typer.Option(help="Evaluations without improvement that end the run; 0 never. [paper: 0]")
+        int | None, typer.Option(help="Evaluations without improvement that end the run; 0 never. (paper: 0)")
     ] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more time. [paper: no]")] = None,
-    seed: Annotated[int | None, typer.Option(help="[paper: 0]")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more time. (paper: no)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of LoRA's start and the order of the data. (paper: 0)")] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the frozen weights in training; auto is bfloat16 on CUDA, float32 elsewhere.")
     ] = "auto",
@@ -260,11 +262,11 @@ def merge(
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapters; the newest one here by default.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The converted model. [default: the folder that the adapter names]")
+        str | None, typer.Option(help="The converted model. (default: the folder that the adapter names)")
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder to write. [default: ./<model>-merged]")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder to write. (default: ./<model>-merged)")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. [default: as the weights are]")
+        str | None, typer.Option(help="float32, float16 or bfloat16. (default: as the weights are)")
     ] = None,
     link: Annotated[str, typer.Option(help="How untouched shards get there: auto, hard or copy.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an output that liger made.")] = False,
