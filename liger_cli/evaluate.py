@@ -6,10 +6,12 @@ from pathlib import Path
 from liger_cli.columns import COLUMNS, Subject, open_subject
 from liger_cli.errors import UsageError
 from liger_cli.folders import resolve_model
+from liger_cli.harness import parse_tasks, run_tasks
 from liger_cli.progress import progress
 from liger_cli.recall import KINDS, METHODS, generated_count, measure
-from liger_cli.report import FORMATS, eval_notes, eval_tables, print_tables
-from liger_cli.results import stamp
+from liger_cli.report import FORMATS, comparison_tables, eval_notes, eval_tables, print_tables, sample_lines
+from liger_cli.results import read_results, stamp
+from liger_cli.samples import write_samples
 from liger_cli.scoring import batch_size_for, make_rows, read_texts, score
 from liger_cli.shipped.probes import DISTANCES, held_out_text
 from liger_cli.shipped.text import TEST_SEED
@@ -26,6 +28,12 @@ def run(
     perplexity: str | None = None,
     recall: bool = False,
     agreement: bool = False,
+    tasks: str | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | None = None,
+    samples: int = 0,
+    compare: tuple[str, ...] = (),
     seq_len: int = SEQ_LEN,
     distances: tuple[int, ...] = DISTANCES,
     count: int = COUNT,
@@ -41,21 +49,32 @@ def run(
     Args:
         model: a folder; the newest fitting one in the current folder by default.
         perplexity: a file whose perplexity is measured, instead of the shipped held-out text.
-        recall, agreement: parts to run; all parts where none is asked for.
+        recall, agreement: parts to run. Where no part is asked for, perplexity, agreement and recall are.
+        tasks: of the harness, see `harness.run_tasks`; num_fewshot, limit, include_path: for them.
+        samples: generations to show.
+        compare: results files, or folders that have one: show them beside one another and measure nothing.
         output_format: `table`, `md`, `json` or `csv`.
         save: write `results.json` and the model card's section into the folder.
     """
     if output_format not in FORMATS:
         raise UsageError(f"--format is {output_format!r}, but has to be one of {', '.join(FORMATS)}")
+    if compare:
+        return _compare(compare, output_format)
     folder = resolve_model(model, "eval")
     parts = {"perplexity": perplexity is not None, "recall": recall, "agreement": agreement}
-    if not any(parts.values()):
+    if not (any(parts.values()) or tasks or samples):
         parts = dict.fromkeys(parts, True)
+    task_names = parse_tasks(tasks) if tasks else ()
     subject = open_subject(folder, against=against, device=device, dtype=dtype)
     result = evaluate(
         subject,
         parts=tuple(name for name, wanted in parts.items() if wanted),
         text=perplexity,
+        tasks=task_names,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        include_path=include_path,
+        samples=samples,
         seq_len=seq_len,
         distances=distances,
         count=count,
@@ -70,8 +89,17 @@ def run(
     if output_format == "json":
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
-        print_tables(eval_tables(result), output_format, tuple(notes))
+        print_tables(eval_tables(result), output_format, (*sample_lines(result), *notes))
     return result
+
+
+def _compare(files: tuple[str, ...], output_format: str) -> dict:
+    results = {name: read_results(Path(name)) for name in files}
+    if output_format == "json":
+        print(json.dumps(results, indent=2, allow_nan=False))
+    else:
+        print_tables(comparison_tables(results), output_format)
+    return results
 
 
 def evaluate(
@@ -79,6 +107,11 @@ def evaluate(
     *,
     parts: tuple[str, ...] = ("perplexity", "agreement", "recall"),
     text: str | None = None,
+    tasks: tuple[str, ...] = (),
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | None = None,
+    samples: int = 0,
     seq_len: int = SEQ_LEN,
     distances: tuple[int, ...] = DISTANCES,
     count: int = COUNT,
@@ -91,6 +124,8 @@ def evaluate(
 
     Args:
         text: a file; the shipped held-out text by default.
+        tasks, num_fewshot, limit, include_path: see `harness.run_tasks`.
+        samples: generations, of the beginnings of the text's documents.
         seq_len: tokens a row of the text.
         distances: of the recall probes, in tokens.
         count: probes of each kind and distance.
@@ -98,7 +133,7 @@ def evaluate(
     """
     _check_positive("--seq-len", seq_len)
     _check_positive("--batch-size", batch_size)
-    _check_positive("--count", count)
+    _check_positive("--recall-count", count)
     result = {**stamp(), "seed": seed, "model": subject.describe()}
     if "perplexity" in parts or "agreement" in parts:
         result |= _score(subject, parts, text, seq_len, batch_size)
@@ -117,13 +152,39 @@ def evaluate(
             )
         counts = {"teacher_forced": count, "generation": generated_count(count)}
         result["recall"] = {**found, "recovery": _recovery(found, subject), "count": counts}
+    if tasks:
+        result["tasks"] = _tasks(subject, tasks, num_fewshot, limit, batch_size, include_path)
+    if samples:
+        result["samples"] = write_samples(subject, _texts(text, samples), samples)
     return result
+
+
+def _tasks(subject: Subject, tasks, num_fewshot, limit, batch_size: int | None, include_path) -> dict:
+    found = run_tasks(
+        subject,
+        tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size or "auto",
+        include_path=include_path,
+    )
+    values = {
+        column: {task: {metric: figure["value"] for metric, figure in found[column][task].items()} for task in tasks}
+        for column in COLUMNS
+    }
+    settings = {"num_fewshot": num_fewshot, "limit": limit}
+    return {**found, "recovery": _recovery(values, subject), "settings": settings}
+
+
+def _texts(text: str | None, documents: int = 0) -> list[str]:
+    if text is not None:
+        return read_texts(Path(text))
+    return held_out_text(max(SHIPPED_CHARACTERS, 4000 * documents))
 
 
 def _score(subject: Subject, parts, text: str | None, seq_len: int, batch_size: int | None) -> dict:
     name = "the shipped held-out text" if text is None else str(text)
-    texts = held_out_text(SHIPPED_CHARACTERS) if text is None else read_texts(Path(text))
-    rows = make_rows(subject.tokenizer, texts, seq_len)
+    rows = make_rows(subject.tokenizer, _texts(text), seq_len)
     size = batch_size_for(rows, subject.liger_model.config.vocab_size, batch_size)
     with progress("perplexity", -(-len(rows.ids) // size) * len(COLUMNS)) as step:
         found = score(subject, rows, batch_size=batch_size, agreement="agreement" in parts, step=step)

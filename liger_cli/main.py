@@ -302,6 +302,16 @@ def evaluate(
     agreement: Annotated[
         bool, typer.Option("--agreement", help="KL divergence from the base, same top token.")
     ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas; paper and long are suites.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a task's prompt; its own by default.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Examples of each task, or a share below 1.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
+    samples: Annotated[int, typer.Option(help="Generations of base and model to show side by side.")] = 0,
+    compare: Annotated[
+        list[str] | None, typer.Option("--from", help="Results of a model to compare, a file or folder; repeat it.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a row of the text.")] = 1024,
     recall_distances: Annotated[str, typer.Option(help="Distances of the probes in tokens.")] = (
         "16,32,64,128,256,512,768"
@@ -324,6 +334,12 @@ def evaluate(
         perplexity=perplexity,
         recall=recall,
         agreement=agreement,
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        include_path=include_path,
+        samples=samples,
+        compare=tuple(compare or ()),
         seq_len=seq_len,
         distances=module.parse_distances(recall_distances),
         count=recall_count,

@@ -125,7 +125,8 @@ METHOD_TITLES = {"teacher_forced": "teacher-forced", "generation": "generated"}
 def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
     values = result["recall"]
     tables = []
-    for method, title in METHOD_TITLES.items():
+    for method in values["count"]:
+        title = METHOD_TITLES[method]
         table = Table(
             f"recall, {title}: exact answers by distance in tokens ({values['count'][method]} probes each)",
             ["probe", "distance", *head, "recovery"],
@@ -142,7 +143,9 @@ def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Ta
 
 def _task_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
     values = result["tasks"]
-    table = Table("lm-evaluation-harness", ["task", "metric", *head, "recovery"])
+    limit = values["settings"]["limit"]
+    scope = "" if limit is None else f" (the first {limit:g} examples of each task)"
+    table = Table(f"lm-evaluation-harness{scope}", ["task", "metric", *head, "recovery"])
     for task, metrics in values["model"].items():
         for metric in metrics:
             cells = []
@@ -170,6 +173,62 @@ def eval_notes(result: dict) -> list[str]:
     if column["label"] != "base":
         notes.append("The original base is not at hand, so no recovery is shown; name it with --against.")
     return notes
+
+
+def sample_lines(result: dict) -> list[str]:
+    """Prompts and continuations for people."""
+    lines = []
+    for number_, sample in enumerate(result.get("samples", []), 1):
+        lines.append(f"sample {number_}, prompt: {sample['prompt']}")
+        lines += [f"  {TITLES[column]}: {sample[column].strip()}" for column in TITLES if column in sample]
+    return lines
+
+
+def comparison_tables(results: dict[str, dict]) -> list[Table]:
+    """The figures of several results files beside one another: a column for each model, its own base's under base.
+
+    Args:
+        results: name -> results file.
+    """
+    table = Table("figures of the model (of its base)", ["", *results])
+    lines: dict[str, dict[str, str]] = {}
+    for name, found in results.items():
+        for label, shown in _headline(found).items():
+            lines.setdefault(label, {})[name] = shown
+    table.rows = [[label, *(cells.get(name, "-") for name in results)] for label, cells in lines.items()]
+    return [table]
+
+
+def _headline(found: dict) -> dict[str, str]:
+    lines = {}
+    evaluation = found.get("eval", {})
+    if "perplexity" in evaluation:
+        values = evaluation["perplexity"]
+        label = f"perplexity, {values['text']['name']}"
+        lines[label] = f"{number(values['model']['token'])} ({number(values['base']['token'])})"
+    if "agreement" in evaluation:
+        lines["KL from the base, nats a token"] = number(evaluation["agreement"]["model"]["kl"])
+    for kind, methods in evaluation.get("recall", {}).get("model", {}).items():
+        for method, cells in methods.items():
+            for distance, share in cells.items():
+                base = evaluation["recall"]["base"][kind][method][distance]
+                label = f"recall, {RECALL_TITLES[kind]}, {METHOD_TITLES[method]}, {distance}"
+                lines[label] = f"{percent(share)} ({percent(base)})"
+    for task, metrics in evaluation.get("tasks", {}).get("model", {}).items():
+        for metric, figure in metrics.items():
+            base = evaluation["tasks"]["base"][task][metric]["value"]
+            lines[f"{task}, {metric}"] = f"{percent(figure['value'])} ({percent(base)})"
+    rows = {(row["which"], row["position"]): row for row in found.get("bench", {}).get("rows", [])}
+    for (which, position), row in rows.items():
+        if which == "model":
+            base = rows.get(("base", position), {"latency_ms": None, "cache_bytes": None})
+            lines[f"ms a token after {position}"] = f"{_mean(row['latency_ms'])} ({_mean(base['latency_ms'])})"
+            lines[f"cache after {position}"] = f"{_bytes(row['cache_bytes'])} ({_bytes(base['cache_bytes'])})"
+    return lines
+
+
+def _mean(figure: dict | None) -> str:
+    return "-" if figure is None else f"{figure['mean']:.3g}"
 
 
 def bench_tables(result: dict) -> list[Table]:

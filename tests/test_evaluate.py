@@ -281,3 +281,89 @@ def test_loss_that_is_not_finite(tiny):
     rows = make_rows(opened.tokenizer, ["w5 w6 w7 w8"], 8)
     with pytest.raises(LigerError, match="not finite"):
         score(opened, rows)
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A local task of the harness with local data: the continuation that the context names is the right one."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    lines = []
+    for name, right, wrong in (
+        ("Mia", "dog", "cat"),
+        ("Tom", "owl", "fox"),
+        ("Ben", "frog", "pig"),
+        ("Ivy", "hen", "crow"),
+    ):
+        question = f"{name} has a kind {right}. It was cold. What pet does {name} have? {name} has a kind"
+        lines.append(json.dumps({"question": question, "choices": [wrong, right], "answer": 1}))
+    (folder / "pets.jsonl").write_text("\n".join(lines))
+    task = {
+        "task": "liger_pets",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "pets.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "pets.yaml").write_text(json.dumps(task))
+    return folder
+
+
+@pytest.mark.slow
+def test_local_task_offline(shipped, pets, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    options = {"tasks": "liger_pets", "include_path": str(pets), "save": False, "output_format": "json"}
+    result = evaluate.run(str(shipped), batch_size=2, **options)
+    assert json.loads(capsys.readouterr().out) == result
+    values = result["tasks"]
+    assert values["base"]["liger_pets"]["acc"]["value"] == 1
+    assert values["recovery"]["liger_pets"]["acc"] == values["model"]["liger_pets"]["acc"]["value"]
+    one = evaluate.run(str(shipped), batch_size=1, **options)["tasks"]
+    assert [one[column] for column in COLUMNS] == [values[column] for column in COLUMNS]
+    with pytest.raises(UsageError, match="liger_pet'.*did you mean liger_pets"):
+        evaluate.run(str(shipped), **{**options, "tasks": "liger_pet"})
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Couldn't reach the hub"), "could not be had from the hub"),
+        (KeyError("x"), "the harness failed"),
+    ],
+)
+def test_failures_of_the_harness_are_sentences(error, words):
+    from liger_cli.harness import _as_sentence
+
+    assert words in str(_as_sentence(error, ["piqa"]))
+
+
+def test_suites():
+    from liger_cli.harness import _by_fewshot, parse_tasks
+
+    assert parse_tasks("paper, mine") == (
+        "piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu", "mine",
+    )  # fmt: skip
+    assert _by_fewshot(parse_tasks("piqa,mmlu"), None) == {None: ["piqa"], 5: ["mmlu"]}
+    assert _by_fewshot(("piqa", "mmlu"), 2) == {2: ["piqa", "mmlu"]}
+    with pytest.raises(UsageError, match="--tasks"):
+        parse_tasks(",")
+
+
+def test_samples_are_greedy_generations(shipped, capsys):
+    import torch
+
+    result = evaluate.run(str(shipped), samples=1, save=False)
+    (sample,) = result["samples"]
+    out = capsys.readouterr().out
+    assert sample["prompt"][:20] in out and "window only:" in out
+    opened = open_subject(shipped)
+    ids = opened.tokenizer(sample["prompt"], return_tensors="pt").input_ids
+    with opened.column("base") as model, torch.inference_mode():
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert sample["base"].startswith(opened.tokenizer.decode(ids[0, -5:]))

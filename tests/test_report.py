@@ -1,0 +1,136 @@
+"""Tables, the results file, the model card's section, comparisons."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from liger_cli import evaluate
+from liger_cli.card import refresh_card
+from liger_cli.errors import LigerError, UsageError
+from liger_cli.report import Table, eval_notes, eval_tables, number, percent
+from liger_cli.results import BEGIN, END, keep, read_results, rewrite_card, write_whole
+
+
+def _column(ppl, recall):
+    return {"token": ppl, "byte": ppl / 2, "by_position": {"1-64": ppl}}, {"single": {"teacher_forced": {"64": recall}}}
+
+
+def _result(label="base", digest="a"):
+    perplexity, found = {}, {}
+    for name, ppl, share in (("base", 2.0, 1.0), ("model", 4.0, 0.25), ("window_only", 3.0, 0.0)):
+        perplexity[name], found[name] = _column(ppl, share)
+    recovery = label == "base"
+    return {
+        "created": "2026-01-02T03:04:05+00:00",
+        "command": ["liger", "eval"],
+        "versions": {"liger": "0", "torch": None},
+        "model": {"folder": "m", "fingerprint": {"digest": digest}, "base_column": {"label": label, "source": "s"}},
+        "perplexity": {
+            **perplexity,
+            "recovery": {"token": 0.5, "byte": 0.5, "by_position": {"1-64": 0.5}} if recovery else None,
+            "text": {"name": "t", "tokens": 1000, "seq_len": 64},
+        },
+        "recall": {
+            **found,
+            "recovery": {"single": {"teacher_forced": {"64": 0.25}}} if recovery else None,
+            "count": {"teacher_forced": 8},
+        },
+    }
+
+
+def test_eval_tables():
+    perplexity, recall = eval_tables(_result())
+    assert perplexity.header == ["", "base", "model", "window only", "recovery"]
+    assert perplexity.rows[0] == ["a token", "2.000", "4.000", "3.000", "50.0 %"]
+    assert recall.rows == [["one fact", "64", "100.0 %", "25.0 %", "0.0 %", "25.0 %"]]
+
+
+def test_no_recovery_without_the_base():
+    tables = eval_tables(_result("softmax, tuned weights"))
+    assert tables[0].header[1] == "softmax, tuned weights"
+    assert all(row[-1] == "-" for table in tables for row in table.rows)
+    assert any("--against" in note for note in eval_notes(_result("softmax, tuned weights")))
+
+
+def test_markdown_and_csv():
+    table = Table("a|b", ["x", "y"], [["1,2", "a|b"]])
+    assert table.markdown().splitlines()[-1] == "| 1,2 | a\\|b |"
+    assert list(csv.reader(io.StringIO(table.csv()))) == [["x", "y"], ["1,2", "a|b"]]
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "-"), (2.34567, "2.346"), (123.4, "123.4"), (98765.4, "9.88e+04")])
+def test_numbers(value, shown):
+    assert number(value) == shown
+
+
+def test_percent():
+    assert percent(None) == "-" and percent(0.0312) == "3.1 %"
+
+
+def test_results_of_other_parts_stay(tmp_path):
+    first = _result()
+    del first["recall"]
+    keep(tmp_path, "eval", first)
+    keep(tmp_path, "bench", {"rows": []})
+    second = _result()
+    del second["perplexity"]
+    keep(tmp_path, "eval", second)
+    found = read_results(tmp_path)
+    assert set(found["eval"]) >= {"perplexity", "recall"} and found["bench"] == {"rows": []}
+
+
+def test_results_of_other_weights_go(tmp_path):
+    first = _result(digest="a")
+    del first["recall"]
+    keep(tmp_path, "eval", first)
+    second = _result(digest="b")
+    del second["perplexity"]
+    keep(tmp_path, "eval", second)
+    assert "perplexity" not in read_results(tmp_path)["eval"]
+
+
+def test_card_is_rewritten_in_place(tmp_path):
+    (tmp_path / "README.md").write_text(f"# Mine\n\n{BEGIN}\nold \\1\n{END}\n\n## After\n")
+    rewrite_card(tmp_path, "new \\1 \\g<0>")
+    text = (tmp_path / "README.md").read_text()
+    assert text == f"# Mine\n\n{BEGIN}\n\nnew \\1 \\g<0>\n\n{END}\n\n## After\n"
+    keep(tmp_path, "eval", _result())
+    refresh_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Mine") and text.endswith("## After\n") and "| a token | 2.000 |" in text
+
+
+def test_a_linked_file_is_not_written_through(tmp_path):
+    import os
+
+    original = tmp_path / "base.md"
+    original.write_text("base")
+    os.link(original, tmp_path / "README.md")
+    write_whole(tmp_path / "README.md", "new")
+    assert original.read_text() == "base"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["README.md", "base.md"]
+
+
+def test_comparison(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        keep(tmp_path / name, "eval", _result())
+    files = (str(tmp_path / "a"), str(tmp_path / "b" / "results.json"))
+    evaluate.run(compare=files, output_format="md")
+    out = capsys.readouterr().out
+    assert "| recall, one fact, teacher-forced, 64 | 25.0 % (100.0 %) | 25.0 % (100.0 %) |" in out
+    evaluate.run(compare=files, output_format="json")
+    assert set(json.loads(capsys.readouterr().out)) == set(files)
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="is not there"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(LigerError, match="not a results file"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(LigerError, match="not JSON"):
+        read_results(tmp_path)
