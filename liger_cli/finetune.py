@@ -66,7 +66,7 @@ def run(
         force: replace an adapter that liger made, and discard an unfinished run.
         dry_run: print the plan and train nothing.
         quiet: no progress on stderr.
-        processes: data-parallel processes to start on this machine.
+        processes: data-parallel processes to start on this machine; from the command line only.
         dtype: of the frozen weights while training: `auto` (bfloat16 on CUDA, float32 elsewhere) or a name.
         report_to: `tensorboard`, `wandb` or `none`.
         flags: fields of `Recipe` and of its stages (`lr`, `objective`) that override the recipe's; None leaves them.
@@ -177,7 +177,12 @@ def finetune(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / RUN).write_text(json.dumps({**settings, "fingerprint": base.fingerprint["digest"]}, indent=2))
-    result = _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, quiet, dtype, report_to)
+    try:
+        result = _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, quiet, dtype, report_to)
+    except KeyboardInterrupt:
+        if _main_process():
+            print(f"liger: {partial} keeps the run's checkpoints; go on with --resume", file=sys.stderr)
+        raise
     report = {**plan, "dry_run": False, **result}
     if _main_process():
         _finish(base, recipe, settings, report, target, partial, force or resume)

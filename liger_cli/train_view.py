@@ -53,7 +53,7 @@ class TrainView:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.description}"))
+            columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"))
             self.progress = Progress(*columns, console=Console(stderr=True))
             self.task = self.progress.add_task("starting", total=self.steps, completed=self.start)
             self.progress.start()
@@ -76,24 +76,34 @@ class TrainView:
             self.perplexity = record["eval_perplexity"]
         if self.quiet:
             return
-        text = self._line(record)
         if self.progress is not None:
-            self.progress.update(self.task, completed=record["step"], description=text)
+            self.progress.update(self.task, completed=record["step"], description=self._short(record))
         elif "loss" not in record or record["step"] % self.every == 0 or record["step"] == self.steps:
-            print(f"step {record['step']}/{self.steps} {text}", file=sys.stderr, flush=True)
+            print(f"step {record['step']}/{self.steps} {self._line(record)}", file=sys.stderr, flush=True)
+
+    def _short(self, record: dict) -> str:
+        """For the live line, which has to fit beside the bar."""
+        parts = []
+        if self.smoothed is not None:
+            last = f"{record['loss']:.3f} " if "loss" in record else ""
+            parts += [f"loss {last}(smoothed {self.smoothed:.3f})", f"{self.tokens / self.seconds:,.0f} tok/s"]
+        if self.perplexity is not None:
+            parts.append(f"ppl {self.perplexity:.3f}")
+        return "  ".join([*parts, *self._left(record)])
 
     def _line(self, record: dict) -> str:
-        parts = []
-        if "loss" in record:
-            parts.append(f"loss {record['loss']:.4f} (smoothed {self.smoothed:.4f})")
-            parts.append(f"lr {record['lr']:.2g}")
-            parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
-            done = record["step"] - self.start
-            if done >= ETA_AFTER or done >= self.steps - self.start:
-                parts.append(f"{_duration(self.seconds / done * (self.steps - record['step']))} left")
-        if self.perplexity is not None and ("loss" not in record or self.progress is not None):
-            parts.append(f"held-out perplexity {self.perplexity:.3f}")
-        return ", ".join(parts)
+        if "loss" not in record:
+            return f"held-out perplexity {record['eval_perplexity']:.3f}"
+        parts = [f"loss {record['loss']:.4f} (smoothed {self.smoothed:.4f})", f"lr {record['lr']:.2g}"]
+        parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
+        return ", ".join([*parts, *self._left(record)])
+
+    def _left(self, record: dict) -> list[str]:
+        """The time left, once enough steps have told how long one takes."""
+        done = record["step"] - self.start
+        if done < min(ETA_AFTER, self.steps - self.start) or not done:
+            return []
+        return [f"{_duration(self.seconds / done * (self.steps - record['step']))} left"]
 
 
 def write_plot(records: list[dict], path: Path, recipe) -> None:
