@@ -5,6 +5,7 @@ weights large enough that attention is far from uniform, and norms, biases and s
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -499,3 +500,37 @@ def test_command_line(liger, tmp_path):
     assert "identity gate passed" in json.loads(done.stdout)["notes"][0]
     assert (tmp_path / "cwd" / "out" / "liger.json").exists()
     assert "gemma3_text" in liger("families").stdout
+
+
+def shape(hidden, inner, layers, heads, kv_heads, vocab, **more) -> dict:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return dict(zip((*names, "vocab_size"), (hidden, inner, layers, heads, kv_heads, vocab), strict=True)) | more
+
+
+# As on the hub, with what those config files leave out; the number of parameters each model is published with.
+PUBLISHED = {
+    "llama": (shape(2048, 8192, 16, 32, 8, 128256, head_dim=64, tie_word_embeddings=True), 1_235_814_400),
+    "mixtral": (shape(4096, 14336, 32, 32, 8, 32000, num_local_experts=8), 46_702_792_704),
+    "qwen2_moe": (shape(2048, 5632, 24, 16, 16, 151936), 14_315_784_192),
+    "qwen3_moe": (shape(2048, 6144, 48, 32, 4, 151936, head_dim=128), 30_532_122_624),
+    "olmoe": (shape(2048, 1024, 16, 16, 16, 50304), 6_919_161_856),
+    "gpt_oss": (shape(2880, 2880, 24, 64, 8, 201088, num_local_experts=32), 20_914_757_184),
+    "gemma2": (shape(2304, 9216, 26, 8, 4, 256000), 2_614_341_888),
+    "gemma3_text": (shape(1152, 6912, 26, 4, 1, 262144, sliding_window=512), 999_885_952),
+    "phi": (shape(2560, 10240, 32, 32, None, 51200), 2_779_683_840),
+    "phi3": (shape(3072, 8192, 32, 24, 8, 200064, tie_word_embeddings=True), 3_836_021_760),
+    "olmo": (shape(2048, 8192, 16, 16, 16, 50304, tie_word_embeddings=True), 1_176_764_416),
+    "smollm3": (shape(2048, 11008, 36, 16, 4, 128256), 3_075_098_624),
+    "cohere": (shape(8192, 22528, 40, 64, 64, 256000), 34_980_831_232),
+    "starcoder2": (shape(3072, 12288, 30, 24, 2, 49152), 3_030_371_328),
+    "stablelm": (shape(2048, 5632, 24, 32, 32, 100352, use_qkv_bias=True), 1_644_515_328),
+    "glm4": (shape(4096, 13696, 40, 32, 2, 151552), 9_400_279_040),
+}
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_published_sizes(model_type):
+    """From a config.json as it is on the hub: the number of parameters that the model is known to have."""
+    (config, parameters), family = PUBLISHED[model_type], FAMILIES[model_type]
+    tensors = family.expected_tensors(config, Geometry.of(family.with_defaults(config)))
+    assert sum(math.prod(shape) for shape in tensors.values()) == parameters
