@@ -146,8 +146,8 @@ def finetune(
     from liger_cli.train_view import print_plan
 
     logging.disable_progress_bar()
-    # PEFT asks for a name that transformers has just renamed
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # transformers 5.23 renamed both; PEFT and older releases know the old names only
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     modules = lora_modules(base, recipe)
     tokenizer = load_tokenizer(base.folder)
     loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)

@@ -138,6 +138,20 @@ def test_accumulation_and_seed(converted, corpus, tmp_path):
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "again")
 
 
+def test_what_saves_memory_changes_nothing(converted, corpus, tmp_path):
+    """Smaller micro-batches of one document each, with gradient checkpointing: the same curve but for rounding."""
+    curves = []
+    for index, flags in enumerate([{}, {"gradient_checkpointing": True}, {"micro_batch_size": 1}]):
+        out = tmp_path / str(index)
+        flags = {**SMALL, "packing": False, "train_softmax_layers": True, **flags}
+        finetune.run(converted, data=str(corpus), output=out, max_steps=4, quiet=True, **flags)
+        curves.append([record["loss"] for record in log_of(out) if "loss" in record])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+    names = (tmp_path / "0" / "adapter_config.json").read_text()
+    assert json.loads(names)["layers_to_transform"] == [0, 1, 2, 3]
+
+
 def test_refusals_leave_nothing(converted, corpus, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = {"data": str(corpus), "max_steps": 2, "quiet": True, **SMALL}
