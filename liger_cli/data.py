@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 DEMO = "demo"
-DEMO_DOCUMENTS = 4000
+DEMO_DOCUMENTS = 1500
 POOL = 512  # examples sorted by length at a time: enough to pad little, small enough to keep batches varied
 END_OF_TEXT = "<|endoftext|>"
 TEXT_COLUMNS = ("text", "content")
