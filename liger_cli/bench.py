@@ -5,7 +5,9 @@ import os
 import platform
 import random
 import statistics
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from liger_cli.columns import Subject, open_subject
@@ -16,9 +18,12 @@ from liger_cli.memory import PeakMemory, available
 from liger_cli.progress import progress
 from liger_cli.report import FORMATS, bench_notes, bench_tables, print_tables
 from liger_cli.results import stamp
+from liger_cli.roofline import limit_ms, measure_machine, step_cost
+from liger_cli.shapes import shapes_subject
 
 SIDES = ("model", "base")
 FIRST_POSITION = 1024
+SWEEP_END = 1024  # sequences
 MAX_PREFILLS = 3  # runs of one prefill at most
 PREFILL_SECONDS = 10.0  # a prefill is repeated only while it took less in all
 MEMORY_SHARE = 0.8  # of the free memory that caches may take
@@ -32,6 +37,8 @@ def run(
     new_tokens: int = 16,
     repetitions: int = 5,
     base_limit: float = 60.0,
+    batch_sweep: bool = False,
+    shapes_only: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     output_format: str = "table",
@@ -41,13 +48,18 @@ def run(
 
     Args:
         model: a folder; the newest fitting one in the current folder by default.
+        shapes_only: `model` is a config.json, a folder or a hub id: measure random weights of its shapes, keep nothing.
         output_format: `table`, `md`, `json` or `csv`.
         save: write `results.json`, the plots and the model card's section into the folder.
     """
     if output_format not in FORMATS:
         raise UsageError(f"--format is {output_format!r}, but has to be one of {', '.join(FORMATS)}")
-    folder = resolve_model(model, "bench")
-    subject = open_subject(folder, device=device, dtype=dtype, original=False)
+    if shapes_only:
+        if model is None:
+            raise UsageError("--shapes-only needs a MODEL: a config.json, a folder or a hub id")
+        subject, save = shapes_subject(model, device=device, dtype=dtype), False
+    else:
+        subject = open_subject(resolve_model(model, "bench"), device=device, dtype=dtype, original=False)
     result = bench(
         subject,
         seq_len=seq_len,
@@ -55,12 +67,13 @@ def run(
         new_tokens=new_tokens,
         repetitions=repetitions,
         base_limit=base_limit,
+        batch_sweep=batch_sweep,
     )
     notes = bench_notes(result)
     if save:
         from liger_cli.card import keep_result
 
-        notes += keep_result(folder, "bench", result)
+        notes += keep_result(subject.folder, "bench", result)
     if output_format == "json":
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -77,6 +90,7 @@ def bench(
     repetitions: int = 5,
     base_limit: float = 60.0,
     sides: tuple[str, ...] = SIDES,
+    batch_sweep: bool = False,
 ) -> dict:
     """Measure the model and, with the same weights, its softmax base.
 
@@ -87,6 +101,7 @@ def bench(
         repetitions: figures that mean and spread are taken from.
         base_limit: seconds after which a prefill is stopped; longer ones are then not tried.
         sides: of `SIDES`.
+        batch_sweep: find the largest batch of `seq_len` tokens that fits, too.
     Returns:
         What `--json` prints: `rows`, one for each side and position.
     """
@@ -115,6 +130,12 @@ def bench(
             _prefills(side, positions, base_limit, PeakMemory(device, weights), rows, step)
     ready = [contestant for side in contestants for contestant in _decodings(side, positions, rows, device)]
     _race(ready, new_tokens, repetitions, base_limit, rows)
+    speeds = measure_machine(device, model.dtype)
+    for row in rows.values():
+        if row["latency_ms"] is not None:
+            row["roofline_ms"] = limit_ms(step_cost(model, row["cache_shapes"], batch_size), speeds)
+            row["roofline_fraction"] = row["roofline_ms"] / row["latency_ms"]["mean"]
+    sweep = [largest_batch(side, seq_len, base_limit) for side in contestants] if batch_sweep else []
     return {
         **stamp(),
         "model": {**subject.describe(), "weight_bytes": weights},
@@ -126,8 +147,9 @@ def bench(
             "base_limit_s": base_limit,
             "prefill_chunk": {side.which: side.chunk for side in contestants},
         },
-        "machine": machine(device),
+        "machine": {**machine(device), **speeds},
         "rows": list(rows.values()),
+        **({"batch_sweep": sweep} if batch_sweep else {}),
     }
 
 
@@ -179,6 +201,8 @@ def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, 
             "cache_bytes": None,
             "cache_shapes": None,
             "peak_bytes": None,
+            "roofline_ms": None,
+            "roofline_fraction": None,
             "cache": None,
         }
         seconds: list[float] = []
@@ -256,6 +280,50 @@ def _race(ready: list[Decoding], new_tokens: int, repetitions: int, limit: float
                 figures[index].append(statistics.median(milliseconds))
     for index, contestant in enumerate(running):
         rows[contestant.side.which, contestant.position]["latency_ms"] = spread(figures[index])
+
+
+def largest_batch(side: Side, tokens: int, limit: float) -> dict:
+    """The largest batch, by doubling and then halving the gap, whose caches of `tokens` tokens fit and take a step.
+
+    Returns:
+        `{which, position, batch_size, latency_ms, tokens_per_s, note}`; the note says why it ended.
+    """
+    began = time.perf_counter()
+    good, bad, latency, note = 0, None, None, f"the sweep ends at {SWEEP_END}"
+    while bad is None or bad - good > max(1, good // 8):
+        batch = (2 * good or 1) if bad is None else (good + bad) // 2
+        if batch > SWEEP_END:
+            break
+        if time.perf_counter() - began > limit:
+            note = f"the sweep ends after {limit:g} s"
+            break
+        seconds, reason = _try_batch(replace(side, batch_size=batch), tokens)
+        if seconds is None or seconds > limit:
+            bad, note = batch, reason or f"a step of {batch} takes more than {limit:g} s"
+        else:
+            good, latency = batch, 1e3 * seconds
+    return {
+        "which": side.which,
+        "position": tokens,
+        "batch_size": good,
+        "latency_ms": latency,
+        "tokens_per_s": None if latency is None else 1e3 * good / latency,
+        "note": note,
+    }
+
+
+def _try_batch(side: Side, tokens: int) -> tuple[float | None, str]:
+    free, needed = available(side.device), 2 * side.token_bytes() * tokens
+    if free is not None and needed > MEMORY_SHARE * free:
+        return None, "the caches of more do not fit into memory"
+    try:
+        contestant = Decoding(side, tokens, side.filled_cache(tokens))
+        contestant.step()
+        return min(contestant.step() for _ in range(3)), ""
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return None, "more is out of memory"
 
 
 def spread(values: list[float]) -> dict:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from liger_cli.templates.liger_cache import LigerCacheLayer
 
@@ -56,8 +56,10 @@ class Side:
 
     def token_bytes(self) -> int:
         """Bytes that the layers that grow take for one token of every sequence."""
-        _, cache = self.prefill(WARM_TOKENS, float("inf"))
-        return sum(2 * x.numel() * x.element_size() // x.shape[2] for x in (layer.keys for layer in growing(cache)))
+        _, cache = replace(self, batch_size=1).prefill(WARM_TOKENS, float("inf"))
+        return self.batch_size * sum(
+            2 * x.numel() * x.element_size() // x.shape[2] for x in (layer.keys for layer in growing(cache))
+        )
 
     def filled_cache(self, tokens: int):
         """A cache as long as after `tokens` tokens that were never read.
@@ -67,7 +69,8 @@ class Side:
         """
         import torch
 
-        _, cache = self.prefill(WARM_TOKENS, float("inf"))
+        _, cache = replace(self, batch_size=1).prefill(WARM_TOKENS, float("inf"))
+        cache.batch_repeat_interleave(self.batch_size)
         for layer in growing(cache):
             for name in ("keys", "values"):
                 x = getattr(layer, name)

@@ -34,7 +34,7 @@ TRAINING = {
     "save_steps": 1000,
     "eval_steps": 1000,
 }
-STEPS = {NAME: 40, HYBRID: 20}
+STEPS = {NAME: 60, HYBRID: 20}
 DISTANCES = (32, 64, 128, 256, 512)
 COUNT = 32
 SEQ_LEN = 8192
@@ -105,7 +105,7 @@ TITLES = {
     "base": "base",
     "converted": "converted",
     "trained": "trained",
-    "window": "window only",
+    "window": "window",
     "hybrid": "hybrid",
 }
 
@@ -117,10 +117,10 @@ def demo_table(report: dict) -> Table:
     table.rows.append(["perplexity", *(number(column["perplexity"]) for column in columns.values())])
     for distance in columns["base"]["recall"]:
         cells = [percent(column["recall"][distance]) for column in columns.values()]
-        table.rows.append([f"recall, {distance} tokens back", *cells])
+        table.rows.append([f"recall at {distance}", *cells])
     for name, what, show in (
-        ("latency_ms", "ms a token after {}", lambda value: f"{value['mean']:.2f}"),
-        ("cache_bytes", "cache after {}", lambda value: _size(value)),
+        ("latency_ms", "ms/token at {}", lambda value: f"{value['mean']:.2f}"),
+        ("cache_bytes", "cache at {}", lambda value: _size(value)),
     ):
         for position in columns["base"][name]:
             cells = [column.get(name, {}).get(position) for column in columns.values()]
@@ -133,8 +133,9 @@ def demo_notes(report: dict) -> list[str]:
     columns, home = report["columns"], report["folder"]
     untrained = columns["window_untrained"]
     return [
+        "recall at n: exact answers to questions whose answer stands n tokens back.",
         "base: softmax attention. converted: every layer linearized (gla, window 64), the weights untouched. trained: "
-        "after LoRA and merge. window only: the trained weights with the recurrent branch off (without any training: "
+        "after LoRA and merge. window: the trained weights with the recurrent branch off (without any training: "
         f"perplexity {number(untrained['perplexity'])}). hybrid: softmax kept in layer "
         f"{report['softmax_layer_of_the_hybrid']}, then trained. Speed is a matter of shapes: converted is as fast as "
         "trained.",

@@ -364,6 +364,13 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Decoding steps of a repetition, whose median counts.")] = 16,
     repetitions: Annotated[int, typer.Option(help="Repetitions that mean and spread are taken from.")] = 5,
     base_limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped and shown as such.")] = 60.0,
+    batch_sweep: Annotated[
+        bool, typer.Option("--batch-sweep", help="Find the largest batch that fits at --seq-len, too.")
+    ] = False,
+    shapes_only: Annotated[
+        bool,
+        typer.Option("--shapes-only", help="MODEL is a config.json, folder or hub id: random weights, no download."),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
     output_format: Annotated[str, typer.Option("--format", help="table, md, json or csv.")] = "table",
@@ -380,6 +387,8 @@ def bench(
         new_tokens=new_tokens,
         repetitions=repetitions,
         base_limit=base_limit,
+        batch_sweep=batch_sweep,
+        shapes_only=shapes_only,
         device=device,
         dtype=dtype,
         output_format="json" if as_json else output_format,

@@ -246,6 +246,14 @@ def bench_tables(result: dict) -> list[Table]:
             cells = [show(row[name], row.get(note)) for name, _, note, show in columns for row in both]
             table.rows.append([str(position), *cells])
         tables.append(table)
+    if "batch_sweep" in result:
+        table = Table(f"largest batch at {settings['seq_len']} tokens", ["", "batch", "ms a step", "tokens/s", "why"])
+        for row in result["batch_sweep"]:
+            speed = (
+                ("-", "-") if row["latency_ms"] is None else (f"{row['latency_ms']:.3g}", f"{row['tokens_per_s']:.4g}")
+            )
+            table.rows.append([row["which"], str(row["batch_size"]), *speed, row["note"]])
+        tables.append(table)
     return tables
 
 
@@ -256,7 +264,10 @@ def bench_notes(result: dict) -> list[str]:
         f"{machine['name']}, {machine['threads']} threads. Base: the same weights run as softmax attention with a "
         f"growing cache. Decoding: medians of {settings['new_tokens']} interleaved steps, mean and standard deviation "
         f"of {settings['repetitions']}; the base's cache is filled with random numbers, since a step takes as long "
-        "whatever they are. Peak: weights and all that was allocated while reading the text and decoding a token.",
+        "whatever they are. Peak: weights and all that was allocated while reading the text and decoding a token. Of "
+        f"limit: the least time that {machine['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s of memory and "
+        f"{machine['matmul_flops_per_s'] / 1e9:.3g} GFLOP/s, both measured here, allow; weights that stay in the "
+        "processor's cache can beat it.",
     ]
     stopped = [
         f"{row['which']} at {row['position']} tokens: {what} {row[name]}"
@@ -283,6 +294,7 @@ def _bytes(count: int | None, _note: str | None = None) -> str:
 BENCH_TABLES = {
     "decoding after that many tokens": (
         ("latency_ms", "ms a token", "latency_note", _spread),
+        ("roofline_fraction", "of limit", None, lambda value, _note: percent(value)),
         ("cache_bytes", "cache", None, _bytes),
     ),
     "reading that many tokens": (

@@ -203,3 +203,47 @@ def test_what_is_refused(tiny):
     ):
         with pytest.raises(UsageError, match=words):
             bench.run(str(tiny), **wrong)
+
+
+def test_roofline_counts(subject, result):
+    """Bytes and operations of a step by hand, for the base after 1024 tokens."""
+    from liger_cli.roofline import limit_ms, step_cost
+
+    row = next(row for row in result["rows"] if row["which"] == "base" and row["position"] == 1024)
+    cost = step_cost(subject.model, row["cache_shapes"], batch_size=1)
+    weights = [x.numel() for name, x in subject.model.named_parameters() if "embed_tokens" not in name]
+    assert cost["bytes"] == 4 * sum(weights) + 4 * 2 * 1024 * 2 * 16 * 4
+    assert cost["flops"] == 2 * sum(weights) + 4 * 4 * 1024 * 4 * 16
+    speeds = {"bandwidth_bytes_per_s": cost["bytes"], "matmul_flops_per_s": cost["flops"] / 3}
+    assert limit_ms(cost, speeds) == pytest.approx(3000)
+    assert row["roofline_fraction"] == pytest.approx(row["roofline_ms"] / row["latency_ms"]["mean"])
+
+
+def test_shapes_only(tiny_base, tmp_path, capsys):
+    """From a config alone: the same cache as the converted model's, and nothing is written."""
+    config = tmp_path / "config.json"
+    config.write_text((tiny_base() / "config.json").read_text())
+    result = bench.run(
+        str(config), shapes_only=True, seq_len=128, new_tokens=1, repetitions=1, output_format="json", batch_sweep=True,
+        base_limit=2,
+    )  # fmt: skip
+    assert json.loads(capsys.readouterr().out) == result
+    convert.convert(str(tiny_base()), str(tmp_path / "converted"))
+    side = _side(open_subject(tmp_path / "converted"), "model")
+    row = next(row for row in result["rows"] if row["which"] == "model")
+    assert row["cache_shapes"] == cache_shapes(side.prefill(128, float("inf"))[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "converted"]
+    assert {entry["which"] for entry in result["batch_sweep"]} == {"model", "base"}
+    assert all(entry["batch_size"] >= 1 and entry["note"] for entry in result["batch_sweep"])
+    with pytest.raises(UsageError, match="--shapes-only needs"):
+        bench.run(shapes_only=True)
+    with pytest.raises(UsageError, match="does not exist"):
+        bench.run("no such model", shapes_only=True)
+
+
+def test_sweep_stops_at_memory(subject, monkeypatch):
+    side = _side(subject, "base")
+    fits = 5 * 2 * side.token_bytes() * 100 / bench.MEMORY_SHARE
+    monkeypatch.setattr(bench, "available", lambda device: fits)
+    found = bench.largest_batch(side, 100, 60.0)
+    assert found["batch_size"] == 5 and "do not fit" in found["note"]

@@ -22,9 +22,9 @@ def test_table():
     columns = {name: _column(2.0) for name in demo.TITLES} | {"window_untrained": _column(3.0)}
     del columns["converted"]["latency_ms"], columns["converted"]["cache_bytes"]
     table = demo.demo_table({"columns": columns})
-    assert table.header == ["", "base", "converted", "trained", "window only", "hybrid"]
-    assert table.rows[2] == ["recall, 128 tokens back", *["50.0 %"] * 5]
-    assert table.rows[3] == ["ms a token after 1024", "2.00", "", "2.00", "2.00", "2.00"]
+    assert table.header == ["", "base", "converted", "trained", "window", "hybrid"]
+    assert table.rows[2] == ["recall at 128", *["50.0 %"] * 5]
+    assert table.rows[3] == ["ms/token at 1024", "2.00", "", "2.00", "2.00", "2.00"]
 
 
 def test_folder_in_the_way(tmp_path):

@@ -1,0 +1,70 @@
+"""A model of random weights from a config alone, so that speed and memory are known before anything is downloaded."""
+
+import json
+from pathlib import Path
+
+from liger_cli.checkpoint import read_config, supported_family
+from liger_cli.columns import Subject, pick_device, pick_dtype
+from liger_cli.errors import ModelError, SetupError, UsageError
+from liger_cli.families import FAMILIES
+from liger_cli.hub import HUB_ID
+from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, liger_block
+
+
+def shapes_subject(name: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
+    """Build the model that `liger convert` with its defaults would make of a config, with random weights.
+
+    Args:
+        name: a config.json, a folder that has one, or a hub id. A converted folder's own settings are kept.
+    Raises:
+        UsageError, ModelError, SetupError.
+    """
+    import torch
+
+    from liger_cli.modeling import model_classes
+
+    config = _config(name)
+    device = pick_device(device)
+    torch_dtype = pick_dtype(device, dtype)
+    if "liger" in config:
+        family = FAMILIES.get(str(config.get("model_type")).removeprefix("liger_"))
+        if family is None:
+            raise ModelError(f"{name}: model type {config.get('model_type')!r} is not one of liger's")
+    else:
+        family = supported_family(config, Path(name))
+        local = family.local_layers(config)
+        kept = any(local) and not all(local)
+        specs = [LayerSpec(kind="base" if kept and one else "liger") for one in local]
+        config = {**config, "liger": liger_block(specs), "model_type": f"liger_{family.model_type}"}
+    config_class, model_class = model_classes(family)
+    if torch_dtype == "auto":
+        torch_dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    try:
+        with torch.device(device):
+            model = model_class._from_config(config_class.from_dict(config), dtype=torch_dtype)
+    except LigerConfigError as error:
+        raise ModelError(f"{name}: {error}") from None
+    return Subject(Path(name), "converted", model.eval(), None, base_source="the softmax switch; random weights")
+
+
+def _config(name: str) -> dict:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return read_config(path.resolve())
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            raise ModelError(f"{path} is not JSON") from None
+        if not isinstance(config, dict):
+            raise ModelError(f"{path} is not a model's config")
+        return config
+    if not HUB_ID.fullmatch(name):
+        raise UsageError(f"{name} does not exist; give a config.json, a folder or a hub id")
+    import huggingface_hub
+
+    try:
+        return json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text("utf-8"))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SetupError(f"the config of {name} could not be had from the hub ({reason}); give a config.json") from None
