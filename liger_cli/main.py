@@ -292,7 +292,7 @@ def recipes(
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A folder liger made; the newest here by default.")
+        str | None, typer.Argument(metavar="MODEL", help="A folder liger made; the newest here by default.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Base to compare with; the folder's own by default.")] = None,
     perplexity: Annotated[
@@ -355,7 +355,7 @@ def evaluate(
 @app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A folder liger made; the newest here by default.")
+        str | None, typer.Argument(metavar="MODEL", help="A folder liger made; the newest here by default.")
     ] = None,
     seq_len: Annotated[
         int, typer.Option(help="Longest text in tokens; 1024, 2048 ... are measured on the way.")
@@ -399,7 +399,7 @@ def bench(
 @app.command()
 def demo(
     folder: Annotated[
-        str | None, typer.Argument(metavar="[FOLDER]", help="Folder to work in; ./liger-demo by default.")
+        str | None, typer.Argument(metavar="FOLDER", help="Folder to work in; ./liger-demo by default.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier demo.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
