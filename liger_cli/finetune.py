@@ -224,10 +224,10 @@ def load_tokenizer(folder: Path):
     """The folder's tokenizer; no code of the folder is run. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    from liger_cli.families import FAMILIES
+    from liger_cli.experimental import family_of
     from liger_cli.modeling import model_classes
 
-    family = FAMILIES[read_config(folder)["model_type"].removeprefix("liger_")]
+    family = family_of(read_config(folder)["model_type"].removeprefix("liger_"))
     try:
         config = model_classes(family)[0].from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
