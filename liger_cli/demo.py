@@ -21,18 +21,19 @@ NAME = "demo-liger-gla"
 HYBRID = "demo-liger-gla-hybrid"
 # With the windows alone, softmax in this one of the base's six layers answers every recall probe (measured per layer).
 SOFTMAX_LAYER = 4
-TRAINING = {
+RECIPE_FILE = "recipe.yaml"
+RECIPE = {
+    "name": "demo",
+    "description": "Minutes on a CPU: KL to the base, which is the same weights with LoRA off and softmax on.",
     "data": "demo",
-    "recipe": "paper",
     "seq_len": 512,
     "batch_size": 8,
     "micro_batch_size": 4,
     "held_out": 16,
     "schedule": "cosine",
-    "lr": 3e-3,
-    "objective": "distill",
     "save_steps": 1000,
     "eval_steps": 1000,
+    "stages": [{"objective": "distill", "lr": 3e-3}],
 }
 STEPS = {NAME: 60, HYBRID: 20}
 DISTANCES = (32, 64, 128, 256, 512)
@@ -52,6 +53,7 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
     Raises:
         UsageError: the folder is in the way. LigerError in all its kinds, OSError.
     """
+    import yaml
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -59,6 +61,7 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
     home = _fresh(Path(folder or FOLDER), force)
     base = home / "base"
     shutil.copytree(BASE_DIR, base)
+    write_whole(home / RECIPE_FILE, yaml.safe_dump(RECIPE, sort_keys=False))
     columns: dict[str, dict] = {}
     seconds: dict[str, float] = {}
     # The hybrid first: what `liger eval` takes in this folder afterwards, the newest, is then the plain model.
@@ -70,8 +73,8 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
         if plain:
             with _step(f"liger eval {name}", seconds):
                 columns |= _columns(open_subject(converted), {"model": "converted", "window_only": "window_untrained"})
-        with _step(f"liger finetune {name} --max-steps {STEPS[name]} {_flags(TRAINING)}", seconds):
-            finetune.run(converted, output=adapter, max_steps=STEPS[name], **TRAINING)
+        with _step(f"liger finetune {name} --recipe {RECIPE_FILE} --max-steps {STEPS[name]}", seconds):
+            finetune.run(converted, recipe=str(home / RECIPE_FILE), output=adapter, max_steps=STEPS[name])
         with _step(f"liger merge {name}-lora", seconds):
             merge.run(adapter, output=merged, quiet=True)
         with _step(f"liger eval {name}-merged", seconds):
@@ -158,10 +161,6 @@ def _columns(subject: Subject, wanted: dict[str, str], keep: Path | None = None)
         }
         for column, name in wanted.items()
     }
-
-
-def _flags(settings: dict) -> str:
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
 def _add_speed(column: dict, timed: dict, which: str) -> None:
