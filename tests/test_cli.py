@@ -2,8 +2,8 @@
 
 import json
 import re
+import resource
 import sys
-import time
 
 import pytest
 import typer
@@ -17,12 +17,14 @@ from liger_cli.main import app
 runner = CliRunner()
 
 
-def test_help_is_quick_and_light(liger):
+def test_help_is_quick(liger):
+    """Processor time of the whole process, the best of four: what else runs on the machine does not count."""
     times = []
     for _ in range(4):
-        start = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = liger("--help")
-        times.append(time.monotonic() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.5
     assert done.returncode == 0 and "convert" in done.stdout
 
