@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 # Queries worked through at a time when no gradient is wanted: their scores stay in the CPU's caches.
-PIECE_SIZE = 2048
+PIECE_SIZE = 1024
 
 
 def window_attention(
