@@ -16,7 +16,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
     """The families and the model on the oldest transformers that is supported."""
-    session.install("-e", ".[dev]", "transformers==5.17.0")
+    session.install("-e", ".[dev]", "torch==2.13.0", "transformers==5.17.0")
     session.run("pytest", *(session.posargs or ["-n", "2", "tests/test_families.py", "tests/test_model.py"]))
 
 

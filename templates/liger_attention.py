@@ -98,6 +98,7 @@ class LigerAttention:
             "mix": 0.0 if self.liger_mode == "window" else self.liger_spec.mix,
             "scaling": self.scaling,
             "softcap": self._softcap(),
+            "dropout": self._dropout(),
             "sink_logits": getattr(self, "sinks", None),
         }
         packed = padding is None and cache is None
@@ -136,6 +137,10 @@ class LigerAttention:
     def _family_module(self):
         return sys.modules[self.liger_family_attention.__module__]
 
+    def _dropout(self) -> float:
+        """Of the window's softmax weights, as the family has it: in training only."""
+        return self.attention_dropout if self.training else 0.0
+
     def _softcap(self):
         return getattr(self, "attn_logit_softcapping", None)
 
@@ -151,7 +156,7 @@ class LigerAttention:
             extra["softcap"] = self._softcap()
         if hasattr(self, "sinks"):
             extra["s_aux"] = self.sinks
-        output, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **extra)
+        output, _ = attend(self, q, k, v, mask, dropout=self._dropout(), scaling=self.scaling, **extra)
         return output.transpose(1, 2)
 
     def _softmax_mask(self, hidden_states, padding, past_key_values, position_ids):

@@ -21,7 +21,7 @@ PIECE_SIZE = 2048
 
 def mixed_attention(
     q, k, v, rotated_q, rotated_k, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
-    cache: LigerCacheLayer | None = None, softcap=None, sink_logits=None, within_window=None,
+    cache: LigerCacheLayer | None = None, softcap=None, sink_logits=None, dropout: float = 0.0, within_window=None,
 ):  # fmt: skip
     """Both branches over T new tokens.
 
@@ -29,7 +29,7 @@ def mixed_attention(
         q: [B, Hq, T, D] and k: [B, Hkv, T, D] before RoPE, read by the recurrence; rotated_q, rotated_k after it.
         v: [B, Hkv, T, D].
         spec: the layer's settings; `window` and `mix` are those in use.
-        scaling, softcap, sink_logits: of the window, see `window_attention`.
+        scaling, softcap, sink_logits, dropout: of the window, see `window_attention`.
         valid: [B, T] bool, false at padding; None where there is none.
         cache: what came before; it is updated.
         within_window: (valid) -> [B, Hq, T, D], used instead of the window where no token can see beyond it.
@@ -67,6 +67,7 @@ def mixed_attention(
                 sink_logits,
                 None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
                 need_lse=joint,
+                dropout=dropout,
             )
         piece = _combine(recurrent, total, local, lse, mix).to(v.dtype).transpose(1, 2)
         if output is None:

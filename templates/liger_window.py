@@ -13,7 +13,17 @@ PIECE_SIZE = 1024
 
 
 def window_attention(
-    q, k, v, window: int, scaling: float, valid=None, softcap=None, sink_logits=None, sinks=None, need_lse: bool = False
+    q,
+    k,
+    v,
+    window: int,
+    scaling: float,
+    valid=None,
+    softcap=None,
+    sink_logits=None,
+    sinks=None,
+    need_lse: bool = False,
+    dropout: float = 0.0,
 ):
     """Causal softmax attention over the last `window` tokens, the token itself included (Liger, eq. 8).
 
@@ -27,6 +37,7 @@ def window_attention(
         sink_logits: [Hq] learned logits that take part in the softmax's denominator only (GPT-OSS).
         sinks: (keys, values, age) of the first tokens of the text, [B, Hkv, N, D] twice and [B, N] int: how far each
             lies before query 0, hugely negative where the slot is empty. Visible once they have left the window.
+        dropout: probability of dropping a softmax weight.
         need_lse: also return the log of the softmax's denominator, in float32 or better.
     Returns:
         o [B, Hq, T, D] in q's dtype, and lse [B, Hq, T] or None.
@@ -54,6 +65,7 @@ def window_attention(
             sink_logits,
             None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
             need_lse,
+            dropout,
         )
         outputs.append(o)
         denominators.append(lse)
@@ -87,7 +99,7 @@ def _segments(length: int, past: int, block: int, back: int, piece: int):
         start += blocks * block
 
 
-def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks, need_lse):
+def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks, need_lse, dropout):
     """Blocks of one size; the keys are those of the blocks and of what lies before the first of them."""
     batch, kv_heads, _, dim = k.shape
     groups, rows = q.shape[1] // kv_heads, q.shape[2] // blocks
@@ -103,9 +115,9 @@ def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks
         k, v, bias = _append_sinks(k, v, bias, sinks, groups, rows, window)
     explicit = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
     if explicit or softcap is not None or sink_logits is not None or need_lse:
-        o, lse = _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse)
+        o, lse = _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout)
     else:
-        o, lse = _fused(q, k, v, bias, scaling), None
+        o, lse = _fused(q, k, v, bias, scaling, dropout), None
     o = o.view(batch, kv_heads, blocks, groups, rows, dim).transpose(2, 3)
     if lse is not None:
         lse = lse.view(batch, kv_heads, blocks, groups, rows).transpose(2, 3).reshape(batch, -1, blocks * rows)
@@ -144,16 +156,16 @@ def _append_sinks(k, v, bias, sinks, groups, rows, window):
     return k, v, torch.cat([bias.expand(batch, 1, blocks, *bias.shape[3:]), sink_bias], dim=4)
 
 
-def _fused(q, k, v, bias, scaling):
+def _fused(q, k, v, bias, scaling, dropout):
     """torch's attention, with the blocks as a batch."""
     shape = q.shape
     bias = bias.expand(shape[0], 1, shape[2], shape[3], k.shape[3])
     q, k, v, bias = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, bias))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, dropout_p=dropout)
     return o.unflatten(0, (shape[0], shape[2])).transpose(1, 2).reshape(shape)
 
 
-def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse):
+def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout):
     """Scores, softmax and sum spelt out: does what torch's attention cannot, and is faster in float32 on a CPU."""
     shape = (*q.shape[:-1], k.shape[-2])
     if softcap is None:
@@ -170,4 +182,6 @@ def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse):
         logits = logits.expand(-1, -1, -1, -1, shape[3] // groups).reshape(1, k.shape[1], 1, -1)
         weights = weights * (lse - logits).sigmoid().unsqueeze(-1)
         lse = torch.logaddexp(lse, logits)
+    if dropout > 0:
+        weights = torch.nn.functional.dropout(weights, dropout)
     return weights.to(v.dtype) @ v, lse

@@ -341,6 +341,16 @@ def test_static_cache_is_swapped(tiny_base):
     assert all(isinstance(layer, LigerCacheLayer) for layer in cache.layers)
 
 
+@torch.no_grad()
+def test_attention_dropout(tiny_base):
+    """The family's attention dropout drops in training, within the window and beyond it, and not otherwise."""
+    _, model = linearized(tiny_base("llama", attention_dropout=0.5), window=16, mix=0.0)
+    for ids in (tokens(10), tokens(60)):
+        expected = model.eval()(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+        assert not torch.allclose(model.train()(ids).logits, expected)
+
+
 def test_gradient_checkpointing(tiny_base, gate):
     """Recomputing the layers in the backward pass changes no gradient (those themselves: tests/test_recurrence.py)."""
     _, model = linearized(tiny_base(num_hidden_layers=2), gate=gate, window=16, slots=8)

@@ -92,6 +92,19 @@ def test_gradients(softcap):
         torch.testing.assert_close(a, e, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout(dtype, softcap):
+    """Dropped weights change the output, but not its mean over many draws (a tenth of the spread of one draw)."""
+    torch.manual_seed(0)
+    q, k, v = example(1, 1, 2, 70, 0, 8, dtype=dtype)
+    exact = window_attention(q, k, v, 31, 0.3, softcap=softcap)[0].float()
+    draws = torch.stack([window_attention(q, k, v, 31, 0.3, softcap=softcap, dropout=0.5)[0] for _ in range(400)])
+    draws = draws.float()
+    assert (draws[0] - exact).abs().max() > 0.1
+    assert (draws.mean(0) - exact).square().mean() < 0.01 * draws.var(0).mean()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_dtypes(dtype, tolerance):
     """bfloat16 has 8 bits, so outputs of size 1 differ by some 2^-7; float16 by some 2^-10."""
