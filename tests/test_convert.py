@@ -517,3 +517,30 @@ def test_loads_without_liger(tiny_base, tmp_path, model_type):
     assert done.returncode == 0, done.stderr[-3000:]
     prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
     assert done.stdout.strip() == f"Liger{prefix}ForCausalLM"
+
+
+def test_tuned_and_merged_by_peft_without_liger(tiny_base, tmp_path):
+    """Somebody else's script: LoRA, merge, save; then, with everything it was made from gone, load in a new process."""
+    convert(str(tiny_base()), str(tmp_path / "out"), softmax_layers="3", link="copy")
+    tune = BLOCKER + (
+        "import torch\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True)\n"
+        "settings = LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], init_lora_weights=False)\n"
+        "tuned = get_peft_model(model, settings).merge_and_unload().eval()\n"
+        "tuned.save_pretrained('saved')\n"
+        "torch.save(tuned(torch.arange(4, 104)[None]).logits.detach(), 'logits.pt')\n"
+    )
+    load = BLOCKER + (
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('saved', trust_remote_code=True)\n"
+        "assert torch.equal(model(torch.arange(4, 104)[None]).logits, torch.load('logits.pt'))\n"
+    )
+    for step, script in enumerate((tune, load)):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / f"hf{step}"), "HF_HUB_OFFLINE": "1"}
+        arguments = [sys.executable, "-I", "-c", script]
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        convert_module.shutil.rmtree(tmp_path / "out", ignore_errors=True)
