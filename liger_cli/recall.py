@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 
 from liger_cli.columns import COLUMNS, Subject
-from liger_cli.shipped.probes import DISTANCES, recall_probe
+from liger_cli.shipped.probes import DISTANCES, guessed_tokens, recall_probe
 from liger_cli.shipped.text import NAMES, TEST_SEED, Story, sample_facts
 
 KINDS = ("single", "key_value", "multi", "copy")
@@ -144,22 +144,10 @@ def generated_count(count: int) -> int:
 
 def teacher_forced(model, probes: list[Probe], tokenizer) -> int:
     """How many probes have every answer token as the argmax, in one pass over them all."""
-    import torch
-
-    rows = [torch.tensor(probe.tokens) for probe in probes]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     positions = [[i - 1 for first, last in probe.spans for i in range(first, last)] for probe in probes]
-    kept = sorted({position for row in positions for position in row})
-    column = {position: index for index, position in enumerate(kept)}
-    with torch.inference_mode():
-        logits = model(
-            input_ids=input_ids.to(model.device),
-            logits_to_keep=torch.tensor(kept, device=model.device),
-            use_cache=False,
-        ).logits  # [B, len(kept), V]
-    guesses = logits.argmax(-1).tolist()
+    guesses = guessed_tokens(model, [probe.tokens for probe in probes], positions, tokenizer)
     return sum(
-        [guess[column[position]] for position in row] == [probe.tokens[position + 1] for position in row]
+        guess == [probe.tokens[position + 1] for position in row]
         for guess, row, probe in zip(guesses, positions, probes, strict=True)
     )
 

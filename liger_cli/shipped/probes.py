@@ -110,14 +110,21 @@ def evaluate_recall(
     return accuracy
 
 
-def _answered(model, probes: list[Probe], tokenizer) -> int:
+def guessed_tokens(model, rows: list[list[int]], positions: list, tokenizer) -> list[list[int]]:
+    """The model's most likely token after each asked position, in one pass; only those logits are made.
+
+    Args:
+        rows: B lists of token ids, of any lengths.
+        positions: for every row, the 0-based positions whose next token is guessed.
+    Returns:
+        For every row, the guesses in the order of its positions.
+    """
     import torch
 
-    rows = [torch.tensor(prompt + answer) for prompt, answer in probes]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     # Padding stands on the right, where a causal model does not see it.
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)  # [B, T]
-    positions = [range(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in probes]
+    tensors = [torch.tensor(row) for row in rows]
+    input_ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)  # [B, T]
     kept = sorted({position for row in positions for position in row})
     column = {position: index for index, position in enumerate(kept)}
     with torch.inference_mode():
@@ -127,10 +134,14 @@ def _answered(model, probes: list[Probe], tokenizer) -> int:
             use_cache=False,
         ).logits  # [B, len(kept), V]
     guesses = logits.argmax(-1).tolist()
-    return sum(
-        [guess[column[position]] for position in row] == answer
-        for guess, row, (_, answer) in zip(guesses, positions, probes, strict=True)
-    )
+    return [[guess[column[position]] for position in row] for guess, row in zip(guesses, positions, strict=True)]
+
+
+def _answered(model, probes: list[Probe], tokenizer) -> int:
+    rows = [prompt + answer for prompt, answer in probes]
+    positions = [range(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in probes]
+    guesses = guessed_tokens(model, rows, positions, tokenizer)
+    return sum(guess == answer for guess, (_, answer) in zip(guesses, probes, strict=True))
 
 
 def held_out_text(
