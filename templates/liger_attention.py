@@ -61,6 +61,13 @@ class LigerAttention:
         """The window in use: the layer's, but never more than the base's own."""
         return min(self.liger_spec.window, self.local_window or self.liger_spec.window)
 
+    @property
+    def liger_mix(self) -> float:
+        """The recurrent branch's coefficient in use: 0 in `window` mode, 1 where there is no window branch."""
+        if self.liger_mode == "window":
+            return 0.0
+        return self.liger_spec.mix if self.liger_window > 0 else 1.0
+
     def forward(
         self,
         hidden_states,
@@ -95,7 +102,7 @@ class LigerAttention:
         settings = {
             "spec": self.liger_spec,
             "window": self.liger_window,
-            "mix": 0.0 if self.liger_mode == "window" else self.liger_spec.mix,
+            "mix": self.liger_mix,
             "scaling": self.scaling,
             "softcap": self._softcap(),
             "dropout": self._dropout(),

@@ -54,6 +54,8 @@ def mixed_attention(
             recurrent, total, states = _recurrent(q[:, :, at], k[:, :, at], v[:, :, at], spec, here, states)
         if whole:
             local = within_window(valid)
+        elif window == 0 and mix < 1:
+            local = torch.zeros_like(rotated_q)
         elif mix < 1:
             seen_from = slice(max(before + start - reach(window), 0), before + start + size)
             local, lse = window_attention(

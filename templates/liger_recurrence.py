@@ -169,11 +169,6 @@ def _unchunk(o, q):
     return o.reshape(batch, q.shape[1], q.shape[2], dim)
 
 
-def _per_head(x, rows: int):
-    """Repeat [..., C, D] over the query heads stacked in `rows`: an expanded view [..., G, C, D], no copy."""
-    return x.unsqueeze(-3).expand(*x.shape[:-2], rows // x.shape[-2], *x.shape[-2:])
-
-
 def _scale_rows(x, factor):
     """x [..., G * C, D] times factor [..., C, D or 1]."""
     shape = x.shape

@@ -342,6 +342,24 @@ def test_static_cache_is_swapped(tiny_base):
 
 
 @torch.no_grad()
+def test_no_window(tiny_base):
+    """A window of 0 runs the recurrent branch alone, with coefficient 1; its window-only control attends to nothing."""
+    _, model = linearized(tiny_base(), window=0, mix=0.5)
+    _, recurrent = linearized(tiny_base(), window=16, mix=1.0)
+    ids = tokens(90, batch=2)
+    whole = model(ids).logits
+    assert torch.equal(whole, recurrent(ids).logits)
+    for piece in (1, 7, 64):
+        close(in_pieces(model, ids, piece), whole)
+    model.set_attention_mode("window")
+    hidden = []
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, inputs, __: hidden.append(inputs[0]))
+    close(in_pieces(model, ids, 7), model(ids).logits)
+    hook.remove()
+    assert not any(x.any() for x in hidden)
+
+
+@torch.no_grad()
 def test_attention_dropout(tiny_base):
     """The family's attention dropout drops in training, within the window and beyond it, and not otherwise."""
     _, model = linearized(tiny_base("llama", attention_dropout=0.5), window=16, mix=0.0)
