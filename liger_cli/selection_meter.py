@@ -1,0 +1,283 @@
+"""Measuring sets of kept layers on the base: one reading of the data for all sets, no reload, no file written."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from liger_cli import selection
+from liger_cli.columns import load_tokenizer, pick_device, pick_dtype
+from liger_cli.errors import LigerError, ModelError
+from liger_cli.memory import available
+from liger_cli.plan import Plan
+from liger_cli.progress import progress
+from liger_cli.recall import Probe, make_probes
+from liger_cli.scoring import batch_size_for, make_rows, read_texts
+from liger_cli.selection import Figures, Kept
+from liger_cli.shipped.probes import held_out_text
+from liger_cli.shipped.text import VALIDATION_SEED
+
+SEED = VALIDATION_SEED + 2**20  # held out, and no seed of `liger eval`
+TEXT_KINDS = ("story", "facts", "recall")
+HARD = 0.5  # nats of KL divergence between base and window
+MEMORY_SHARE = 0.8  # of the free memory that float32 weights may take on a CPU
+STAND_INS = {"window": "window attention alone", "liger": "Liger attention as configured"}
+
+
+@dataclass
+class Batch:
+    """Rows read in one pass.
+
+    Attributes:
+        ids: [B, T] int64, padded on the right.
+        kept: positions whose next token is judged, [P]; None for all.
+        judged: [B, P] bool: which of them count in which row.
+        targets: [B, P] int64, the tokens that come next.
+        answers: whether the judged tokens are answers of recall probes, one answer a row.
+        hard: [B, P] bool, where base and window differ; filled in by the first reading.
+    """
+
+    ids: torch.Tensor
+    kept: torch.Tensor | None
+    judged: torch.Tensor
+    targets: torch.Tensor
+    answers: bool
+    hard: torch.Tensor | None = None
+
+
+@dataclass
+class Meter:
+    """Runs the base with any set of its layers kept as softmax, the other candidates as `stand_in`.
+
+    Attributes:
+        candidates: layers that can be linearized.
+        stand_in: attention mode of the linearized layers while measuring: `liger` or, before training often nearer to
+            the base, `window`; whichever is nearer is taken.
+    """
+
+    model: torch.nn.Module
+    candidates: list[int]
+    batches: list[Batch]
+    text: str
+    stand_in: str = "window"
+    recall_note: str = ""
+    passes: int = 0
+    seconds: float = 0.0
+    base: Figures | None = field(default=None, repr=False)
+    none: Figures | None = field(default=None, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one pass reads, padding included."""
+        return sum(batch.ids.numel() for batch in self.batches)
+
+    def announce(self, passes: int) -> None:
+        """Read the data for the first time, and tell how long `passes` passes will take.
+
+        Finds the hard tokens and the stand-in, and drops the probes where the base cannot do them.
+        """
+        start = time.perf_counter()
+        first = self._figures([(frozenset(), mode) for mode in STAND_INS], find_hard=True)
+        if self.base.recall is not None and self.base.recall < selection.RECALL_NEEDED:
+            self.recall_note = (
+                f"the base answers {100 * self.base.recall:.0f} % of the recall probes, too few to measure by: the "
+                "choice rests on the KL divergence alone"
+            )
+            self.batches = [batch for batch in self.batches if not batch.answers]
+            first = self._figures([(frozenset(), mode) for mode in STAND_INS])
+        by_mode = dict(zip(STAND_INS, first, strict=True))
+        # The window wins a tie: an untrained recurrent branch that adds nothing measurable adds noise.
+        self.stand_in = min(by_mode, key=lambda mode: by_mode[mode].kl)
+        self.none = by_mode[self.stand_in]
+        self.seconds = time.perf_counter() - start
+        expected = self.seconds / self.passes * passes
+        selection.say(f"measuring {len(self.candidates)} layers: {passes} passes over {self.tokens:,} tokens, about "
+                      f"{_duration(expected)}")  # fmt: skip
+
+    def references(self) -> dict[str, Figures]:
+        """Figures of the base and of no layer kept."""
+        return {"base": self.base, "none": self.none}
+
+    def measure(self, sets: Sequence[Kept]) -> list[Figures]:
+        """Figures of every set of kept layers."""
+        start = time.perf_counter()
+        found = self._figures([(kept, self.stand_in) for kept in sets])
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def describe(self) -> dict:
+        """How it was measured."""
+        hard = sum(int(batch.hard.sum()) for batch in self.batches)
+        judged = sum(int(batch.judged.sum()) for batch in self.batches)
+        return {
+            "stand_in": STAND_INS[self.stand_in],
+            "text": self.text,
+            "recall_note": self.recall_note,
+            "hard_tokens": hard,
+            "judged_tokens": judged,
+        }
+
+    def cost(self) -> dict:
+        return {"passes": self.passes, "tokens": self.tokens, "seconds": self.seconds}
+
+    def apply(self, kept: Kept, stand_in: str) -> None:
+        """Keep these layers as softmax, run the other candidates as `stand_in`."""
+        self.model.set_attention_mode("softmax")
+        self.model.set_attention_mode(stand_in, [layer for layer in self.candidates if layer not in kept])
+
+    def _figures(self, settings: list[tuple[Kept, str]], find_hard: bool = False) -> list[Figures]:
+        everything = frozenset(self.candidates)
+        tallies = [Tally() for _ in settings]
+        base_tally = Tally()
+        with progress("measuring", len(self.batches) * (1 + len(settings))) as step, torch.inference_mode():
+            for batch in self.batches:
+                self.apply(everything, "softmax")
+                base = self._logits(batch).float().log_softmax(-1)
+                step()
+                divergences, guesses = [], []
+                for kept, stand_in in settings:
+                    self.apply(kept, stand_in)
+                    logits = self._logits(batch)
+                    divergences.append(divergence(base, logits).cpu())
+                    guesses.append(logits.argmax(-1).cpu())
+                    step()
+                if find_hard:
+                    batch.hard = (divergences[0] > HARD) & batch.judged
+                base_tally.add(batch, torch.zeros_like(divergences[0]), base.argmax(-1).cpu())
+                for tally, kl, guess in zip(tallies, divergences, guesses, strict=True):
+                    tally.add(batch, kl, guess)
+        self.passes += 1 + len(settings)
+        self.base = base_tally.figures()
+        return [tally.figures() for tally in tallies]
+
+    def _logits(self, batch: Batch):
+        """[B, P, V]"""
+        extra = {} if batch.kept is None else {"logits_to_keep": batch.kept.to(self.model.device)}
+        return self.model(input_ids=batch.ids.to(self.model.device), use_cache=False, **extra).logits
+
+
+@dataclass
+class Tally:
+    """Sums that figures are made of."""
+
+    kl: float = 0.0
+    tokens: int = 0
+    kl_hard: float = 0.0
+    hard: int = 0
+    right: int = 0
+    probes: int = 0
+
+    def add(self, batch: Batch, kl, guesses) -> None:
+        """kl, guesses: [B, P]."""
+        self.kl_hard += float(kl[batch.hard].sum(dtype=torch.float64))
+        self.hard += int(batch.hard.sum())
+        if batch.answers:
+            self.right += int(((guesses == batch.targets) | ~batch.judged).all(1).sum())
+            self.probes += len(guesses)
+        else:
+            self.kl += float(kl[batch.judged].sum(dtype=torch.float64))
+            self.tokens += int(batch.judged.sum())
+
+    def figures(self) -> Figures:
+        """Raises LigerError where a divergence is not finite."""
+        if not self.kl + self.kl_hard < float("inf"):
+            raise LigerError("the measurement of layers gave numbers that are not finite; name the layers yourself")
+        return Figures(
+            kl=self.kl / self.tokens,
+            kl_hard=self.kl_hard / max(self.hard, 1),
+            recall=self.right / self.probes if self.probes else None,
+        )
+
+
+def divergence(base_log_probs, logits):
+    """KL(base || model) at every position. [B, P, V] twice -> [B, P], row by row to save memory."""
+    found = []
+    for reference, row in zip(base_log_probs, logits, strict=True):
+        found.append((reference.exp() * (reference - row.float().log_softmax(-1))).sum(-1))
+    return torch.stack(found)
+
+
+def open_meter(plan: Plan, data: str | None) -> Meter:
+    """Load the base as the Liger model of `plan`, and the text and probes to measure it on.
+
+    Raises:
+        ModelError: the base or its tokenizer cannot be loaded. LigerError: the text cannot be used.
+    """
+    model = load_base(plan)
+    tokenizer = load_tokenizer(plan.checkpoint.folder, model.config)
+    candidates = [index for index, spec in enumerate(plan.specs) if spec.kind == "liger"]
+    batches = text_batches(tokenizer, data, model.config) + probe_batches(tokenizer, plan)
+    return Meter(model, candidates, batches, text=data or "the shipped text")
+
+
+def load_base(plan: Plan):
+    """The model that the folder of `plan` would hold, from the base's own folder. float32 on a CPU where it fits."""
+    from transformers.utils import logging
+
+    from liger_cli.convert import converted_config
+    from liger_cli.modeling import model_classes
+
+    device = pick_device("auto")
+    dtype = pick_dtype(device, "auto")
+    free = available(device)
+    if device == "cpu" and free is not None and 4 * plan.parameters() > MEMORY_SHARE * free:
+        dtype = "auto"
+    config_class, model_class = model_classes(plan.checkpoint.family)
+    config = {name: value for name, value in converted_config(plan).items() if name != "auto_map"}
+    logging.disable_progress_bar()
+    try:
+        model = model_class.from_pretrained(
+            plan.checkpoint.folder, config=config_class.from_dict(config), dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the base {plan.checkpoint.folder} cannot be loaded to measure its layers: {error}") from None
+    return model.to(device).eval()
+
+
+def text_batches(tokenizer, data: str | None, config) -> list[Batch]:
+    """Up to `ROWS` rows of text; every next token is judged."""
+    if data is None:
+        texts = held_out_text(6 * selection.ROWS * selection.ROW_TOKENS, SEED, TEXT_KINDS)
+    else:
+        texts = read_texts(Path(data))
+    length = min(selection.ROW_TOKENS, getattr(config, "max_position_embeddings", None) or selection.ROW_TOKENS)
+    rows = make_rows(tokenizer, texts, length)
+    size = batch_size_for(rows, config.vocab_size, None)
+    ids, lengths = rows.ids[: selection.ROWS], rows.lengths[: selection.ROWS]
+    judged = torch.arange(length) < lengths[:, None]
+    return [
+        Batch(part[:, :-1], None, there, part[:, 1:], answers=False)
+        for part, there in zip(ids.split(size), judged.split(size), strict=True)
+    ]
+
+
+def probe_batches(tokenizer, plan: Plan) -> list[Batch]:
+    """Recall probes beyond the window, a batch for each distance; the answers' tokens are judged."""
+    batches = []
+    for distance in selection.probe_distances(plan):
+        try:
+            probes = make_probes("key_value", tokenizer, distance, selection.PROBES, SEED)
+        except ValueError:  # this tokenizer needs more tokens for a question than the distance has
+            continue
+        batches.append(_probe_batch(probes))
+    return batches
+
+
+def _probe_batch(probes: list[Probe]) -> Batch:
+    width = max(len(probe.tokens) for probe in probes)
+    ids = torch.zeros(len(probes), width, dtype=torch.int64)
+    judged = torch.zeros_like(ids, dtype=torch.bool)
+    for row, probe in enumerate(probes):
+        ids[row, : len(probe.tokens)] = torch.tensor(probe.tokens)
+        for first, last in probe.spans:
+            judged[row, first - 1 : last - 1] = True
+    kept = judged.any(0).nonzero()[:, 0]
+    return Batch(ids, kept, judged[:, kept], ids.roll(-1, 1)[:, kept], answers=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
