@@ -7,6 +7,7 @@ from liger_cli.columns import TITLES
 from liger_cli.results import write_whole
 
 COLOURS = {"model": "#0072b2", "base": "#d55e00"}  # of Okabe and Ito's palette, told apart by colour-blind eyes
+KEPT, NOT_KEPT = "#009e73", "#999999"
 LABELS = {"model": "Liger model", "base": "softmax base"}
 MARKERS = {"model": "o", "base": "s"}
 
@@ -77,6 +78,24 @@ def recall_plot(result: dict, folder: Path) -> list[str]:
                     axis.text(x, y, f"{100 * cell:.0f}", ha="center", va="center", fontsize=7, color=shade)
     figure.colorbar(image, ax=axes[0].tolist(), label="exact answers", format=lambda x, _: f"{100 * x:.0f} %")
     return _save(figure, folder, "recall")
+
+
+def layers_plot(selection: dict, folder: Path) -> list[str]:
+    """Two bar charts over the layers that `auto:N` measured; kept ones are coloured. Returns the files' names."""
+    layers = selection["layers"]
+    places = range(len(layers))
+    colours = [KEPT if layer["layer"] in selection["chosen"] else NOT_KEPT for layer in layers]
+    figure, axes = _figure(1, 2, (max(7.0, 3.0 + 0.4 * len(layers)), 2.8))
+    panels = (
+        ("only_kept", "score", "gap to the base closed, %", "it alone kept as softmax", 100),
+        ("only_linearized", "kl_hard", "KL on hard tokens, nats", "it alone linearized", 1),
+    )
+    for axis, (which, name, label, title, unit) in zip(axes[0], panels, strict=True):
+        axis.bar(places, [unit * layer[which][name] for layer in layers], color=colours)
+        axis.set(title=title, xlabel="layer (kept: green)", ylabel=label)
+        axis.set_xticks(places, [str(layer["layer"]) for layer in layers], fontsize=7)
+        axis.grid(axis="y", alpha=0.3)
+    return _save(figure, folder, "softmax_layers")
 
 
 def _figure(rows: int, columns: int, inches: tuple[float, float], **options):
