@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -18,10 +19,13 @@ from pathlib import Path
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.experimental import experimental_family
 from liger_cli.families import FAMILIES, Family
+from liger_cli.family_tensors import decoder_tensors
 from liger_cli.released import as_base
+from liger_cli.untrusted import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EXTRAS = "model-liger.safetensors"  # tensors that a conversion added
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -29,7 +33,8 @@ DTYPE_BITS = {
 }  # fmt: skip
 USABLE_DTYPES = ("F32", "F16", "BF16")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-MAX_JSON = 64 << 20  # bytes
+MAX_COUNT = 1 << 14  # heads, experts: what is gone through one by one
+MAX_DIMS = 16  # of a tensor
 SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 
 TOKENIZER_NAMES = {
@@ -111,6 +116,8 @@ class Geometry:
             raise ModelError(
                 f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
+        if heads > MAX_COUNT:
+            raise ModelError(f"config.json: num_attention_heads is {heads}, more than {MAX_COUNT}")
         layers, vocab = _positive(config, "num_hidden_layers"), _positive(config, "vocab_size")
         return cls(layers, hidden, heads, kv_heads, head_dim, vocab)
 
@@ -156,6 +163,7 @@ def read_checkpoint(folder: Path, experimental: bool = False) -> Checkpoint:
     folder = folder.resolve()
     config, released_gate = as_base(read_config(folder))
     family = supported_family(config, folder, experimental)
+    check_fields(family, config)
     geometry = Geometry.of(family.with_defaults(config))
     names, weight_map = _shard_names(folder)
     shards = tuple(read_shard(folder, name) for name in names)
@@ -199,19 +207,6 @@ def read_config(folder: Path) -> dict:
     return read_json(inside(folder, "config.json"))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ModelError where it is broken or is something else."""
-    if path.stat().st_size > MAX_JSON:
-        raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB, which is no model's JSON")
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); download the file again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds {type(value).__name__}, not a JSON object")
-    return value
-
-
 def supported_family(config: dict, folder: Path, experimental: bool = False) -> Family:
     """The row of `FAMILIES` for this config, or a generic one where `experimental` asks for it.
 
@@ -226,7 +221,7 @@ def supported_family(config: dict, folder: Path, experimental: bool = False) -> 
             raise ModelError(f"{folder} is quantized (config.json has {field}); give the unquantized model")
     for field in ("text_config", "llm_config", "language_config", "thinker_config"):
         if isinstance(config.get(field), dict):
-            inner = config[field].get("model_type", "unknown")
+            inner = str(config[field].get("model_type", "unknown"))[:100]
             raise ModelError(
                 f"{folder} is a multimodal model; extract its language model (config.json's {field}, of type "
                 f"{inner!r}) as a folder of its own with save_pretrained and convert that"
@@ -237,6 +232,7 @@ def supported_family(config: dict, folder: Path, experimental: bool = False) -> 
     if family is None and experimental:
         family = experimental_family(str(model_type), config)
     if family is None:
+        model_type = model_type if model_type is None else str(model_type)[:100]
         near = get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
         raise ModelError(
             f"model type {model_type!r} is not supported; the nearest is {near[0] if near else 'none'} (`liger "
@@ -244,7 +240,8 @@ def supported_family(config: dict, folder: Path, experimental: bool = False) -> 
         )
     architectures = config.get("architectures")
     wanted = f"{family.prefix}ForCausalLM"
-    if architectures and not {wanted, *family.aliases} & set(architectures):
+    named = architectures if isinstance(architectures, list) else [architectures]
+    if architectures and not any(name in named for name in (wanted, *family.aliases)):
         raise ModelError(f"config.json names the architecture {architectures!r}; only {wanted} can be converted")
     return family
 
@@ -259,7 +256,7 @@ def inside(folder: Path, name: str) -> Path:
     try:
         real = path.resolve(strict=True)
         regular = stat.S_ISREG(real.stat().st_mode)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
         raise ModelError(f"{path} is missing or is a broken link; download the model again") from None
     allowed = [folder]
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
@@ -286,7 +283,8 @@ def read_shard(folder: Path, name: str) -> Shard:
         entries.pop("__metadata__", None)
         tensors, end = _tensors(entries)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{broken}: its header is broken ({error}); download the shard again") from None
+        reason = str(error)[:300]
+        raise ModelError(f"{broken}: its header is broken ({reason}); download the shard again") from None
     if size != 8 + length + end:
         raise ModelError(
             f"{broken}: it has {size} bytes where its header asks for {8 + length + end}; download it again"
@@ -301,7 +299,9 @@ def _tensors(entries: dict) -> tuple[dict[str, Tensor], int]:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in DTYPE_BITS:
             raise ValueError(f"{name} has the unknown dtype {dtype!r}")
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        if len(shape) > MAX_DIMS:  # the product of many numbers takes longer than reading them
+            raise ValueError(f"{name} has {len(shape)} dimensions")
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
             raise ValueError(f"{name} has a shape or an offset that is not a whole number")
         if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
             raise ValueError(f"{name} has {end - begin} bytes, which is not {dtype} {list(shape)}")
@@ -363,6 +363,22 @@ def _check_index(weight_map: dict[str, str], checkpoint: Checkpoint) -> None:
             raise ModelError(f"{checkpoint.folder / INDEX} says that {tensor} is in {shard}, but it is not there")
 
 
+def check_fields(family: Family, config: dict) -> None:
+    """The fields of config.json that decide layers and shapes are of their kinds. Raises ModelError naming the first.
+
+    None means that a field is left out. Nothing is counted up to a number that was not looked at.
+    """
+    values = family.with_defaults(config)
+    for names, fits, wanted in FIELDS:
+        for name in names:
+            if values.get(name) is not None and not fits(values[name]):
+                raise ModelError(f"config.json: {name} is {_shown(values[name])}, but has to be {wanted}")
+    layers = values.get("num_hidden_layers")
+    for name in ("layer_types", "no_rope_layers"):
+        if values.get(name) and type(layers) is int and len(values[name]) != layers:
+            raise ModelError(f"config.json: {name} has {len(values[name])} entries for {layers} layers")
+
+
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor that the config promises is there, in a dtype that can be trained, and no layer is left over."""
     folder, layers = checkpoint.folder, checkpoint.geometry.num_hidden_layers
@@ -371,7 +387,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         raise ModelError(
             f"{folder} has the weights of {len(held)} layers where config.json's num_hidden_layers is {layers}"
         )
-    for name, shape in checkpoint.family.expected_tensors(checkpoint.config, checkpoint.geometry).items():
+    for name, shape in _expected(checkpoint):
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
             raise ModelError(f"{folder} lacks the tensor {name}, so its weights do not fit its config.json")
@@ -383,6 +399,12 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             raise ModelError(f"{folder}: {name} is {tensor.dtype}; give a model in {', '.join(USABLE_DTYPES)}")
 
 
+def _expected(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes by config.json, layer by layer: what does not fit is found before the next one is listed."""
+    family, config = checkpoint.family, checkpoint.config
+    return decoder_tensors(family, family.with_defaults(config), checkpoint.geometry)
+
+
 def layer_index(tensor_name: str) -> re.Match | None:
     """Match whose group 1 is the layer that a tensor belongs to, None for embeddings and the like."""
     return LAYER.match(tensor_name)
@@ -391,5 +413,40 @@ def layer_index(tensor_name: str) -> re.Match | None:
 def _positive(config: dict, name: str) -> int:
     value = config.get(name)
     if type(value) is not int or value <= 0:
-        raise ModelError(f"config.json: {name} is {value!r}, but has to be a positive whole number")
+        raise ModelError(f"config.json: {name} is {_shown(value)}, but has to be a positive whole number")
     return value
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _whole(value) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _list_of(*kinds: type):
+    return lambda value: isinstance(value, list) and all(type(one) in kinds for one in value)
+
+
+FIELDS = (
+    (
+        ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "sliding_window",
+         "max_window_layers", "no_rope_layer_interval", "decoder_sparse_step"),
+        _whole,
+        "a whole number, 0 or more",
+    ),
+    (
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        lambda value: _whole(value) and value <= MAX_COUNT,
+        f"a whole number of at most {MAX_COUNT}",
+    ),
+    (
+        ("sliding_window_pattern",),
+        lambda value: _whole(value) or (isinstance(value, str) and 0 < len(value) <= 100),
+        "a whole number, or a pattern such as LLLG",
+    ),
+    (("mlp_only_layers", "no_rope_layers"), _list_of(int, bool), "a list of whole numbers"),
+    (("layer_types",), _list_of(str), "a list of layer types"),
+)  # fmt: skip

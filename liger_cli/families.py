@@ -37,7 +37,7 @@ def qwen_local_layers(config: dict) -> list[bool]:
     """Qwen2/3: `layer_types`, else the layers from `max_window_layers` on where `use_sliding_window` is set."""
     if config.get("layer_types") or not config.get("use_sliding_window") or config.get("sliding_window") is None:
         return layer_types_or_full(config)
-    first = config.get("max_window_layers", 28)
+    first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
     return [index >= first for index in range(config["num_hidden_layers"])]
 
 
@@ -45,7 +45,7 @@ def qwen2_moe_local_layers(config: dict) -> list[bool]:
     """Qwen2-MoE: `layer_types`, else half of the first `max_window_layers` where `use_sliding_window` is set."""
     if config.get("layer_types") or not config.get("use_sliding_window"):
         return layer_types_or_full(config)
-    first = config.get("max_window_layers", 28)
+    first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
     return [index % 2 == 0 and index < first for index in range(config["num_hidden_layers"])]
 
 
@@ -135,7 +135,7 @@ class Family:
 
     def expected_tensors(self, config: dict, sizes) -> dict[str, tuple[int, ...]]:
         """Names and shapes that the weights have to have; `sizes` is a `checkpoint.Geometry`."""
-        return tensors.decoder_tensors(self, self.with_defaults(config), sizes)
+        return dict(tensors.decoder_tensors(self, self.with_defaults(config), sizes))
 
 
 ATTENTION_AND_MLP_NORMS = (

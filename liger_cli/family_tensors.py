@@ -4,9 +4,11 @@ A feed-forward layout is a function (config, sizes, layer index) -> name within 
 the files, which for mixtures of experts are not those of the module in memory.
 """
 
+from collections.abc import Iterator
 
-def decoder_tensors(family, config: dict, sizes) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of the family has to have.
+
+def decoder_tensors(family, config: dict, sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a checkpoint of the family has to have, one layer after the other.
 
     Args:
         family: a `families.Family`.
@@ -21,14 +23,14 @@ def decoder_tensors(family, config: dict, sizes) -> dict[str, tuple[int, ...]]:
         tensors["lm_head.weight"] = (sizes.vocab_size, sizes.hidden_size)
         if family.head_bias:
             tensors["lm_head.bias"] = (sizes.vocab_size,)
+    yield from tensors.items()
     attention = _attention(family, config, sizes)
     for index in range(sizes.num_hidden_layers):
         layer = {name: shape for norm in family.norms for name, shape in _norm(norm, hidden, family.norm_bias).items()}
         if config.get("use_parallel_residual"):
             layer = {name: shape for name, shape in layer.items() if not name.startswith("post_attention_layernorm")}
         layer |= attention | family.feed_forward(config, sizes, index)
-        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return tensors
+        yield from ((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
 
 
 def _attention(family, config: dict, sizes) -> dict:
@@ -104,7 +106,7 @@ def gated(config, sizes, index, prefix="mlp", width=None):
 
 def gated_fused(config, sizes, index):
     """gate and up in one matrix."""
-    hidden, inner = sizes.hidden_size, config.get("intermediate_size")
+    hidden, inner = sizes.hidden_size, _number(config, "intermediate_size")
     return {"mlp.gate_up_proj.weight": (2 * inner, hidden), "mlp.down_proj.weight": (hidden, inner)}
 
 
@@ -133,7 +135,7 @@ def apertus(config, sizes, index):
 
 def mixtral(config, sizes, index):
     """`num_local_experts` gated experts, one file entry a matrix."""
-    hidden, inner, count = sizes.hidden_size, config.get("intermediate_size"), config["num_local_experts"]
+    hidden, inner, count = sizes.hidden_size, _number(config, "intermediate_size"), _number(config, "num_local_experts")
     shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
     experts = {f"experts.{i}.{name}.weight": shape for i in range(count) for name, shape in shapes.items()}
     return {f"block_sparse_moe.{name}": shape for name, shape in experts.items()} | {
@@ -144,7 +146,7 @@ def mixtral(config, sizes, index):
 def experts(config, sizes, index):
     """`num_experts` gated experts, in every `decoder_sparse_step`-th layer not in `mlp_only_layers` (Qwen, OLMoE)."""
     # transformers 5 writes Qwen3-MoE's number under Mixtral's name.
-    count = config["num_local_experts"] if config.get("num_local_experts") is not None else config["num_experts"]
+    count = _number(config, "num_experts" if config.get("num_local_experts") is None else "num_local_experts")
     step = config.get("decoder_sparse_step") or 1
     if index in (config.get("mlp_only_layers") or ()) or (index + 1) % step or not count:
         return gated(config, sizes, index)
@@ -159,14 +161,14 @@ def experts_and_shared(config, sizes, index):
     """`experts` and one that every token passes through (Qwen2-MoE)."""
     tensors = experts(config, sizes, index)
     if "mlp.gate.weight" in tensors:
-        tensors |= gated(config, sizes, index, "mlp.shared_expert", config["shared_expert_intermediate_size"])
+        tensors |= gated(config, sizes, index, "mlp.shared_expert", config.get("shared_expert_intermediate_size"))
         tensors["mlp.shared_expert_gate.weight"] = (1, sizes.hidden_size)
     return tensors
 
 
 def granite_experts(config, sizes, index):
     """All experts in two tensors."""
-    hidden, inner, count = sizes.hidden_size, config.get("intermediate_size"), config["num_local_experts"]
+    hidden, inner, count = sizes.hidden_size, _number(config, "intermediate_size"), _number(config, "num_local_experts")
     return {
         "block_sparse_moe.input_linear.weight": (count, 2 * inner, hidden),
         "block_sparse_moe.output_linear.weight": (count, hidden, inner),
@@ -176,7 +178,7 @@ def granite_experts(config, sizes, index):
 
 def gpt_oss_experts(config, sizes, index):
     """All experts in two tensors with biases, inputs before outputs."""
-    hidden, inner, count = sizes.hidden_size, config.get("intermediate_size"), config["num_local_experts"]
+    hidden, inner, count = sizes.hidden_size, _number(config, "intermediate_size"), _number(config, "num_local_experts")
     return {
         "mlp.experts.gate_up_proj": (count, hidden, 2 * inner),
         "mlp.experts.gate_up_proj_bias": (count, 2 * inner),
@@ -198,6 +200,11 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool) -> dict:
 
 def _norm(name: str, shape: tuple[int, ...], bias: bool) -> dict:
     return {f"{name}.weight": shape} | ({f"{name}.bias": shape} if bias else {})
+
+
+def _number(config: dict, name: str) -> int:
+    """A size, or 0 where config.json leaves it out, which no tensor fits."""
+    return config.get(name) or 0
 
 
 def _flag(config: dict, flag: str | bool) -> bool:

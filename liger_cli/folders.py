@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from liger_cli.errors import UsageError
+from liger_cli.escape import printable
 from liger_cli.manifest import read_manifest
 
 FITTING = {
@@ -32,7 +33,8 @@ def resolve_model(given: str | Path | None, command: str, here: Path | None = No
             raise UsageError(f"{given} is not a folder; name one that liger made")
         return Path(given)
     found = newest(FITTING[command], here or Path())
-    print(f"liger: taking {found}, the newest {read_manifest(found)['kind']} model here", file=sys.stderr)
+    kind = read_manifest(found)["kind"]
+    print(f"liger: taking {printable(found)}, the newest {kind} model here", file=sys.stderr)
     return found
 
 

@@ -7,10 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from liger_cli import __version__
+from liger_cli.errors import LigerError
+from liger_cli.untrusted import read_json
 
 MANIFEST = "liger.json"
 FORMAT = 1
 KINDS = ("converted", "adapter", "merged")
+SECTIONS = ("base", "code", "fingerprint", "model", "result", "selection", "settings", "source", "versions")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
@@ -55,7 +58,27 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def read_manifest(folder: Path) -> dict | None:
     """The folder's `liger.json`, or None where there is none that liger could have written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(folder / MANIFEST)
+    except LigerError:
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("kind") in KINDS else None
+    return manifest if manifest.get("kind") in KINDS and _sections_fit(manifest) else None
+
+
+def _sections_fit(manifest: dict) -> bool:
+    """Whether every section is of the kind that liger writes; None stands for one that is left out."""
+    adapters = manifest.get("adapters") or []
+    recipe = (_object(manifest.get("settings")) or {}).get("recipe")
+    inner = [manifest.get(name) for name in SECTIONS] + [recipe]
+    base = _object(manifest.get("base")) or {}
+    paths = [base.get("path"), base.get("name"), (_object(manifest.get("model")) or {}).get("path")]
+    return (
+        all(_object(one) is not None for one in inner)
+        and isinstance(adapters, list)
+        and all(isinstance(one, dict) for one in adapters)
+        and all(path is None or (isinstance(path, str) and "\0" not in path) for path in paths)
+    )
+
+
+def _object(value) -> dict | None:
+    """A JSON object, `{}` for null, None for anything else."""
+    return {} if value is None else value if isinstance(value, dict) else None
