@@ -21,6 +21,7 @@ from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.outputs import LINKS, atomic_folder, check_output, place
 from liger_cli.plan import Plan, make_plan
+from liger_cli.selection import automatic, selected_plan
 from liger_cli.templates.liger_config import LigerConfigError, layer_specs, liger_block
 
 COPIED_BELOW = 256 << 10  # bytes; a small support file is copied, so that editing it never edits the base
@@ -33,6 +34,7 @@ def run(
     *,
     settings: dict | None = None,
     softmax_layers: str = "none",
+    calibration_data: str | None = None,
     linearize_local: bool = False,
     experimental: bool = False,
     revision: str | None = None,
@@ -47,6 +49,7 @@ def run(
         output,
         settings=settings,
         softmax_layers=softmax_layers,
+        calibration_data=calibration_data,
         linearize_local=linearize_local,
         experimental=experimental,
         revision=revision,
@@ -77,6 +80,7 @@ def convert(
     *,
     settings: dict | None = None,
     softmax_layers: str = "none",
+    calibration_data: str | None = None,
     linearize_local: bool = False,
     experimental: bool = False,
     revision: str | None = None,
@@ -90,7 +94,9 @@ def convert(
         base: a local folder or a hub id.
         output: the folder to write; `./<name>-liger-<gate>` by default.
         settings: fields of `LayerSpec` for the Liger layers.
-        softmax_layers: layers kept as softmax attention: `none`, `every:N`, or a list such as `3,11`.
+        softmax_layers: layers kept as softmax attention: `none`, `every:N`, `auto:N` (measured, which loads the base
+            and torch; see `selection`), or a list such as `3,11`.
+        calibration_data: a text or .jsonl file to measure on; a shipped text by default.
         linearize_local: linearize layers that are local in the base, too.
         experimental: try model types that no family describes; the identity gate on a tiny model decides.
         link: `auto` (reflink, else hard link, else copy), `hard` or `copy`.
@@ -108,7 +114,10 @@ def convert(
     settings = settings or {}
     if checkpoint.released_gate:
         settings = released.fixed_settings(settings, checkpoint.released_gate)
-    plan = make_plan(checkpoint, settings, softmax_layers, linearize_local)
+    to_choose = automatic(softmax_layers)
+    if to_choose is None and calibration_data is not None:
+        raise UsageError("--calibration-data is given, but nothing is measured; ask for --softmax-layers auto:N")
+    plan = make_plan(checkpoint, settings, "none" if to_choose else softmax_layers, linearize_local)
     if checkpoint.released_gate:
         about = released.notes(checkpoint.family.model_type, checkpoint.released_gate)
         plan = replace(plan, notes=plan.notes + about)
@@ -118,9 +127,12 @@ def convert(
     if checkpoint.family.model_type not in FAMILIES:
         result = run_gate(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
-    report = _report(source, plan, target, dry_run)
+    selection = None
+    if to_choose is not None:
+        plan, selection = selected_plan(plan, to_choose, calibration_data, dry_run)
+    report = _report(source, plan, target, dry_run) | ({"selection": selection} if selection else {})
     if not dry_run:
-        report["link"] = _write(source, plan, target, link, force)
+        report["link"] = _write(source, plan, target, link, force, selection)
     return report, plan
 
 
@@ -174,7 +186,7 @@ def _report(source: Source, plan: Plan, target: Path, dry_run: bool) -> dict:
     }
 
 
-def _write(source: Source, plan: Plan, target: Path, link: str, force: bool) -> str:
+def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, selection: dict | None = None) -> str:
     """Write the folder and return how the weights were placed."""
     checkpoint = plan.checkpoint
     with atomic_folder(target, force) as folder:
@@ -198,6 +210,10 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool) -> 
         for name, text in _model_files(checkpoint.family).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = _manifest(source, plan, how)
+        if selection is not None:
+            from liger_cli.plots import layers_plot
+
+            manifest["selection"] = {**selection, "plots": layers_plot(selection, folder)}
         (folder / "README.md").write_text(model_card(source, plan, manifest), encoding="utf-8")
         write_manifest(folder, manifest)
     return how

@@ -72,8 +72,16 @@ def convert(
     ),
     mix: Annotated[float, typer.Option(help="Share of the recurrent branch; the window's is 1 - mix.")] = DEFAULT.mix,
     softmax_layers: Annotated[
-        str, typer.Option(help="Layers kept as softmax: none, every:N (the last of every N), or a list such as 3,11.")
+        str,
+        typer.Option(
+            help="Layers kept as softmax: none, every:N (the last of every N), auto:N (the N that matter, measured on "
+            "the base), or a list such as 3,11."
+        ),
     ] = "none",
+    calibration_data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text or .jsonl file to measure on; a shipped text by default."),
+    ] = None,
     linearize_local: Annotated[
         bool, typer.Option("--linearize-local", help="Linearize layers that are local in the base, too.")
     ] = False,
@@ -125,6 +133,7 @@ def convert(
             "slots": slots,
         },
         softmax_layers=softmax_layers,
+        calibration_data=calibration_data,
         linearize_local=linearize_local,
         experimental=experimental,
         revision=revision,

@@ -171,7 +171,9 @@ def parse_softmax_layers(text: str, candidates: list[int], count: int) -> list[i
     for part in text.split(","):
         index = _whole_number(part.strip())
         if index is None:
-            raise UsageError(f"--softmax-layers is {text!r}, but has to be none, every:N or a list such as 3,11")
+            raise UsageError(
+                f"--softmax-layers is {text!r}, but has to be none, every:N, auto:N or a list such as 3,11"
+            )
         if index >= count:
             raise UsageError(f"--softmax-layers names layer {index}, but the layers are 0 to {count - 1}")
         if index not in candidates:

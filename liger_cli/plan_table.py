@@ -16,6 +16,10 @@ def print_plan(report: dict, plan: Plan) -> None:
     console = Console(highlight=False, markup=False)
     console.print(_layers(report))
     console.print(_memory(report))
+    if "selection" in report:
+        from liger_cli.selection_view import print_selection
+
+        print_selection(report["selection"], console)
     console.print(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights")
     for note in plan.notes:
         console.print(f"note: {note}")
