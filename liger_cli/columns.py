@@ -12,6 +12,7 @@ from typing import Any
 
 from liger_cli.checkpoint import fingerprint, read_json, read_weights
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
+from liger_cli.extras import base_shards
 from liger_cli.manifest import read_manifest
 
 COLUMNS = ("base", "model", "window_only")
@@ -111,7 +112,9 @@ def open_subject(
     subject = Subject(folder, kind, model.eval(), tokenizer, fingerprint=_fingerprint(weights))
     if kind == "adapter":
         subject.base_source = "the softmax switch with LoRA off"
-    if kind != "merged" and subject.fingerprint != (read_manifest(weights) or {}).get("fingerprint"):
+    if kind != "merged" and _base_digest(weights) != (read_manifest(weights) or {}).get("fingerprint", {}).get(
+        "digest"
+    ):
         subject.base_label = TUNED
         subject.base_source = f"the softmax switch; the weights in {weights} are not the ones that were converted"
     if against is not None:
@@ -225,3 +228,8 @@ def _base_folder(name: str) -> Path:
 
 def _fingerprint(folder: Path) -> dict:
     return fingerprint(read_weights(folder))
+
+
+def _base_digest(folder: Path) -> str:
+    """Of the base's tensors alone: what a conversion added is not the base's."""
+    return fingerprint(base_shards(read_weights(folder)))["digest"]

@@ -16,11 +16,12 @@ from liger_cli import released
 from liger_cli.checkpoint import INDEX, Checkpoint, Geometry, fingerprint, inside, read_checkpoint, read_config
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.experimental import family_of, run_gate
+from liger_cli.extras import extra_shapes, initial_values, shard_names, write_extras
 from liger_cli.families import FAMILIES, Family
 from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.outputs import LINKS, atomic_folder, check_output, place
-from liger_cli.plan import Plan, make_plan
+from liger_cli.plan import Plan, make_plan, read_mix
 from liger_cli.selection import automatic, selected_plan
 from liger_cli.templates.liger_config import LigerConfigError, layer_specs, liger_block
 
@@ -111,7 +112,9 @@ def convert(
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
     source = find_base(base, revision, experimental)
     checkpoint = read_checkpoint(source.folder, experimental)
-    settings = settings or {}
+    settings = dict(settings or {})
+    if "mix" in settings:
+        settings["mix"] = read_mix(settings["mix"])
     if checkpoint.released_gate:
         settings = released.fixed_settings(settings, checkpoint.released_gate)
     to_choose = automatic(softmax_layers)
@@ -180,6 +183,7 @@ def _report(source: Source, plan: Plan, target: Path, dry_run: bool) -> dict:
         "dry_run": dry_run,
         "layers": plan.layers(),
         "parameters": plan.parameters(),
+        "added_parameters": plan.added_parameters(),
         "bytes": plan.weight_bytes(),
         "memory": plan.memory(),
         "notes": list(plan.notes),
@@ -191,10 +195,14 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, sel
     checkpoint = plan.checkpoint
     with atomic_folder(target, force) as folder:
         ways = set()
+        extras = extra_shapes(plan.specs, checkpoint.geometry)
+        names = shard_names(checkpoint, bool(extras))
         for shard in checkpoint.shards:
             _check_room(shard.size, folder, link)
-            ways.add(place(shard.path, folder / shard.name, link))
-        if checkpoint.indexed:
+            ways.add(place(shard.path, folder / names[shard.name], link))
+        if extras:
+            write_extras(folder, checkpoint, initial_values(extras))
+        elif checkpoint.indexed:
             shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
         for name, path in checkpoint.support_files.items():
             if name in MADE_BY_LIGER:

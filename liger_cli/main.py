@@ -3,19 +3,26 @@
 Heavy packages are imported inside those modules' functions, never here: `liger --help` has to answer at once.
 """
 
-import signal
-import sys
 from typing import Annotated
 
 import typer
 import typer.core
 
-from liger_cli import __version__
+from liger_cli import __version__, interrupts
 from liger_cli.errors import guarded
 from liger_cli.templates.liger_config import FEATURE_MAPS, GATE_SOURCES, NORMALIZERS, LayerSpec
 from liger_cli.templates.liger_gates import GATES
 
 DEFAULT = LayerSpec()
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+# What eval and bench share.
+Measured = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A folder liger made; the newest here by default.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
+Format = Annotated[str, typer.Option("--format", help="table, md, json or csv.")]
+Save = Annotated[bool, typer.Option(help="Keep results.json, plots and card section in the folder.")]
 CLICK_EXCEPTION = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
@@ -37,11 +44,12 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point. A termination signal unwinds like Ctrl-C, so that half-written folders are removed."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
-    app(prog_name="liger")
+    """Run the command line. Ctrl-C and termination unwind a command, so that half-written folders are removed."""
+    interrupts.unwind()
+    try:
+        app(prog_name="liger")
+    finally:
+        interrupts.quit_at_once()
 
 
 def _version(wanted: bool) -> None:
@@ -70,7 +78,10 @@ def convert(
     window: Annotated[int, typer.Option(help="Tokens of the softmax window, the token itself included.")] = (
         DEFAULT.window
     ),
-    mix: Annotated[float, typer.Option(help="Share of the recurrent branch; the window's is 1 - mix.")] = DEFAULT.mix,
+    mix: Annotated[
+        str,
+        typer.Option(help="Share of the recurrent branch, the window's is 1 - mix; window-only is 0, the control."),
+    ] = str(DEFAULT.mix),
     softmax_layers: Annotated[
         str,
         typer.Option(
@@ -93,16 +104,47 @@ def convert(
     normalizer: Annotated[
         str, typer.Option(help=f"Denominator of the recurrent branch: {', '.join(NORMALIZERS)}.")
     ] = DEFAULT.normalizer,
+    branch_scales: Annotated[
+        bool,
+        typer.Option("--branch-scales", help="Two coefficients a head in place of --mix, which can be calibrated."),
+    ] = DEFAULT.branch_scales,
     feature_map: Annotated[
         str, typer.Option(help=f"Map of queries and keys in the recurrent branch: {', '.join(FEATURE_MAPS)}.")
     ] = DEFAULT.feature_map,
+    feature_params: Annotated[
+        str, typer.Option(help="fixed, or learned: a linear map for each head before the feature map.")
+    ] = DEFAULT.feature_params,
+    feature_dim: Annotated[
+        int | None, typer.Option(help="Outputs of the learned feature map; the head dimension by default.")
+    ] = DEFAULT.feature_dim,
+    positions: Annotated[
+        str, typer.Option(help="Queries and keys of the recurrent branch before (none) or after (rope) RoPE.")
+    ] = DEFAULT.positions,
+    gate_params: Annotated[
+        str | None,
+        typer.Option(
+            help="pooled (no parameters), or learned: a low-rank gate beside the pooled one.", show_default="pooled"
+        ),
+    ] = None,
+    gate_init: Annotated[
+        str, typer.Option(help="Start of a learned gate: pooled, or random, which is learned without the pooled one.")
+    ] = DEFAULT.gate_init,
+    gate_rank: Annotated[int, typer.Option(help="Rank of a learned gate.")] = DEFAULT.gate_rank,
     gate_source: Annotated[
         str, typer.Option(help=f"Projection that the gate is pooled from: {', '.join(GATE_SOURCES)}.")
     ] = DEFAULT.gate_source,
     gate_normalizer: Annotated[
         float | None, typer.Option(help="Divisor of the log gate; the gate's own by default.")
     ] = DEFAULT.gate_normalizer,
+    gate_lower_bound: Annotated[float, typer.Option(help="Lower bound of hgrn2's decay.")] = DEFAULT.gate_lower_bound,
     slots: Annotated[int, typer.Option(help="Memory slots of gsa.")] = DEFAULT.slots,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYERS:NAME=VALUE,...",
+            help="Other settings for some layers, such as 0,4-7:gate=gdn,window=128; can be repeated.",
+        ),
+    ] = None,
     link: Annotated[
         str, typer.Option(help="How the weights get there: auto (reflink, else hard link, else copy), hard, copy.")
     ] = "auto",
@@ -111,7 +153,7 @@ def convert(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="BASE is a folder liger made: only renew its model code.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make a Liger model's folder out of BASE: its weights linked, its config and the model code beside them."""
     from liger_cli import convert as module
@@ -127,10 +169,19 @@ def convert(
             "mix": mix,
             "sinks": sinks,
             "normalizer": normalizer,
+            "branch_scales": branch_scales,
             "feature_map": feature_map,
+            "feature_params": feature_params,
+            "feature_dim": feature_dim,
+            "positions": positions,
+            "gate_params": gate_params or ("learned" if gate_init == "random" else "pooled"),
+            "gate_init": gate_init,
+            "gate_rank": gate_rank,
             "gate_source": gate_source,
             "gate_normalizer": gate_normalizer,
+            "gate_lower_bound": gate_lower_bound,
             "slots": slots,
+            "layers": layer or [],
         },
         softmax_layers=softmax_layers,
         calibration_data=calibration_data,
@@ -146,7 +197,7 @@ def convert(
 
 @app.command()
 def families(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the supported model families and what is special about each."""
     from liger_cli import family_table
@@ -157,7 +208,7 @@ def families(
 @app.command()
 def gates(
     head_dim: Annotated[int, typer.Option(min=1, help="Head dimension to give the state's size for.")] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the gates with their formulas and the size of their states."""
     from liger_cli import gate_table
@@ -167,7 +218,7 @@ def gates(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show versions and devices and what runs on what; exit 4 where liger cannot run."""
     from liger_cli import doctor
@@ -211,23 +262,36 @@ def finetune(
     packing: Annotated[
         bool | None, typer.Option(help="Short documents share a row, unseen by one another. (paper: packing)")
     ] = None,
+    streaming: Annotated[
+        bool | None,
+        typer.Option(
+            help="Read the data during the run, in constant memory; needs --max-steps. "
+            "(default: for local files of more than 2 GiB)"
+        ),
+    ] = None,
     held_out: Annotated[int | None, typer.Option(help="Examples kept for evaluation. (paper: 200)")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. (paper: 200)")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints. (paper: 100)")] = None,
     early_stop: Annotated[
-        int | None, typer.Option(help="Evaluations without improvement that end the run; 0 never. (paper: 0)")
+        int | None, typer.Option(help="Evaluations without improvement that end the run, the best kept; 0 never. (paper: 0)")
     ] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more time. (paper: no)")] = None,
+    load_in_4bit: Annotated[
+        bool | None, typer.Option(help="Frozen weights in 4 bits, on CUDA with bitsandbytes. (paper: no)")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of LoRA's start and the order of the data. (paper: 0)")] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the frozen weights in training; auto is bfloat16 on CUDA, float32 elsewhere.")
     ] = "auto",
     processes: Annotated[int, typer.Option(help="Data-parallel processes on this machine.")] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Shard the weights over the processes (FSDP2), on CUDA devices.")
+    ] = False,
     report_to: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter, discard an unfinished run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on MODEL by a recipe, the published one by default."""
     from liger_cli import finetune as module
@@ -242,6 +306,7 @@ def finetune(
         dry_run=dry_run,
         as_json=as_json,
         processes=processes,
+        fsdp=fsdp,
         dtype=dtype,
         report_to=report_to,
         epochs=epochs,
@@ -256,6 +321,8 @@ def finetune(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         packing=packing,
+        streaming=streaming,
+        load_in_4bit=load_in_4bit,
         held_out=held_out,
         eval_steps=eval_steps,
         save_steps=save_steps,
@@ -279,7 +346,7 @@ def merge(
     ] = None,
     link: Annotated[str, typer.Option(help="How untouched shards get there: auto, hard or copy.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an output that liger made.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Add LoRA adapters into the weights: a self-contained model, written shard by shard."""
     from liger_cli import merge as module
@@ -300,9 +367,7 @@ def recipes(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A folder liger made; the newest here by default.")
-    ] = None,
+    model: Measured = None,
     against: Annotated[str | None, typer.Option(help="Base to compare with; the folder's own by default.")] = None,
     perplexity: Annotated[
         str | None, typer.Option(metavar="FILE", help="Perplexity of a text or .jsonl file (also for --agreement).")
@@ -317,6 +382,10 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in a task's prompt; its own by default.")] = None,
     limit: Annotated[float | None, typer.Option(help="Examples of each task, or a share below 1.")] = None,
     include_path: Annotated[str | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="For the tasks: '{\"max_seq_lengths\": [4096, 8192]}' for RULER's lengths."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Generations of base and model to show side by side.")] = 0,
     compare: Annotated[
         list[str] | None, typer.Option("--from", help="Results of a model to compare, a file or folder; repeat it.")
@@ -327,12 +396,12 @@ def evaluate(
     ),
     recall_count: Annotated[int, typer.Option(help="Probes of each kind and distance.")] = 32,
     seed: Annotated[int | None, typer.Option(help="Seed of the probes; a held-out one by default.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a pass; as many as fit by default.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
-    output_format: Annotated[str, typer.Option("--format", help="table, md, json or csv.")] = "table",
-    save: Annotated[bool, typer.Option(help="Keep results.json, plots and card section in the folder.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    batch_size: Annotated[str, typer.Option(help="Sequences a pass, or auto: as many as fit.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output_format: Format = "table",
+    save: Save = True,
+    as_json: Json = False,
 ) -> None:
     """Measure MODEL beside its base and its window alone: perplexity, agreement, recall (all three by default)."""
     from liger_cli import evaluate as module
@@ -347,13 +416,14 @@ def evaluate(
         num_fewshot=num_fewshot,
         limit=limit,
         include_path=include_path,
+        metadata=module.parse_metadata(metadata),
         samples=samples,
         compare=tuple(compare or ()),
         seq_len=seq_len,
         distances=module.parse_distances(recall_distances),
         count=recall_count,
         seed=seed,
-        batch_size=batch_size,
+        batch_size=module.parse_batch_size(batch_size),
         device=device,
         dtype=dtype,
         output_format="json" if as_json else output_format,
@@ -363,9 +433,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A folder liger made; the newest here by default.")
-    ] = None,
+    model: Measured = None,
     seq_len: Annotated[
         int, typer.Option(help="Longest text in tokens; 1024, 2048 ... are measured on the way.")
     ] = 32768,
@@ -380,11 +448,11 @@ def bench(
         bool,
         typer.Option("--shapes-only", help="MODEL is a config.json, folder or hub id: random weights, no download."),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
-    output_format: Annotated[str, typer.Option("--format", help="table, md, json or csv.")] = "table",
-    save: Annotated[bool, typer.Option(help="Keep results.json, plots and card section in the folder.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output_format: Format = "table",
+    save: Save = True,
+    as_json: Json = False,
 ) -> None:
     """Time and memory of MODEL and of its softmax base at growing lengths, in the same run."""
     from liger_cli import bench as module
@@ -411,7 +479,7 @@ def demo(
         str | None, typer.Argument(metavar="FOLDER", help="Folder to work in; ./liger-demo by default.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier demo.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert, fine-tune, merge, evaluate and time the small model that liger ships: minutes on a CPU."""
     from liger_cli import demo as module

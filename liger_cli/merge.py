@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.checkpoint import INDEX, Shard, fingerprint, read_config, read_json, read_weights
+from liger_cli.checkpoint import EXTRAS, INDEX, Shard, fingerprint, read_config, read_json, read_weights
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.folders import resolve_model
 from liger_cli.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
@@ -154,7 +154,12 @@ def merge(
     ways, linked = set(), 0
     with atomic_folder(target, force) as folder:
         for shard in shards:
-            converts = dtype is not None and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
+            # Extra tensors stay float32: they are few, and the model loads them so.
+            converts = (
+                shard.name != EXTRAS
+                and dtype is not None
+                and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
+            )
             if converts or trained & set(shard.tensors):
                 write_shard(shard, folder / shard.name, adapters, dtype)
             else:

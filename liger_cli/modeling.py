@@ -10,10 +10,13 @@ from liger_cli.families import Family
 # Every file of a folder is flat and relative: what transformers' scan of custom code can follow.
 MODULES = (
     "liger_attention",
+    "liger_backend",
     "liger_branches",
     "liger_cache",
     "liger_config",
+    "liger_extras",
     "liger_families",
+    "liger_fla",
     "liger_gates",
     "liger_model",
     "liger_recurrence",

@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from liger_cli.checkpoint import Checkpoint, layer_index
 from liger_cli.errors import ModelError, UsageError
+from liger_cli.extras import count as count_extras
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 from liger_cli.templates.liger_gates import GATES
 
@@ -40,7 +41,12 @@ class Plan:
         ]
 
     def parameters(self) -> int:
+        """Of the base, which the conversion links."""
         return sum(tensor.numel for tensor in self.checkpoint.tensors.values())
+
+    def added_parameters(self) -> int:
+        """Of the tensors that the settings add: branch coefficients, learned gates and feature maps."""
+        return count_extras(self.specs, self.checkpoint.geometry)
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors; the shards' headers come on top."""
@@ -92,14 +98,18 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
     """Decide what every layer becomes.
 
     Args:
-        settings: fields of `LayerSpec` for the Liger layers.
+        settings: fields of `LayerSpec` for the Liger layers, and under `layers` what differs in some of them: a list of
+            strings such as `0,4-7:gate=gdn,window=128`.
         softmax_layers: `none`, `every:N` (one softmax layer after every N - 1 Liger layers) or a list such as `3,11`.
         linearize_local: linearize layers that are local already, too.
     Raises:
         UsageError: a value that cannot be used. ModelError: a config that contradicts itself.
     """
+    settings = dict(settings)
+    exceptions = settings.pop("layers", [])
     liger = layer_spec(settings)
     count = checkpoint.geometry.num_hidden_layers
+    others = layer_settings(exceptions, count)
     local = local_layers(checkpoint)
     notes = []
     if all(local) and not linearize_local:
@@ -113,8 +123,70 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
     if len(softmax) == len(candidates):
         raise UsageError(f"--softmax-layers {softmax_layers} leaves no layer to linearize; keep fewer softmax layers")
     kinds = {**dict.fromkeys(left, "base"), **dict.fromkeys(softmax, "softmax")}
-    specs = tuple(LayerSpec(kind=kinds[index]) if index in kinds else liger for index in range(count))
+    for index in sorted(set(others) & set(kinds)):
+        raise UsageError(f"--layer names layer {index}, which is not linearized")
+    specs = tuple(
+        LayerSpec(kind=kinds[index]) if index in kinds
+        else layer_spec(settings | others[index]) if index in others
+        else liger
+        for index in range(count)
+    )  # fmt: skip
     return Plan(checkpoint, specs, tuple(notes))
+
+
+def layer_settings(exceptions: list[str], count: int) -> dict[int, dict]:
+    """What `--layer` asks for, by layer. Raises UsageError where it cannot be read."""
+    found: dict[int, dict] = {}
+    for text in exceptions:
+        layers, colon, values = text.partition(":")
+        if not colon or not values:
+            raise UsageError(f"--layer is {text!r}, but has to be like 0,4-7:gate=gdn,window=128")
+        for part in layers.split(","):
+            first, dash, last = part.strip().partition("-")
+            ends = (_whole_number(first), _whole_number(last) if dash else _whole_number(first))
+            if None in ends or not ends[0] <= ends[1] < count:
+                raise UsageError(f"--layer {text!r} names layers {part!r}, but the layers are 0 to {count - 1}")
+            for index in range(ends[0], ends[1] + 1):
+                found.setdefault(index, {}).update(_assignments(text, values))
+    return found
+
+
+def _assignments(text: str, values: str) -> dict:
+    kinds = {field.name: type(field.default) for field in fields(LayerSpec) if field.name != "kind"}
+    found = {}
+    for part in values.split(","):
+        name, _, value = part.strip().partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in kinds:
+            near = get_close_matches(name, kinds, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"--layer {text!r} sets {name!r}, which a layer does not have{hint}")
+        found[name] = read_mix(value.strip()) if name == "mix" else _value(value.strip(), kinds[name])
+    return found
+
+
+def _value(text: str, kind: type):
+    """A setting from its text: a number where it reads as one, `true` and `false` for switches."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind is str:
+        return text
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_mix(value: str | float) -> float:
+    """The value of `--mix`: `window-only` is the control without a recurrent branch. Raises UsageError."""
+    if value == "window-only":
+        return 0.0
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"--mix is {value!r}, but has to be a number from 0 to 1, or window-only") from None
 
 
 def layer_spec(settings: dict) -> LayerSpec:

@@ -21,6 +21,8 @@ def print_plan(report: dict, plan: Plan) -> None:
 
         print_selection(report["selection"], console)
     console.print(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights")
+    if report["added_parameters"]:
+        console.print(f"{report['added_parameters']:,} parameters added, float32, in a shard of their own")
     for note in plan.notes:
         console.print(f"note: {note}")
     output = report["output"]
@@ -65,7 +67,7 @@ def _description(layer: dict) -> tuple[str, str]:
         return layer["kind"], "as in the base"
     default = LayerSpec()
     always = ("window", "mix", "slots") if layer["gate"] == "gsa" else ("window", "mix")
-    names = [field.name for field in fields(LayerSpec) if field.name not in ("kind", "gate")]
+    names = [field.name for field in fields(LayerSpec) if field.name not in ("kind", "gate", "backend")]
     shown = [f"{name} {layer[name]}" for name in names if name in always or layer[name] != getattr(default, name)]
     return f"liger {layer['gate']}", ", ".join(shown)
 

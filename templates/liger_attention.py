@@ -13,6 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .liger_branches import document_starts, mixed_attention, packed_attention
 from .liger_config import LayerSpec
+from .liger_extras import extra_tensors
+from .liger_gates import GATES
 
 MODES = ("liger", "softmax", "window")
 
@@ -38,10 +40,35 @@ class LigerAttention:
         liger_spec: the layer's `LayerSpec`.
         liger_mode: `liger`; `softmax` (the family's own attention); `window` (the recurrent branch off, the window's
             coefficient 1: the control that shows what the recurrence is worth).
+
+    Parameters of its own it has only where the spec asks for them: see `liger_extras.extra_tensors`.
     """
 
     liger_spec: LayerSpec
     liger_mode: str
+
+    def add_extra_parameters(self) -> None:
+        """Make the parameters that the spec asks for, at their initial values."""
+        for name, extra in self._extras().items():
+            setattr(self, name, torch.nn.Parameter(torch.empty(extra.shape, dtype=torch.float32)))
+            self.init_extra_parameter(name)
+
+    @torch.no_grad()
+    def init_extra_parameter(self, name: str) -> None:
+        """Fill one of them with its initial value."""
+        parameter, extra = getattr(self, name), self._extras()[name]
+        if extra.init == "eye":
+            parameter.copy_(torch.eye(*extra.shape[-2:], device=parameter.device))
+        elif extra.init == "normal":
+            parameter.normal_(0.0, extra.std)
+        else:
+            parameter.fill_(extra.init)
+
+    def _extras(self):
+        config = self.config
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return extra_tensors(self.liger_spec, config.hidden_size, heads, kv_heads, self.head_dim)
 
     @property
     def keeps_state(self) -> bool:
@@ -98,11 +125,16 @@ class LigerAttention:
             mask = self._softmax_mask(hidden_states, valid, None, None)
             return self._family_attention(rotated_q, rotated_k, v, mask, kwargs)
 
-        branches = (*self.without_positions(q, k), v, rotated_q, rotated_k)
+        plain_q, plain_k = self.without_positions(q, k)
+        gate = self._gate_logits(hidden_states, plain_q, plain_k, v)
+        if self.liger_spec.positions == "rope":
+            plain_q, plain_k = rotated_q, rotated_k
+        branches = (*self._features(plain_q, plain_k), v, rotated_q, rotated_k, gate)
         settings = {
             "spec": self.liger_spec,
             "window": self.liger_window,
             "mix": self.liger_mix,
+            "scales": self._scales(),
             "scaling": self.scaling,
             "softcap": self._softcap(),
             "dropout": self._dropout(),
@@ -136,6 +168,36 @@ class LigerAttention:
     def without_positions(self, q, k):
         """q and k of `project` as the recurrence takes them."""
         return q, k
+
+    def _gate_logits(self, hidden_states, q, k, v):
+        """The gate's logits [B, Hkv, T, W]: pooled from a projection, learned from the hidden state, or their sum."""
+        spec, gate = self.liger_spec, GATES[self.liger_spec.gate]
+        learned = spec.gate_params == "learned"
+        if learned:
+            low = hidden_states.float() @ self.gate_down.T
+            logits = torch.einsum("btr,hwr->bhtw", low, self.gate_up) + self.gate_bias[:, None]
+            if spec.gate_init == "random":
+                return logits
+        source = {"k": k, "v": v, "q": q}[spec.gate_source]
+        if spec.gate_source == "q":
+            source = q.unflatten(1, (k.shape[1], -1)).float().mean(2)
+        pooled = gate.pool(source, spec)
+        return pooled + logits if learned else pooled
+
+    def _features(self, q, k):
+        """q and k through the learned linear maps, where the layer has them. [B, H, T, D] -> [B, H, T, F]"""
+        if self.liger_spec.feature_params != "learned":
+            return q, k
+        q = q.float() @ self.feature_q.mT + self.feature_q_bias[:, None]
+        k = k.float() @ self.feature_k.mT + self.feature_k_bias[:, None]
+        return q, k
+
+    def _scales(self):
+        """The coefficients of both branches, [Hq] each; None where `mix` decides or a branch is off."""
+        if not self.liger_spec.branch_scales or self.liger_mode == "window":
+            return None
+        dropped = self.liger_spec.mix == 1 and self.liger_window > 0
+        return None if dropped else (self.grm_scale, self.swa_scale)
 
     def project_output(self, output):
         """[B, T, Hq * D] -> [B, T, D_model]"""

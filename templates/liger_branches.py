@@ -4,31 +4,32 @@ import math
 
 import torch
 
+from .liger_backend import recurrence
 from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
-from .liger_recurrence import chunk_decay, chunk_delta, chunk_slots, step_decay, step_delta, step_slots
 from .liger_window import reach, window_attention
 
-RULES = {
-    "decay": (chunk_decay, step_decay),
-    "delta": (chunk_delta, step_delta),
-    "slots": (chunk_slots, step_slots),
-}
-# Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches.
+# Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
+# has no use for small pieces; there they only bound the memory.
 PIECE_SIZE = 2048
+CUDA_PIECE_SIZE = 16384
 
 
 def mixed_attention(
-    q, k, v, rotated_q, rotated_k, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
-    cache: LigerCacheLayer | None = None, softcap=None, sink_logits=None, dropout: float = 0.0, within_window=None,
+    q, k, v, rotated_q, rotated_k, gate, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
+    cache: LigerCacheLayer | None = None, scales=None, softcap=None, sink_logits=None, dropout: float = 0.0,
+    within_window=None,
 ):  # fmt: skip
     """Both branches over T new tokens.
 
     Args:
-        q: [B, Hq, T, D] and k: [B, Hkv, T, D] before RoPE, read by the recurrence; rotated_q, rotated_k after it.
+        q: [B, Hq, T, F] and k: [B, Hkv, T, F], read by the recurrence.
         v: [B, Hkv, T, D].
+        rotated_q: [B, Hq, T, D] and rotated_k: [B, Hkv, T, D], after RoPE, read by the window.
+        gate: [B, Hkv, T, W], the gate's logits.
         spec: the layer's settings; `window` and `mix` are those in use.
+        scales: coefficients of the recurrence and of the window, [Hq] each, in place of `mix` where both run.
         scaling, softcap, sink_logits, dropout: of the window, see `window_attention`.
         valid: [B, T] bool, false at padding; None where there is none.
         cache: what came before; it is updated.
@@ -43,7 +44,9 @@ def mixed_attention(
     states = None if cache is None else cache.states
     joint = spec.normalizer == "joint" and mix > 0
     whole = past == 0 and length <= window and within_window is not None and not joint
-    size = length if torch.is_grad_enabled() or whole or mix == 0 else PIECE_SIZE
+    size = CUDA_PIECE_SIZE if v.is_cuda else PIECE_SIZE
+    if torch.is_grad_enabled() or whole or mix == 0:
+        size = length
     output = v.new_empty(q.shape[0], length, q.shape[1], v.shape[-1]) if length > size else None
     before = keys.shape[2] - length
     for start in range(0, max(length, 1), max(size, 1)):
@@ -51,7 +54,8 @@ def mixed_attention(
         recurrent = local = total = lse = None
         if mix > 0:
             here = None if valid is None else valid[:, at]
-            recurrent, total, states = _recurrent(q[:, :, at], k[:, :, at], v[:, :, at], spec, here, states)
+            inputs = (q[:, :, at], k[:, :, at], v[:, :, at], gate[:, :, at])
+            recurrent, total, states = _recurrent(*inputs, spec, here, states)
         if whole:
             local = within_window(valid)
         elif window == 0 and mix < 1:
@@ -70,8 +74,9 @@ def mixed_attention(
                 None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
                 need_lse=joint,
                 dropout=dropout,
+                backend=spec.backend,
             )
-        piece = _combine(recurrent, total, local, lse, mix).to(v.dtype).transpose(1, 2)
+        piece = _combine(recurrent, total, local, lse, mix, scales).to(v.dtype).transpose(1, 2)
         if output is None:
             output = piece
         else:
@@ -88,24 +93,26 @@ def document_starts(position_ids, batch: int):
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
         return None
-    jumps = position_ids.diff(dim=1) != 1
-    if not jumps.any():
-        return None
-    starts = torch.nn.functional.pad(jumps, (1, 0), value=True)
-    return starts.expand(batch, -1)
+    if not hasattr(position_ids, "liger_starts"):
+        # Every layer gets the same tensor: looked through once a forward, since `any` waits for the device.
+        jumps = position_ids.diff(dim=1) != 1
+        position_ids.liger_starts = torch.nn.functional.pad(jumps, (1, 0), value=True) if jumps.any() else None
+    starts = position_ids.liger_starts
+    return None if starts is None else starts.expand(batch, -1)
 
 
-def packed_attention(starts, q, k, v, rotated_q, rotated_k, **settings):
+def packed_attention(starts, *tensors, **settings):
     """`mixed_attention` of every document by itself: state and window begin anew where `starts` ([B, T]) is true.
 
-    Documents are taken out of the rows and run side by side, those of similar length together, so that less than half
-    of what is computed is padding. No cache, no other padding. Returns [B, T, Hq, D].
+    `tensors` are the six of `mixed_attention`. Documents are taken out of the rows and run side by side, those of
+    similar length together, so that less than half of what is computed is padding. No cache, no other padding. Returns
+    [B, T, Hq, D].
     """
     batch, length = starts.shape
     first = starts.flatten().nonzero().squeeze(1)
     lengths = torch.diff(first, append=first.new_tensor([batch * length]))
     buckets = torch.ceil(torch.log2(lengths.float()))
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, rotated_q, rotated_k)]
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
     places, outputs = [], []
     for bucket in buckets.unique():
         members = buckets == bucket
@@ -121,41 +128,53 @@ def packed_attention(starts, q, k, v, rotated_q, rotated_k, **settings):
     return output.unflatten(0, (batch, length))
 
 
-def _combine(recurrent, total, local, lse, mix: float):
+def _combine(recurrent, total, local, lse, mix: float, scales=None):
     """The weighted sum of the branches that are there; with `lse`, over one denominator. [B, Hq, T, D]"""
     if recurrent is None:
         return local
-    if local is None:
+    if scales is not None:
+        ours, theirs = (scale.float()[:, None, None] for scale in scales)
+        if local is None:
+            return ours * recurrent
+        if lse is None:
+            return torch.addcmul(theirs * local.float(), ours, recurrent)
+        tiny = torch.finfo(torch.float32).tiny
+        odds = ours.clamp_min(tiny).log() - theirs.clamp_min(tiny).log()
+    elif local is None:
         return mix * recurrent
+    elif lse is not None:
+        odds = math.log(mix / (1 - mix))
     if lse is not None:
         # The recurrence's share of mix * total + (1 - mix) * exp(lse), without taking the exponential.
         weight = torch.log(total.clamp_min(torch.finfo(total.dtype).tiny)) - lse.unsqueeze(-1)
-        mix = (weight + math.log(mix / (1 - mix))).sigmoid()
+        mix = (weight + odds).sigmoid()
     return torch.lerp(local.float(), recurrent, mix)
 
 
-def _recurrent(q, k, v, spec, valid, states):
+def _recurrent(q, k, v, gate_logits, spec, valid, states):
     """The gated recurrence in float32. Output [B, Hq, T, D], its denominator [B, Hq, T, 1] or None, and the states."""
-    gate = GATES[spec.gate]
+    gate, dtype = GATES[spec.gate], v.dtype
     q, k, v = q.float(), k.float(), v.float()
-    source = {"k": k, "v": v, "q": q}[spec.gate_source]
-    if spec.gate_source == "q":
-        source = q.unflatten(1, (k.shape[1], -1)).mean(2)
-    denominator = gate.denominator or (spec.normalizer if spec.normalizer != "none" else None)
+    denominator = gate.denominator or (spec.normalizer if spec.normalizer in ("running", "joint") else None)
     if denominator:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    inputs = gate.inputs(q, k, v, source, spec)
+    inputs = gate.inputs(q, k, v, gate_logits.float(), spec)
     if valid is not None:
         inputs = inputs.masked(valid)
     arguments = [inputs.q, inputs.k, inputs.v, inputs.log_decay]
     if gate.rule != "decay":
         arguments.append(inputs.beta if gate.rule == "delta" else inputs.write)
-    chunk, step = RULES[gate.rule]
+    # What is divided by is added up in float32, and float16 could overflow.
+    dtype = dtype if dtype == torch.bfloat16 and not denominator else torch.float32
+    kernels = recurrence(gate.rule, inputs.q, inputs.log_decay, spec.backend, dtype)
     if states is not None and gate.rule != "slots":
         (states,) = states
-    output, states = (step if q.shape[2] == 1 and states is not None else chunk)(*arguments, states)
+    function = kernels.step if q.shape[2] == 1 and states is not None else kernels.chunk
+    output, states = function(*arguments, states)
     states = states if gate.rule == "slots" else (states,)
     if not denominator:
+        if spec.normalizer == "group":
+            output = torch.nn.functional.layer_norm(output, output.shape[-1:])
         return output, None, states
     output, total = output[..., :-1], output[..., -1:]
     # max1: mLSTM (arXiv 2405.04517, eq. 21). Else nothing has been written yet where the sum is 0.

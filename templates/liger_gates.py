@@ -3,7 +3,9 @@
 A gate is one row of `GATES`. torch is imported inside the functions only: the command line reads this table for names,
 formulas and state sizes, and has to answer without loading torch.
 
-Shapes: q [B, Hq, T, D]; k, v and the gate source p [B, Hkv, T, D], all float32 and before RoPE; decays are logarithms.
+Shapes: q [B, Hq, T, F], k [B, Hkv, T, F] and v [B, Hkv, T, D], float32 and (unless the config says otherwise) before
+RoPE; the gate's logits p [B, Hkv, T, W], pooled from a projection, learned, or both; decays are logarithms. F is D
+unless a feature map is learned with another width.
 Source of the table: Liger (arXiv 2503.01496), Table 1, unless a row says otherwise.
 """
 
@@ -52,7 +54,9 @@ class Gate:
         name: what `--gate` takes.
         formula: the recurrence in one line, for `liger gates`.
         rule: `decay` (S = G S + k^T v), `delta` (gated delta rule) or `slots` (gated slot attention).
-        inputs: (q, k, v, p, spec) -> RecurrenceInputs.
+        inputs: (q, k, v, p, spec) -> RecurrenceInputs; p are the gate's logits.
+        pool: (x, spec) -> p: the parameter-free pooling of a projection x [B, Hkv, T, D] to logits.
+        width: (spec, head_dim) -> W, the number of logits of a head.
         normalizer: divisor of the log gate where the config gives none.
         denominator: `max1` divides by max(|q . z|, 1) as mLSTM does; None leaves it to the config's `normalizer`.
     """
@@ -61,48 +65,109 @@ class Gate:
     formula: str
     rule: str
     inputs: Callable
+    pool: Callable
+    width: Callable
     normalizer: float = 1.0
     denominator: str | None = None
 
     def state_shapes(self, spec, head_dim: int) -> list[tuple[int, int]]:
         """Shapes of the float32 states of one key/value head."""
+        features = feature_width(spec, head_dim)
         if self.rule == "slots":
-            return [(head_dim, spec.slots), (spec.slots, head_dim)]
-        extra = 1 if self.rule == "decay" and (self.denominator or spec.normalizer != "none") else 0
-        return [(head_dim, head_dim + extra)]
+            return [(features, spec.slots), (spec.slots, head_dim)]
+        extra = 1 if self.rule == "decay" and (self.denominator or spec.normalizer in ("running", "joint")) else 0
+        return [(features, head_dim + extra)]
 
 
 def feature_map(x, spec):
-    """phi: softmax over the head dimension (Liger, eq. 7), or the identity."""
-    return x.softmax(-1) if spec.feature_map == "softmax" else x
+    """phi: softmax over the head dimension (Liger, eq. 7), the identity, ReLU (SUPRA, arXiv 2405.06640) or the softmax
+    over x and -x (Hedgehog, arXiv 2402.04347), which has twice as many features."""
+    if spec.feature_map == "softmax":
+        return x.softmax(-1)
+    if spec.feature_map == "relu":
+        return x.relu()
+    if spec.feature_map == "hedgehog":
+        from torch import cat
+
+        return cat([x, -x], dim=-1).softmax(-1)
+    return x
+
+
+def feature_width(spec, head_dim: int) -> int:
+    """Number of features of a key: the rows of the state."""
+    return (spec.feature_dim or head_dim) * (2 if spec.feature_map == "hedgehog" else 1)
 
 
 def _divisor(spec, gate: str) -> float:
     return GATES[gate].normalizer if spec.gate_normalizer is None else spec.gate_normalizer
 
 
-def _pool_head(p):
+def _pool_head(x, spec=None):
     """Mean over the head dimension: the parameter-free pooling of a head to one number. [B, Hkv, T, 1]"""
-    return p.mean(-1, keepdim=True)
+    return _wide(x).mean(-1, keepdim=True)
 
 
-def _pool_slots(p, slots: int):
-    """Average-pool the head dimension to `slots` numbers (repeating where there are more slots than channels)."""
+def _wide(x):
+    """Half precision as float32; float32 and float64 as they are."""
+    from torch import float32, promote_types
+
+    return x.to(promote_types(x.dtype, float32))
+
+
+def _pool_channels(x, spec):
+    """A projection is as wide as a key: it is its own gate, as in the released code. [B, Hkv, T, D]"""
+    return x
+
+
+def _pool_slots(x, spec):
+    """Average-pool the head dimension to the slots (repeating where there are more slots than channels)."""
     from torch.nn.functional import adaptive_avg_pool1d
 
-    return adaptive_avg_pool1d(p.flatten(0, 1), slots).view(*p.shape[:-1], slots)
+    return adaptive_avg_pool1d(_wide(x).flatten(0, 1), spec.slots).view(*x.shape[:-1], spec.slots)
+
+
+def _pool_twice(x, spec):
+    """One number for the decay and one for the write strength. [B, Hkv, T, 2]"""
+    return _pool_head(x).expand(*x.shape[:-1], 2)
+
+
+def _pool_channels_and_head(x, spec):
+    """A decay for each channel, then one write strength. [B, Hkv, T, D + 1]"""
+    from torch import cat
+
+    return cat([_wide(x), _pool_head(x)], dim=-1)
+
+
+def _over_features(p, width: int):
+    """Logits of D channels for `width` features: as they are, repeated, or pooled. [B, Hkv, T, width]"""
+    if p.shape[-1] == width:
+        return p
+    if width % p.shape[-1] == 0:
+        return p.repeat(1, 1, 1, width // p.shape[-1])
+    from torch.nn.functional import adaptive_avg_pool1d
+
+    return adaptive_avg_pool1d(p.flatten(0, 1), width).view(*p.shape[:-1], width)
+
+
+def _one(spec, head_dim: int) -> int:
+    return 1
+
+
+def _channels(spec, head_dim: int) -> int:
+    return head_dim
 
 
 def _gla(q, k, v, p, spec):
     from torch.nn.functional import logsigmoid
 
-    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, logsigmoid(p) / _divisor(spec, "gla"))
+    q, k = feature_map(q, spec), feature_map(k, spec)
+    return RecurrenceInputs(q, k, v, logsigmoid(_over_features(p, k.shape[-1])) / _divisor(spec, "gla"))
 
 
 def _gsa(q, k, v, p, spec):
     from torch.nn.functional import logsigmoid
 
-    log_decay = logsigmoid(_pool_slots(p, spec.slots)) / _divisor(spec, "gsa")
+    log_decay = logsigmoid(p) / _divisor(spec, "gsa")
     return RecurrenceInputs(q * q.shape[-1] ** -0.5, k, v, log_decay, write=-log_decay.expm1())
 
 
@@ -110,16 +175,17 @@ def _hgrn2(q, k, v, p, spec):
     from torch import log
     from torch.nn.functional import logsigmoid
 
-    lower = spec.gate_lower_bound
+    q = feature_map(q, spec)
+    p, lower = _over_features(p, q.shape[-1]), spec.gate_lower_bound
     log_decay = logsigmoid(p) if lower == 0 else log(lower + (1 - lower) * p.sigmoid())
     log_decay = log_decay / _divisor(spec, "hgrn2")
-    return RecurrenceInputs(feature_map(q, spec), -log_decay.expm1(), v, log_decay)
+    return RecurrenceInputs(q, -log_decay.expm1(), v, log_decay)
 
 
 def _mamba2(q, k, v, p, spec):
     from torch.nn.functional import softplus
 
-    log_decay = -softplus(_pool_head(p)) / _divisor(spec, "mamba2")
+    log_decay = -softplus(p) / _divisor(spec, "mamba2")
     return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, log_decay)
 
 
@@ -127,28 +193,46 @@ def _scalar_sigmoid(name: str):
     def inputs(q, k, v, p, spec):
         from torch.nn.functional import logsigmoid
 
-        log_decay = logsigmoid(_pool_head(p)) / _divisor(spec, name)
+        log_decay = logsigmoid(p) / _divisor(spec, name)
         return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, log_decay)
 
     return inputs
 
 
 def _rwkv6(q, k, v, p, spec):
-    log_decay = -p.clamp(max=80.0).exp() / _divisor(spec, "rwkv6")
-    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, log_decay)
+    q, k = feature_map(q, spec), feature_map(k, spec)
+    log_decay = -_over_features(p, k.shape[-1]).clamp(max=80.0).exp() / _divisor(spec, "rwkv6")
+    return RecurrenceInputs(q, k, v, log_decay)
 
 
 def _none(q, k, v, p, spec):
-    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, _pool_head(p) * 0.0)
+    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, p * 0.0)
 
 
-def _delta(name: str, per_channel: bool):
+def _retnet(q, k, v, p, spec):
+    from torch import arange, log1p
+
+    heads = arange(k.shape[1], device=k.device, dtype=k.dtype)
+    log_decay = log1p(-(2.0 ** (-5 - heads))).view(1, -1, 1, 1) / _divisor(spec, "retnet")
+    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, log_decay + p * 0.0)
+
+
+def _unit(x, spec):
+    """L2-normalised features of the delta rule; the softmax map has no part in it."""
+    from torch.nn.functional import normalize
+
+    return normalize(x if spec.feature_map == "softmax" else feature_map(x, spec), dim=-1)
+
+
+def _delta(name: str):
     def inputs(q, k, v, p, spec):
-        from torch.nn.functional import logsigmoid, normalize
+        from torch.nn.functional import logsigmoid
 
-        pooled = _pool_head(p)
-        log_decay = logsigmoid(p if per_channel else pooled) / _divisor(spec, name)
-        return RecurrenceInputs(normalize(q, dim=-1), normalize(k, dim=-1), v, log_decay, beta=pooled.sigmoid())
+        q, k = _unit(q, spec), _unit(k, spec)
+        decay, write = p[..., :-1], p[..., -1:]
+        if decay.shape[-1] > 1:
+            decay = _over_features(decay, k.shape[-1])
+        return RecurrenceInputs(q, k, v, logsigmoid(decay) / _divisor(spec, name), beta=write.sigmoid())
 
     return inputs
 
@@ -156,32 +240,71 @@ def _delta(name: str, per_channel: bool):
 GATES = {
     gate.name: gate
     for gate in (
-        Gate("gla", "S_t = diag(sigmoid(p)^(1/16)) S_{t-1} + phi(k)^T v", "decay", _gla, normalizer=16.0),
-        Gate("gsa", "two GLA passes over m slots, write weight 1 - sigmoid(p)^(1/16)", "slots", _gsa, normalizer=16.0),
-        Gate("hgrn2", "S_t = diag(a) S_{t-1} + (1 - a)^T v, a = g + (1 - g) sigmoid(p)", "decay", _hgrn2),
-        Gate("mamba2", "S_t = exp(-softplus(mean p)) S_{t-1} + phi(k)^T v", "decay", _mamba2),
+        Gate(
+            "gla",
+            "S_t = diag(sigmoid(p)^(1/16)) S_{t-1} + phi(k)^T v",
+            "decay",
+            _gla,
+            _pool_channels,
+            _channels,
+            normalizer=16.0,
+        ),
+        Gate(
+            "gsa",
+            "two GLA passes over m slots, write weight 1 - sigmoid(p)^(1/16)",
+            "slots",
+            _gsa,
+            _pool_slots,
+            lambda spec, head_dim: spec.slots,
+            normalizer=16.0,
+        ),
+        Gate(
+            "hgrn2",
+            "S_t = diag(a) S_{t-1} + (1 - a)^T v, a = g + (1 - g) sigmoid(p)",
+            "decay",
+            _hgrn2,
+            _pool_channels,
+            _channels,
+        ),
+        Gate("mamba2", "S_t = exp(-softplus(mean p)) S_{t-1} + phi(k)^T v", "decay", _mamba2, _pool_head, _one),
         Gate(
             "mlstm",
             "S_t = sigmoid(mean p) S_{t-1} + phi(k)^T v, output over max(|phi(q) z|, 1)",
             "decay",
             _scalar_sigmoid("mlstm"),
+            _pool_head,
+            _one,
             denominator="max1",
         ),
-        Gate("retention", "S_t = sigmoid(mean p) S_{t-1} + phi(k)^T v", "decay", _scalar_sigmoid("retention")),
-        Gate("rwkv6", "S_t = diag(exp(-exp(p))) S_{t-1} + phi(k)^T v", "decay", _rwkv6),
-        Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none),
+        Gate(
+            "retention",
+            "S_t = sigmoid(mean p) S_{t-1} + phi(k)^T v",
+            "decay",
+            _scalar_sigmoid("retention"),
+            _pool_head,
+            _one,
+        ),
+        Gate("rwkv6", "S_t = diag(exp(-exp(p))) S_{t-1} + phi(k)^T v", "decay", _rwkv6, _pool_channels, _channels),
+        Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none, _pool_head, _one),
+        # Not in the paper's table: RetNet (arXiv 2307.08621), section 2.1, as SUPRA uses it.
+        Gate("retnet", "S_t = (1 - 2^(-5-h)) S_{t-1} + phi(k)^T v, h the head", "decay", _retnet, _pool_head, _one),
+        # Not in the paper's table: gated delta rule (arXiv 2412.06464), Kimi delta attention (arXiv 2510.26692).
         Gate(
             "gdn",
             "S_t = a (I - b k^T k) S_{t-1} + b k^T v, a = sigmoid(mean p)^(1/16), b = sigmoid(mean p)",
             "delta",
-            _delta("gdn", per_channel=False),
+            _delta("gdn"),
+            _pool_twice,
+            lambda spec, head_dim: 2,
             normalizer=16.0,
         ),
         Gate(
             "kda",
             "S_t = (I - b k^T k) diag(a) S_{t-1} + b k^T v, a = sigmoid(p)^(1/16), b = sigmoid(mean p)",
             "delta",
-            _delta("kda", per_channel=True),
+            _delta("kda"),
+            _pool_channels_and_head,
+            lambda spec, head_dim: head_dim + 1,
             normalizer=16.0,
         ),
     )

@@ -6,6 +6,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from .liger_attention import MODES, LigerAttention, pack_padding
 from .liger_cache import adapt_cache, cache_for
 from .liger_config import layer_specs
+from .liger_extras import NAMES
 from .liger_families import attention_mixin
 
 try:
@@ -86,12 +87,23 @@ class LigerForCausalLM:
         decoder.__class__ = _mixed(LigerDecoder, type(decoder))
         # transformers notes by class name, when a model is built, what it can record (hidden states, router logits).
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | set(NAMES)
         specs = layer_specs(getattr(config, "liger", None), config.num_hidden_layers)
         for layer, spec in zip(decoder.layers, specs, strict=True):
             attention = layer.self_attn
             attention.__class__ = _mixed(attention_mixin(type(attention)), type(attention))
             attention.liger_spec = spec
             attention.liger_mode = "liger"
+            attention.add_extra_parameters()
+
+    def _init_weights(self, module):
+        """The family's, and initial values for extra parameters that a checkpoint does not have."""
+        super()._init_weights(module)
+        if isinstance(module, LigerAttention):
+            missing = [name for name in NAMES if name in module._parameters]
+            for name in missing:
+                if not getattr(getattr(module, name), "_is_hf_initialized", False):
+                    module.init_extra_parameter(name)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds=None, attention_mask=None, *args, **kwargs):

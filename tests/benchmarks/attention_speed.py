@@ -35,7 +35,9 @@ def inputs(length: int, grad: bool = False):
 
 
 def liger(q, k, v, gate: str, cache=None):
-    return mixed_attention(q, k, v, q, k, LayerSpec(gate=gate), window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
+    spec = LayerSpec(gate=gate)
+    pooled = GATES[gate].pool(k, spec)
+    return mixed_attention(q, k, v, q, k, pooled, spec, window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
 
 
 def softmax(q, k, v):

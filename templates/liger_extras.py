@@ -1,0 +1,69 @@
+"""Tensors that a Liger layer may have beside its family's own, only where the config asks for them. No torch here.
+
+Each is a float32 parameter of the layer's attention: its shape and its initial value, at which the layer computes what
+it would compute without it (but for `gate_init: random`, and feature maps that are learned from the identity).
+"""
+
+from dataclasses import dataclass
+
+from .liger_gates import GATES
+
+# Every name, for loading in float32, counting, and telling them from the family's own.
+NAMES = (
+    "grm_scale",
+    "swa_scale",
+    "feature_q",
+    "feature_k",
+    "feature_q_bias",
+    "feature_k_bias",
+    "gate_down",
+    "gate_up",
+    "gate_bias",
+)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Shape and initial value of one tensor.
+
+    Attributes:
+        shape: of the parameter.
+        init: a number to fill it with; `eye` for the identity in the last two dimensions (cut or padded with zeros);
+            `normal` for a normal distribution.
+        std: of `normal`.
+    """
+
+    shape: tuple[int, ...]
+    init: float | str = 0.0
+    std: float = 0.0
+
+
+def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> dict[str, Extra]:
+    """The extra tensors of a layer of these settings, by name.
+
+    - `grm_scale`, `swa_scale` [Hq] (`branch_scales`): coefficients of the two branches, for each query head.
+    - `feature_q` [Hq, F, D], `feature_k` [Hkv, F, D] and their biases (`feature_params: learned`): a linear map before
+      the feature map.
+    - `gate_down` [R, D_model], `gate_up` [Hkv, W, R], `gate_bias` [Hkv, W] (`gate_params: learned`): a low-rank
+      projection of the hidden state, added to the pooled gate (`gate_init: pooled`) or in its place (`random`).
+    """
+    if spec.kind != "liger":
+        return {}
+    found = {}
+    if spec.branch_scales:
+        found["grm_scale"] = Extra((num_heads,), float(spec.mix))
+        found["swa_scale"] = Extra((num_heads,), float(1 - spec.mix))
+    if spec.feature_params == "learned":
+        width = spec.feature_dim or head_dim
+        found["feature_q"] = Extra((num_heads, width, head_dim), "eye")
+        found["feature_k"] = Extra((num_key_value_heads, width, head_dim), "eye")
+        found["feature_q_bias"] = Extra((num_heads, width))
+        found["feature_k_bias"] = Extra((num_key_value_heads, width))
+    if spec.gate_params == "learned":
+        width = GATES[spec.gate].width(spec, head_dim)
+        random = spec.gate_init == "random"
+        found["gate_down"] = Extra((spec.gate_rank, hidden_size), "normal", hidden_size**-0.5)
+        up = ("normal", spec.gate_rank**-0.5) if random else (0.0, 0.0)
+        found["gate_up"] = Extra((num_key_value_heads, width, spec.gate_rank), *up)
+        found["gate_bias"] = Extra((num_key_value_heads, width))
+    return found
