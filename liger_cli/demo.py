@@ -11,8 +11,9 @@ from liger_cli import bench, convert, evaluate, finetune, merge
 from liger_cli.card import keep_result
 from liger_cli.columns import Subject, open_subject
 from liger_cli.errors import UsageError
+from liger_cli.outputs import write_whole
 from liger_cli.report import Table, number, percent, print_tables
-from liger_cli.results import stamp, write_whole
+from liger_cli.results import stamp
 from liger_cli.shipped import BASE_DIR
 
 FOLDER = "liger-demo"

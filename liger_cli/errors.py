@@ -1,12 +1,18 @@
 """What may go wrong, as exceptions that carry their exit code, and the boundary that turns them into one sentence.
 
-Exit codes: 1 failed (disk, data), 2 usage, 3 unsupported or broken model, 4 environment or network, 130 Ctrl-C.
+Exit codes: 1 failed (disk, data), 2 usage, 3 unsupported or broken model, 4 environment or network, 130 Ctrl-C, 143
+termination.
 """
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
+
+from liger_cli import interrupts
+
+TORCH_WRITER = re.compile(r"inline_container\.cc|PytorchStreamWriter failed writing")
 
 
 class LigerError(Exception):
@@ -44,8 +50,8 @@ def guarded(call: Callable[[], object], passing: tuple[type[BaseException], ...]
         raise
     except LigerError as error:
         return _report(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _report("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("liger_cli"):
             return _unexpected(error)
@@ -53,10 +59,32 @@ def guarded(call: Callable[[], object], passing: tuple[type[BaseException], ...]
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
+        if signalled := interrupts.received():
+            return _interrupted(signalled)
         return _report(_os_sentence(error), 1)
     except Exception as error:
+        if signalled := interrupts.received():
+            return _interrupted(signalled)
+        if number := write_errno(error):
+            return _report(_os_sentence(OSError(number, os.strerror(number))), 1)
         return _unexpected(error)
     return 0
+
+
+def write_errno(error: BaseException) -> int | None:
+    """The errno behind a failed write, also where safetensors or torch report it in classes of their own, or None.
+
+    torch does not say why it could not write; a full disk is by far the likeliest reason.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    return errno.ENOSPC if TORCH_WRITER.search(str(error)) else None
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    return _report("interrupted", getattr(error, "exit_code", 130))
 
 
 def _unexpected(error: Exception) -> int:
@@ -73,7 +101,7 @@ def _report(sentence: str, exit_code: int) -> int:
 
 
 def _os_sentence(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         advice = "; free some space or choose an output on another disk"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "; check the permissions or choose another output"

@@ -1,6 +1,7 @@
-"""Writing a folder that appears whole or not at all, and placing big files in it without copying them."""
+"""Writing folders and files that appear whole or not at all, and placing big files without copying them."""
 
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -14,7 +15,7 @@ from liger_cli.manifest import MANIFEST, read_manifest
 
 LINKS = ("auto", "hard", "copy")
 FICLONE = 0x40049409  # Linux ioctl: share the extents of another file
-AT_FDCWD, RENAME_EXCHANGE = -100, 2
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2
 
 
 def check_output(output: Path, force: bool, base: Path | None = None) -> None:
@@ -51,21 +52,88 @@ def atomic_folder(output: Path, force: bool = False) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))
     output.parent.mkdir(parents=True, exist_ok=True)
+    _restore_replaced(output)
     _remove_stale(output)
-    partial, lock = _locked_folder(output)
+    partial, lock = _locked_temporary(output, folder=True)
     try:
         yield partial
         _sync_tree(partial)
         partial.chmod(0o777 & ~_umask())
-        if os.path.lexists(output):
-            check_output(output, force)
+        if os.path.lexists(output) or not _rename_new(partial, output):
+            check_output(output, force)  # a run beside this one may have made it meanwhile
             _exchange(partial, output)
-        else:
-            os.rename(partial, output)
         _sync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def claimed_folder(folder: Path, fresh: bool) -> Iterator[None]:
+    """A working folder that one process at a time has; what lies in it outlives the process.
+
+    Args:
+        fresh: empty it first.
+    Raises:
+        UsageError: another process has it.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(lock):
+            raise UsageError(f"another run is writing to {folder}; wait for it, or name another output")
+        if fresh:
+            for entry in list(folder.iterdir()):
+                _remove(entry)
+        yield
+    finally:
+        os.close(lock)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that appears whole or not at all, and never through a hard link.
+
+    What a killed writer of the same file left behind is removed.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path = Path(os.path.abspath(path))
+    _remove_stale(path)
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+    temporary, descriptor = _locked_temporary(path, folder=False)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def unchanged(*paths: Path) -> Iterator[None]:
+    """Files that must not be written to by others within the block, since they are read in it.
+
+    Raises:
+        LigerError: one of them was.
+    """
+    before = [_version(path) for path in paths]
+    yield
+    for path, version in zip(paths, before, strict=True):
+        if _version(path) != version:
+            raise LigerError(f"{path} was changed while it was read; run the command again")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy that shares its blocks with the source where the file system can.
+
+    For files that users and tokenizers edit in place: through a hard link that would edit the base.
+    """
+    if not _reflink(source, target):
+        shutil.copyfile(source, target)
 
 
 def place(source: Path, target: Path, link: str) -> str:
@@ -89,7 +157,8 @@ def place(source: Path, target: Path, link: str) -> str:
                     f"{source} cannot be hard-linked to {target.parent.parent} ({error.strerror}); "
                     "choose an output on the same file system, or --link auto"
                 ) from None
-    shutil.copyfile(source, target)
+    with unchanged(source):
+        shutil.copyfile(source, target)
     return "copy"
 
 
@@ -101,44 +170,113 @@ def _reflink(source: Path, target: Path) -> bool:
     return False
 
 
-def _locked_folder(output: Path) -> tuple[Path, int]:
-    """A fresh `.NAME.partial-PID` and the lock on it that says that its writer is alive."""
+def _locked_temporary(output: Path, folder: bool) -> tuple[Path, int]:
+    """A fresh `.NAME.partial-PID-N`, opened, and locked, which says that its writer is alive."""
     for attempt in range(100):
         partial = output.parent / f".{output.name}.partial-{os.getpid()}-{attempt}"
         try:
-            partial.mkdir(mode=0o700)
-            lock = os.open(partial, os.O_RDONLY)
+            if folder:
+                partial.mkdir(mode=0o700)
+            lock = os.open(partial, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except (FileExistsError, FileNotFoundError):
             continue
-        with suppress(OSError):  # some network file systems have no locks; then nothing is ever taken for stale
+        with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.stat(partial).st_ino == os.fstat(lock).st_ino:
                 return partial, lock
         os.close(lock)
-    raise LigerError(f"no temporary folder could be made beside {output}; remove the .{output.name}.partial-* there")
+    raise LigerError(f"nothing temporary could be made beside {output}; remove the .{output.name}.partial-* there")
 
 
 def _remove_stale(output: Path) -> None:
+    """Remove temporary folders and files of `output` whose writers are gone."""
     pattern = re.compile(re.escape(f".{output.name}.partial-") + r"\d+-\d+")
     for entry in output.parent.iterdir():
-        if not pattern.fullmatch(entry.name) or entry.is_symlink() or not entry.is_dir():
+        if not pattern.fullmatch(entry.name) or entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
             continue
         with suppress(OSError):
             lock = os.open(entry, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(entry, ignore_errors=True)
+                _remove(entry)
             finally:
                 os.close(lock)
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step where the kernel can, else in two with a way back."""
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock of an open file or folder; False where another process has it.
+
+    Some network file systems have no locks: there nothing is ever taken for stale, and nobody is kept out.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _rename_new(new: Path, name: Path) -> bool:
+    """Give a folder a name that is free; False where it is taken after all."""
+    try:
+        if _renameat2(new, name, RENAME_NOREPLACE):
+            return True
+    except FileExistsError:
+        return False
+    try:
+        os.rename(new, name)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Linux's rename with flags; False where the system, its C library or the file system has it not.
+
+    Raises:
+        FileExistsError: RENAME_NOREPLACE, and the name is taken.
+    """
     with suppress(AttributeError):
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-        if renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
-            return
+        if renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
+            return True
+        if ctypes.get_errno() == errno.EEXIST:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    return False
+
+
+def _restore_replaced(output: Path) -> None:
+    """Give a folder its name back that a killed run without an atomic exchange had set aside."""
+    pattern = re.compile(re.escape(f".{output.name}.replaced-") + r"\d+")
+    for aside in output.parent.iterdir():
+        if not pattern.fullmatch(aside.name):
+            continue
+        if os.path.lexists(output):
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, output)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step where the kernel can, else in two with a way back."""
+    if _renameat2(new, old, RENAME_EXCHANGE):
+        return
     aside = old.with_name(f".{old.name}.replaced-{os.getpid()}")
     os.rename(old, aside)
     try:

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 from liger_cli.columns import TITLES
-from liger_cli.results import write_whole
+from liger_cli.outputs import write_whole
 
 COLOURS = {"model": "#0072b2", "base": "#d55e00"}  # of Okabe and Ito's palette, told apart by colour-blind eyes
 KEPT, NOT_KEPT = "#009e73", "#999999"

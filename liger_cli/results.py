@@ -1,14 +1,13 @@
 """What a measurement leaves behind: `results.json` in the model's folder, and a section of its model card."""
 
 import json
-import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 from liger_cli.errors import LigerError, UsageError
 from liger_cli.manifest import package_versions, utc_now
+from liger_cli.outputs import write_whole
 
 RESULTS = "results.json"
 FORMAT = 1
@@ -73,17 +72,3 @@ def rewrite_card(folder: Path, section: str) -> Path:
     text = pattern.sub(lambda _: block, text, count=1) if pattern.search(text) else f"{text.rstrip()}\n\n{block}\n"
     write_whole(path, text)
     return path
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that appears whole or not at all, and never through a hard link."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -10,7 +10,7 @@ from liger_cli import evaluate
 from liger_cli.card import refresh_card
 from liger_cli.errors import LigerError, UsageError
 from liger_cli.report import Table, eval_notes, eval_tables, number, percent
-from liger_cli.results import BEGIN, END, keep, read_results, rewrite_card, write_whole
+from liger_cli.results import BEGIN, END, keep, read_results, rewrite_card
 
 
 def _column(ppl, recall):

@@ -1,0 +1,59 @@
+"""Ctrl-C, termination and hang-up: while a command runs they unwind it, so that half-written folders are removed;
+before and after that the process ends at once.
+
+A signal that the parent set to be ignored (`nohup`, a job in the background) stays ignored.
+"""
+
+import os
+import signal
+import sys
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+AGAIN = 0.1  # seconds
+
+_received: list[int] = []
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the command; like Ctrl-C for whoever catches that. `exit_code` is 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def received() -> Interrupted | None:
+    """The signal that arrived, if one did: what fails after it fails because of it."""
+    return Interrupted(_received[0]) if _received else None
+
+
+def quit_at_once() -> None:
+    """Signals end the process without a word: nothing is half-written before and after a command."""
+    _handle(lambda number, _: os._exit(128 + number))
+
+
+def unwind() -> None:
+    """Signals raise `Interrupted` in the main thread."""
+    _handle(_raise)
+    sys.unraisablehook = _unraisable
+
+
+def _handle(handler) -> None:
+    for name in NAMES:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _raise(number: int, _frame) -> None:
+    _received.append(number)
+    raise Interrupted(number)
+
+
+def _unraisable(failure) -> None:
+    """Python drops what is raised in a finalizer or in a callback from C; an interruption is then raised once more."""
+    if isinstance(failure.exc_value, Interrupted) and hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda *_: _raise(failure.exc_value.exit_code - 128, None))
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    elif not _received:
+        sys.__unraisablehook__(failure)
