@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from liger_cli.backends import model_backends
 from liger_cli.columns import Subject, open_subject
 from liger_cli.contest import PREFILL_CHUNK, Decoding, OutOfTime, Side, cache_bytes, cache_shapes
 from liger_cli.errors import UsageError
@@ -117,6 +118,7 @@ def bench(
         raise UsageError(f"--base-limit is {base_limit}, but has to be more than 0 seconds")
     model = subject.liger_model
     device = str(model.device)
+    backend = model_backends(model)
     weights = sum(x.numel() * x.element_size() for x in subject.model.parameters())
     chunks = {"model": PREFILL_CHUNK, "base": None}
     contestants = [
@@ -148,6 +150,7 @@ def bench(
             "prefill_chunk": {side.which: side.chunk for side in contestants},
         },
         "machine": {**machine(device), **speeds},
+        "backend": backend,
         "rows": list(rows.values()),
         **({"batch_sweep": sweep} if batch_sweep else {}),
     }

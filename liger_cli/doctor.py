@@ -8,8 +8,8 @@ from liger_cli import __version__
 from liger_cli.errors import SetupError
 
 OPTIONAL = {
-    "flash-linear-attention": "not used yet: the recurrences run on torch operations on every device",
-    "flash-attn": 'softmax layers with attn_implementation="flash_attention_2" on CUDA',
+    "flash-linear-attention": "the recurrences on CUDA; pip install 'flash-linear-attention[cuda]>=0.6'",
+    "flash-attn": "the window on CUDA in half precision; pip install 'flash-attn>=2.7'",
     "bitsandbytes": "4-bit bases on CUDA",
     "lm-eval": "liger eval --tasks; pip install lm-eval",
     "tensorboard": "liger finetune --report-to tensorboard",
@@ -18,7 +18,7 @@ OPTIONAL = {
 
 
 def examine() -> dict:
-    """Versions, devices, where each gate runs, and `problems`: why liger could not run, empty where it can."""
+    """Versions, devices, what each gate runs on, and `problems`: why liger could not run, empty where it can."""
     packages, problems = required_packages()
     report = {
         "liger": __version__,
@@ -41,11 +41,13 @@ def examine() -> dict:
     except Exception as error:  # whatever a broken installation raises is what has to be reported
         problems.append(f"torch does not work: {type(error).__name__}: {error}")
         return report
-    from liger_cli.templates.liger_gates import GATES
+    from liger_cli.backends import device_backends
 
-    reason = "plain torch operations on every device: chunked for texts, one step for a token"
-    report["gates"] = {name: {"backend": "torch", "why": reason} for name in GATES}
-    report["window"] = "batched products in float32 on a CPU, scaled_dot_product_attention over blocks otherwise"
+    chosen = device_backends(any(row["device"].startswith("cuda") for row in report["devices"]))
+    obstacle = chosen.pop("obstacle")
+    report |= {"backend": chosen.pop("requested"), **chosen}
+    if obstacle:
+        problems.append(obstacle)
     return report
 
 
@@ -124,5 +126,8 @@ def _print(report: dict) -> None:
         threads = f", {device['threads']} threads" if "threads" in device else ""
         console.print(f"{device['device']}: {device['name']}{memory}{threads}")
     if report["gates"]:
-        console.print(f"gates ({', '.join(report['gates'])}): {next(iter(report['gates'].values()))['why']}")
-        console.print(f"window: {report['window']}")
+        table = Table("gate", "runs on", "why")
+        for name, row in {**report["gates"], "window": report["window"]}.items():
+            table.add_row(name, row["backend"], row["why"])
+        console.print(table)
+        console.print(f"backend asked for: {report['backend']} (LIGER_BACKEND, or `backend` in a model's config.json)")

@@ -8,8 +8,11 @@ from functools import lru_cache
 
 import torch
 
+from .liger_backend import flash_window
+
 # Queries worked through at a time when no gradient is wanted: their scores stay in the CPU's caches.
 PIECE_SIZE = 1024
+CUDA_PIECE_SIZE = 16384
 
 
 def window_attention(
@@ -24,6 +27,7 @@ def window_attention(
     sinks=None,
     need_lse: bool = False,
     dropout: float = 0.0,
+    backend: str = "auto",
 ):
     """Causal softmax attention over the last `window` tokens, the token itself included (Liger, eq. 8).
 
@@ -39,16 +43,21 @@ def window_attention(
             lies before query 0, hugely negative where the slot is empty. Visible once they have left the window.
         dropout: probability of dropping a softmax weight.
         need_lse: also return the log of the softmax's denominator, in float32 or better.
+        backend: `torch` keeps flash-attn out; else it is used where it can be (see `liger_backend.flash_window`).
     Returns:
         o [B, Hq, T, D] in q's dtype, and lse [B, Hq, T] or None.
     """
     length, past = q.shape[2], k.shape[2] - q.shape[2]
     if q.numel() == 0:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32) if need_lse else None
+    if valid is None and sinks is None and sink_logits is None and not need_lse:
+        flash = flash_window(q, q.shape[-1], backend)
+        if flash is not None:
+            return _flash(flash, q, k, v, window, scaling, softcap, dropout), None
     block = _block(window)
     back = reach(window) // block
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    piece = length if needs_grad else max(1, PIECE_SIZE // block)
+    piece = length if needs_grad else max(1, (CUDA_PIECE_SIZE if q.is_cuda else PIECE_SIZE) // block)
     outputs, denominators = [], []
     for start, blocks, rows in _segments(length, past, block, back, piece):
         last = past + start + blocks * rows
@@ -71,6 +80,22 @@ def window_attention(
         denominators.append(lse)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return o, torch.cat(denominators, dim=2) if need_lse else None
+
+
+def _flash(function, q, k, v, window, scaling, softcap, dropout):
+    """flash-attn's kernel, [B, T, H, D]: it shares keys among query heads, and counts the window from the last key."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = function(
+        q,
+        k,
+        v,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return o.transpose(1, 2)
 
 
 def _block(window: int) -> int:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+import torch
 from typer.testing import CliRunner
 
 from liger_cli import doctor
@@ -11,13 +13,29 @@ from liger_cli.templates.liger_gates import GATES
 runner = CliRunner()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA")
 def test_healthy():
     result = runner.invoke(app, ["doctor", "--json"])
     report = json.loads(result.stdout)
     assert result.exit_code == 0 and report["problems"] == []
     assert set(report["gates"]) == set(GATES)
     assert report["packages"]["torch"]["version"] and report["devices"][0]["device"] == "cpu"
-    assert "torch" in runner.invoke(app, ["doctor"]).stdout
+    assert all(row["backend"] == "torch" and "not on a CUDA" in row["why"] for row in report["gates"].values())
+    assert report["window"]["backend"] == "torch" and report["backend"] == "auto"
+    table = runner.invoke(app, ["doctor"]).stdout
+    assert "torch" in table and "the tensors are not on a CUDA device" in table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA")
+def test_backend_asked_for(monkeypatch):
+    """LIGER_BACKEND is shown; where it cannot be had, nothing can run, and one sentence says so."""
+    monkeypatch.setenv("LIGER_BACKEND", "torch")
+    report = json.loads(runner.invoke(app, ["doctor", "--json"]).stdout)
+    assert report["backend"] == "torch" and report["gates"]["gla"]["why"] == "asked for"
+    for name, wrong in (("fla", "fla was asked for, but the tensors are not on"), ("gpu", "LIGER_BACKEND is 'gpu'")):
+        monkeypatch.setenv("LIGER_BACKEND", name)
+        result = runner.invoke(app, ["doctor"])
+        assert result.exit_code == 4 and wrong in result.stderr
 
 
 def test_missing_and_old_packages(monkeypatch):

@@ -1,0 +1,184 @@
+"""Which kernels run a layer: those of fla and flash-attn on CUDA, plain torch operations everywhere else.
+
+The choice goes by the tensors' device, is made once a process for each kind of recurrence, and can be forced: by the
+environment variable LIGER_BACKEND (`auto`, `torch` or `fla`), else by `backend` in the config's `liger` block. fla and
+flash-attn are imported when the first CUDA tensor asks for them, never before: importing fla takes seconds.
+
+Precision on CUDA: fla's chunked kernels take q, k and v in bfloat16 where the model is bfloat16 and nothing is divided
+by, else in float32, whose products Triton rounds to TF32 (some three decimal digits); decays and states stay float32.
+Its one-token kernels work in float32 throughout. LIGER_BACKEND=torch is float32 throughout as well.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from .liger_config import BACKENDS
+from .liger_fla import MULTIPLE, adapted
+from .liger_recurrence import chunk_decay, chunk_delta, chunk_slots, step_decay, step_delta, step_slots
+
+VARIABLE = "LIGER_BACKEND"
+TORCH = {"decay": (chunk_decay, step_decay), "delta": (chunk_delta, step_delta), "slots": (chunk_slots, step_slots)}
+OLDEST_FLA = (0, 6)
+INSTALL = {"fla": "pip install 'flash-linear-attention[cuda]>=0.6'", "flash_attn": "pip install 'flash-attn>=2.7'"}
+
+
+class LigerBackendError(RuntimeError):
+    """A backend was asked for by a name that there is not, or where it cannot run."""
+
+    liger_exit_code = 4
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where fla has one kind of recurrence: its module, its chunked and its step-by-step function, the argument that
+    the latter takes the decay by, and the widest key it takes."""
+
+    module: str
+    chunk: str
+    step: str
+    step_decay: str = "g"
+    widest_key: int | None = None
+
+
+# By rule, and whether a head has one decay (else one a key channel or slot).
+KERNELS = {
+    ("decay", True): Kernel("fla.ops.simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla"),
+    ("decay", False): Kernel("fla.ops.gla", "chunk_gla", "fused_recurrent_gla", "gk"),
+    ("delta", True): Kernel(
+        "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", widest_key=256
+    ),
+    ("delta", False): Kernel("fla.ops.kda", "chunk_kda", "fused_recurrent_kda", widest_key=256),
+    ("slots", False): Kernel("fla.ops.gsa", "chunk_gsa", "fused_recurrent_gsa"),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a recurrence: `torch` or `fla`, why, and the two functions, called as `liger_recurrence`'s."""
+
+    backend: str
+    why: str
+    chunk: Callable
+    step: Callable
+
+
+def requested(configured: str = "auto") -> str:
+    """The backend asked for: LIGER_BACKEND where it is set, else the config's. Raises LigerBackendError."""
+    name = os.environ.get(VARIABLE) or configured
+    if name not in BACKENDS:
+        raise LigerBackendError(f"{VARIABLE} is {name!r}, but has to be one of {', '.join(BACKENDS)}")
+    return name
+
+
+def recurrence(rule: str, q, log_decay, configured: str = "auto", dtype=torch.float32) -> Choice:
+    """The functions for these tensors.
+
+    Args:
+        rule: `decay`, `delta` or `slots`.
+        q: [B, Hq, T, K]; log_decay: [B, Hkv, T, K, M or 1].
+        configured: the config's `backend`.
+        dtype: in which fla's chunked kernels may take their products: bfloat16 or float32.
+    Raises:
+        LigerBackendError: `fla` is forced and cannot run here.
+    """
+    one_decay = rule != "slots" and log_decay.shape[-1] == 1
+    slots = log_decay.shape[-1] if rule == "slots" else None
+    return choose(rule, one_decay, q.shape[-1], slots, q.is_cuda, requested(configured), dtype)
+
+
+@cache
+def choose(
+    rule: str,
+    one_decay: bool,
+    key_dim: int,
+    slots: int | None,
+    on_cuda: bool,
+    wanted: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Choice:
+    """As `recurrence`, by shapes. `one_decay`: a head has one decay; `slots`: memory slots of gated slot attention."""
+    plain = partial(Choice, "torch", chunk=TORCH[rule][0], step=TORCH[rule][1])
+    if wanted == "torch":
+        return plain("asked for")
+    kernel = KERNELS[rule, one_decay]
+    functions, obstacle = None, "the tensors are not on a CUDA device"
+    if on_cuda:
+        obstacle = _unfit(kernel, key_dim, slots)
+        if obstacle is None:
+            functions, obstacle = fla_functions(kernel)
+    if functions is None:
+        if wanted == "fla":
+            raise LigerBackendError(f"the backend fla was asked for, but {obstacle}; use auto or torch")
+        return plain(obstacle)
+    chunk, step = adapted(rule, *functions, kernel.step_decay, dtype)
+    return Choice("fla", f"{kernel.chunk} and {kernel.step}", chunk, step)
+
+
+def _unfit(kernel: Kernel, key_dim: int, slots: int | None) -> str | None:
+    if kernel.widest_key and key_dim > kernel.widest_key:
+        return f"{kernel.chunk} takes keys of at most {kernel.widest_key} dimensions, not {key_dim}"
+    if slots is not None and slots % MULTIPLE:
+        # A padded slot would take part in the softmax over slots.
+        return f"{kernel.chunk} is used with a multiple of {MULTIPLE} slots only, not {slots}"
+    return None
+
+
+@cache
+def fla_functions(kernel: Kernel) -> tuple[tuple[Callable, Callable] | None, str]:
+    """fla's chunked and step function of a kernel, or None; and the reason why not. Imports fla."""
+    try:
+        version = str(importlib.import_module("fla").__version__)
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_FLA:
+            wanted = ".".join(map(str, OLDEST_FLA))
+            return None, f"flash-linear-attention is {version}, but has to be {wanted} or newer; {INSTALL['fla']}"
+        module = importlib.import_module(kernel.module)
+        return (getattr(module, kernel.chunk), getattr(module, kernel.step)), ""
+    except ModuleNotFoundError as error:
+        missing = "flash-linear-attention" if error.name == "fla" else f"{error.name}, which fla needs,"
+        return None, f"{missing} is not installed; {INSTALL['fla']}"
+    except Exception as error:  # whatever a broken installation raises is the reason
+        return None, f"fla cannot be imported ({_sentence(error)})"
+
+
+@cache
+def flash_attn_function() -> tuple[Callable | None, str]:
+    """flash-attn's function, or None; and the reason why not. Imports flash-attn."""
+    try:
+        return importlib.import_module("flash_attn").flash_attn_func, ""
+    except ModuleNotFoundError as error:
+        missing = "flash-attn" if error.name == "flash_attn" else f"{error.name}, which flash-attn needs,"
+        return None, f"{missing} is not installed; {INSTALL['flash_attn']}"
+    except Exception as error:
+        return None, f"flash-attn cannot be imported ({_sentence(error)})"
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def flash_window(q, head_dim: int, configured: str = "auto") -> Callable | None:
+    """flash-attn for a window over tensors like `q`, [B, Hq, T, D], or None where torch does it.
+
+    It takes float16 and bfloat16 on CUDA and head dimensions up to 256. It cannot see padding, sink tokens or sink
+    logits: such calls are torch's.
+    """
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
+        return None
+    return None if requested(configured) == "torch" else flash_attn_function()[0]
+
+
+def describe_window(on_cuda: bool, wanted: str = "auto") -> tuple[str, str]:
+    """(backend, why) of the window, for a report."""
+    if wanted == "torch":
+        return "torch", "asked for"
+    if not on_cuda:
+        return "torch", "the tensors are not on a CUDA device"
+    function, obstacle = flash_attn_function()
+    if function is None:
+        return "torch", obstacle
+    return "flash-attn", "half precision; torch where there is padding, sink tokens or sink logits"

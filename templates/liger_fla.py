@@ -1,0 +1,138 @@
+"""fla's kernels, called as the functions of `liger_recurrence` are. fla itself is not imported here.
+
+fla's layout is [B, T, H, D], its scale has to be given, and but for gated slot attention it wants a key head for every
+query head. Over a text keys, values and decays are repeated to the query heads, which costs the work on the states once
+for each but keeps the heads parallel. In a one-token step, which is bound by reading the state, they are not: the query
+heads of a group come one after another as tokens of one text, the later ones with nothing to write and no decay.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn.functional import pad
+
+from .liger_recurrence import chunk_decay, chunk_delta, chunk_slots, step_decay, step_delta, step_slots
+
+# exp of anything lower is 0 in float32; the running sums of fla's kernels would lose digits over it.
+LOWEST_LOG_DECAY = -104.0
+# Head dimensions are padded to a multiple: fla's backward kernels need even ones, a column of ones makes them odd.
+MULTIPLE = 16
+
+
+def adapted(rule: str, chunk, step, step_decay: str, dtype):
+    """A chunked and a step function of fla with the arguments and results of `liger_recurrence`'s.
+
+    Args:
+        rule: `decay`, `delta` or `slots`.
+        chunk, step: fla's functions.
+        step_decay: the argument by which `step` takes the log decay.
+        dtype: of queries, keys and values in `chunk`; steps are float32.
+    """
+    if rule == "slots":
+        return partial(_slots_chunk, chunk, dtype), partial(_slots_step, step)
+    if rule == "delta":
+        return partial(_chunk, chunk, dtype), partial(_step, step, step_decay)
+    return partial(_decay_chunk, chunk, dtype), partial(_decay_step, step, step_decay)
+
+
+def _decay_chunk(kernel, dtype, q, k, v, log_decay, initial_state=None):
+    return _chunk(kernel, dtype, q, k, v, log_decay, None, initial_state)
+
+
+def _chunk(kernel, dtype, q, k, v, log_decay, beta=None, initial_state=None):
+    if q.numel() == 0:
+        if beta is None:
+            return chunk_decay(q, k, v, log_decay, initial_state)
+        return chunk_delta(q, k, v, log_decay, beta, initial_state)
+    groups, width = q.shape[1] // k.shape[1], v.shape[-1]
+    inputs = {"k": _padded(k).to(dtype), "v": _padded(v).to(dtype), "g": _gate(log_decay)}
+    if beta is not None:
+        inputs["beta"] = beta.squeeze(-1)
+    inputs = {name: x.transpose(1, 2).repeat_interleave(groups, dim=2) for name, x in inputs.items()}
+    state = _padded_state(initial_state)
+    output, final = kernel(
+        q=_padded(q).to(dtype).transpose(1, 2),
+        **inputs,
+        scale=1.0,
+        initial_state=None if state is None else state.repeat_interleave(groups, dim=1),
+        output_final_state=True,
+    )
+    return output[..., :width].transpose(1, 2).to(q.dtype), final[:, ::groups, : k.shape[-1], :width]
+
+
+def _decay_step(kernel, decay_name, q, k, v, log_decay, state):
+    return _step(kernel, decay_name, q, k, v, log_decay, None, state)
+
+
+def _step(kernel, decay_name, q, k, v, log_decay, beta, state):
+    if _needs_grad(q, k, v, log_decay, beta, state):  # fla's steps by the delta rule have no gradient
+        if beta is None:
+            return step_decay(q, k, v, log_decay, state)
+        return step_delta(q, k, v, log_decay, beta, state)
+    groups, width = q.shape[1] // k.shape[1], v.shape[-1]
+    inputs = {"k": _padded(k), "v": _padded(v), decay_name: _gate(log_decay)}
+    if beta is not None:
+        inputs["beta"] = beta.squeeze(-1)
+    inputs = {name: pad(x.transpose(1, 2), (0, 0) * (x.ndim - 2) + (0, groups - 1)) for name, x in inputs.items()}
+    output, final = kernel(
+        q=_padded(q).unflatten(1, (-1, groups)).squeeze(3).transpose(1, 2),
+        **inputs,
+        scale=1.0,
+        initial_state=_padded_state(state),
+        output_final_state=True,
+    )
+    output = output[..., :width].transpose(1, 2).flatten(1, 2).unsqueeze(2)
+    return output.to(q.dtype), final[:, :, : k.shape[-1], :width]
+
+
+def _slots_chunk(kernel, dtype, q, k, v, log_decay, write, initial_state=None):
+    """The kernel is given the key heads as they are."""
+    if q.numel() == 0:
+        return chunk_slots(q, k, v, log_decay, write, initial_state)
+    output, (keys, values) = kernel(
+        q=_padded(q).to(dtype).transpose(1, 2),
+        k=_padded(k).to(dtype).transpose(1, 2),
+        v=_padded(v).to(dtype).transpose(1, 2),
+        s=write.to(dtype).transpose(1, 2),
+        g=log_decay.clamp_min(LOWEST_LOG_DECAY).transpose(1, 2),
+        scale=1.0,
+        initial_state=_padded_pair(initial_state),
+        output_final_state=True,
+    )
+    output = output[..., : v.shape[-1]].transpose(1, 2).to(q.dtype)
+    return output, (keys[:, :, : k.shape[-1]], values[..., : v.shape[-1]])
+
+
+def _slots_step(kernel, q, k, v, log_decay, write, states):
+    if _needs_grad(q, k, v, log_decay, write, *states):
+        return step_slots(q, k, v, log_decay, write, states)
+    return _slots_chunk(kernel, q.dtype, q.detach(), k.detach(), v.detach(), log_decay.detach(), write.detach(), states)
+
+
+def _needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _padded(x):
+    """Zeros behind the last dimension, up to a multiple."""
+    extra = -x.shape[-1] % MULTIPLE
+    return pad(x, (0, extra)) if extra else x
+
+
+def _gate(log_decay):
+    """[B, H, T, K], padded, or [B, H, T] where a head has one decay."""
+    log_decay = log_decay.clamp_min(LOWEST_LOG_DECAY)
+    return log_decay.squeeze(-1) if log_decay.shape[-1] == 1 else _padded(log_decay)
+
+
+def _padded_state(state):
+    """[B, H, K, V] with both sizes up to a multiple; the added rows and columns stay zero."""
+    if state is None:
+        return None
+    rows, columns = (-size % MULTIPLE for size in state.shape[-2:])
+    return pad(state, (0, columns, 0, rows)) if rows or columns else state
+
+
+def _padded_pair(states):
+    """The states of gated slot attention, [B, H, K, M] and [B, H, M, V]; the slots are a multiple already."""
+    return None if states is None else tuple(_padded_state(state) for state in states)

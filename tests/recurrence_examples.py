@@ -1,0 +1,56 @@
+"""Inputs of every gate's recurrence, and running its forms on them."""
+
+import torch
+
+from liger_cli.templates import liger_recurrence as recurrence
+from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.templates.liger_gates import GATES
+
+
+def relative_rms(actual, expected) -> float:
+    error = (actual.double() - expected).square().mean().sqrt()
+    return (error / expected.square().mean().sqrt().clamp_min(1e-30)).item()
+
+
+def tuple_of(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def arguments(inputs, rule: str) -> list:
+    extra = {"decay": [], "delta": [inputs.beta], "slots": [inputs.write]}[rule]
+    return [inputs.q, inputs.k, inputs.v, inputs.log_decay, *extra]
+
+
+def example(name, length, magnitude, batch=2, query_heads=4, kv_heads=2, dim=16, seed=0, initial=True, spec=None):
+    """A gate's recurrence inputs, from keys up to about `magnitude`, and an initial state, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    spec = spec or LayerSpec(gate=name, slots=8)
+    gate = GATES[name]
+    q, v = random(batch, query_heads, length, dim), random(batch, kv_heads, length, dim)
+    k = random(batch, kv_heads, length, dim)
+    k = k / k.abs().amax().clamp_min(1e-9) * magnitude if k.numel() else k
+    inputs = gate.inputs(q, k, v, gate.pool(k, spec), spec)
+    if gate.rule == "slots":
+        inputs.k = inputs.k / max(magnitude, 1)
+    state = None
+    if initial:
+        state = tuple(random(batch, kv_heads, *shape) for shape in gate.state_shapes(spec, dim))
+        state = tuple(x[..., : v.shape[-1]] if gate.rule != "slots" else x for x in state)
+        state = state if gate.rule == "slots" else state[0]
+    return gate.rule, arguments(inputs, gate.rule), state
+
+
+def run(form: str, rule: str, inputs, state, dtype, gradients=False):
+    """Output, states, and the gradients of a fixed loss of both with regard to the inputs and the initial state."""
+    leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in inputs]
+    states = None if state is None else tuple(x.to(dtype).requires_grad_(gradients) for x in tuple_of(state))
+    initial = states if states is None or rule == "slots" else states[0]
+    output, final = getattr(recurrence, f"{form}_{rule}")(*leaves, initial_state=initial)
+    results = [output, *tuple_of(final)]
+    if gradients:
+        weights = [torch.linspace(-1, 1, x.numel(), dtype=dtype).view(x.shape) for x in results]
+        loss = sum((x * w).sum() for x, w in zip(results, weights, strict=True))
+        found = torch.autograd.grad(loss, leaves + list(states or ()), allow_unused=True)
+        results += [torch.zeros(1) if x is None else x for x in found]
+    return [x.detach() for x in results]
