@@ -8,8 +8,18 @@ from liger_cli.errors import UsageError
 from liger_cli.folders import resolve_model
 from liger_cli.harness import parse_tasks, run_tasks
 from liger_cli.progress import progress
+from liger_cli.published import TASKS as PUBLISHED_TASKS
+from liger_cli.published import published_figures
 from liger_cli.recall import KINDS, METHODS, generated_count, measure
-from liger_cli.report import FORMATS, comparison_tables, eval_notes, eval_tables, print_tables, sample_lines
+from liger_cli.report import (
+    FORMATS,
+    comparison_tables,
+    eval_notes,
+    eval_tables,
+    print_tables,
+    sample_lines,
+    sample_table,
+)
 from liger_cli.results import read_results, stamp
 from liger_cli.samples import write_samples
 from liger_cli.scoring import batch_size_for, make_rows, read_texts, score
@@ -32,6 +42,7 @@ def run(
     num_fewshot: int | None = None,
     limit: float | None = None,
     include_path: str | None = None,
+    metadata: dict | None = None,
     samples: int = 0,
     compare: tuple[str, ...] = (),
     seq_len: int = SEQ_LEN,
@@ -50,7 +61,7 @@ def run(
         model: a folder; the newest fitting one in the current folder by default.
         perplexity: a file whose perplexity is measured, instead of the shipped held-out text.
         recall, agreement: parts to run. Where no part is asked for, perplexity, agreement and recall are.
-        tasks: of the harness, see `harness.run_tasks`; num_fewshot, limit, include_path: for them.
+        tasks: of the harness, see `harness.run_tasks`; num_fewshot, limit, include_path, metadata: for them.
         samples: generations to show.
         compare: results files, or folders that have one: show them beside one another and measure nothing.
         output_format: `table`, `md`, `json` or `csv`.
@@ -74,6 +85,7 @@ def run(
         num_fewshot=num_fewshot,
         limit=limit,
         include_path=include_path,
+        metadata=metadata,
         samples=samples,
         seq_len=seq_len,
         distances=distances,
@@ -89,7 +101,11 @@ def run(
     if output_format == "json":
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
-        print_tables(eval_tables(result), output_format, (*sample_lines(result), *notes))
+        tables = eval_tables(result)
+        if "samples" in result and output_format != "table":
+            tables.append(sample_table(result))
+        lines = sample_lines(result) if output_format == "table" else []
+        print_tables(tables, output_format, (*lines, *notes))
     return result
 
 
@@ -111,6 +127,7 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: float | None = None,
     include_path: str | None = None,
+    metadata: dict | None = None,
     samples: int = 0,
     seq_len: int = SEQ_LEN,
     distances: tuple[int, ...] = DISTANCES,
@@ -124,7 +141,7 @@ def evaluate(
 
     Args:
         text: a file; the shipped held-out text by default.
-        tasks, num_fewshot, limit, include_path: see `harness.run_tasks`.
+        tasks, num_fewshot, limit, include_path, metadata: see `harness.run_tasks`.
         samples: generations, of the beginnings of the text's documents.
         seq_len: tokens a row of the text.
         distances: of the recall probes, in tokens.
@@ -153,27 +170,37 @@ def evaluate(
         counts = {"teacher_forced": count, "generation": generated_count(count)}
         result["recall"] = {**found, "recovery": _recovery(found, subject), "count": counts}
     if tasks:
-        result["tasks"] = _tasks(subject, tasks, num_fewshot, limit, batch_size, include_path)
+        result["tasks"] = _tasks(
+            subject,
+            tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            include_path=include_path,
+            metadata=metadata,
+        )
     if samples:
         result["samples"] = write_samples(subject, _texts(text, samples), samples)
     return result
 
 
-def _tasks(subject: Subject, tasks, num_fewshot, limit, batch_size: int | None, include_path) -> dict:
-    found = run_tasks(
-        subject,
-        tasks,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size or "auto",
-        include_path=include_path,
-    )
+def _tasks(subject: Subject, tasks: tuple[str, ...], **settings) -> dict:
+    found = run_tasks(subject, tasks, **settings)
     values = {
-        column: {task: {metric: figure["value"] for metric, figure in found[column][task].items()} for task in tasks}
+        column: {
+            task: {metric: figure["value"] for metric, figure in metrics.items()}
+            for task, metrics in found[column].items()
+        }
         for column in COLUMNS
     }
-    settings = {"num_fewshot": num_fewshot, "limit": limit}
-    return {**found, "recovery": _recovery(values, subject), "settings": settings}
+    result = {
+        **found,
+        "recovery": _recovery(values, subject),
+        "settings": {name: settings[name] for name in ("num_fewshot", "limit", "metadata")},
+    }
+    if set(tasks) & set(PUBLISHED_TASKS):
+        result["published"] = published_figures(subject.liger_model.config)
+    return result
 
 
 def _texts(text: str | None, documents: int = 0) -> list[str]:
@@ -215,6 +242,15 @@ def _ratios(over, under):
 def _check_positive(option: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UsageError(f"{option} is {value}, but has to be 1 or more")
+
+
+def parse_batch_size(text: str | None) -> int | None:
+    """`8` as a number; `auto`, as many as fit, as None. Raises UsageError."""
+    if text is None or text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UsageError(f"--batch-size is {text!r}, but has to be a number of sequences, or auto")
+    return int(text)
 
 
 def parse_distances(text: str) -> tuple[int, ...]:

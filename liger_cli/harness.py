@@ -1,20 +1,28 @@
 """Tasks of lm-evaluation-harness, by its Python API, for every column of an evaluation."""
 
+import json
 import logging
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 
 from liger_cli.columns import COLUMNS, Subject
 from liger_cli.errors import LigerError, SetupError, UsageError
+from liger_cli.hub import spare_retries
+from liger_cli.scoring import LOGITS_BYTES
 
 SUITES = {
     "paper": ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu"),  # arXiv 2503.01496, table 2
     "long": ("ruler", "longbench"),
 }
 FEWSHOT = {"mmlu": 5}
-OFFLINE = ("offline", "couldn't reach", "connection", "resolve", "timed out", "cannot find the requested files")
+OFFLINE = (
+    "offline", "couldn't reach", "connection", "resolve", "timed out", "cannot find the requested files",
+    "nltk downloader", "name or service not known",
+)  # fmt: skip
+TOKENS = 2048  # of a row, as far as the automatic batch size on a CPU looks
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -33,8 +41,9 @@ def run_tasks(
     *,
     num_fewshot: int | None = None,
     limit: float | None = None,
-    batch_size: int | str = "auto",
+    batch_size: int | None = None,
     include_path: str | None = None,
+    metadata: dict | None = None,
     seed: int = 0,
     columns: tuple[str, ...] = COLUMNS,
 ) -> dict:
@@ -44,50 +53,86 @@ def run_tasks(
         tasks: names or groups of the harness, or of YAML files under `include_path`.
         num_fewshot: examples in the prompt; by default each task's own, and 5 for mmlu as in the paper.
         limit: examples of each task, or a share of them below 1.
-        batch_size: sequences a pass, or `auto`.
+        batch_size: sequences a pass; as many as fit by default.
+        metadata: handed to the tasks, as `lm_eval --metadata` does; RULER reads `max_seq_lengths`.
     Raises:
         SetupError: lm-eval is missing, or a task's data cannot be had. UsageError: an unknown task.
     """
     lm_eval, tasks_module, huggingface = _import()
     if include_path is not None and not Path(include_path).is_dir():
         raise UsageError(f"--include-path names {include_path}, which is not a folder")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = tasks_module.TaskManager(include_path=include_path)
-    for name in tasks:
-        if name not in manager.all_tasks:
-            near = get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--tasks names {name!r}, which the harness does not have{hint}")
-    found: dict[str, dict] = {column: {} for column in columns}
-    for column in columns:
-        for shots, names in _by_fewshot(tasks, num_fewshot).items():
-            # The harness prints to stdout, which is the results' own.
-            with subject.column(column) as model, redirect_stdout(sys.stderr):
-                wrapped = huggingface.HFLM(
-                    pretrained=model,
-                    tokenizer=subject.tokenizer,
-                    backend="causal",
-                    batch_size=batch_size,
-                    device=str(subject.liger_model.device),
-                )
-                try:
-                    results = lm_eval.simple_evaluate(
-                        model=wrapped,
-                        tasks=list(names),
-                        num_fewshot=shots,
-                        limit=limit,
-                        task_manager=manager,
-                        log_samples=False,
-                        random_seed=seed,
-                        numpy_random_seed=seed,
-                        torch_random_seed=seed,
-                        fewshot_random_seed=seed,
+    for noisy in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="liger-tokenizer-") as folder:
+        metadata = {"tokenizer": _plain_tokenizer(subject.tokenizer, Path(folder)), **(metadata or {})}
+        manager = tasks_module.TaskManager(include_path=include_path, metadata=metadata)
+        for name in tasks:
+            if name not in manager.all_tasks:
+                near = get_close_matches(name, manager.all_tasks, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(f"--tasks names {name!r}, which the harness does not have{hint}")
+        spare_retries()
+        settings = {
+            "limit": limit,
+            "task_manager": manager,
+            "log_samples": False,
+            "random_seed": seed,
+            "numpy_random_seed": seed,
+            "torch_random_seed": seed,
+            "fewshot_random_seed": seed,
+        }
+        found: dict[str, dict] = {column: {} for column in columns}
+        for column in columns:
+            for shots, names in _by_fewshot(tasks, num_fewshot).items():
+                # The harness prints to stdout, which is the results' own.
+                with subject.column(column) as model, redirect_stdout(sys.stderr):
+                    wrapped = huggingface.HFLM(
+                        pretrained=model,
+                        tokenizer=subject.tokenizer,
+                        backend="causal",
+                        batch_size=batch_size or _automatic_batch_size(subject.liger_model),
+                        device=str(subject.liger_model.device),
                     )
-                except Exception as error:
-                    raise _as_sentence(error, names) from error
-            for name in names:
-                found[column][name] = _metrics(results["results"].get(name, {}))
+                    try:
+                        results = lm_eval.simple_evaluate(
+                            model=wrapped, tasks=list(names), num_fewshot=shots, **settings
+                        )
+                    except Exception as error:
+                        raise _as_sentence(error, names) from error
+                for name in names:
+                    found[column] |= _of_task(results, name)
     return found
+
+
+def parse_metadata(text: str | None) -> dict | None:
+    """`--metadata` as a dictionary. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f'--metadata is {text!r}, but has to be a JSON object such as {{"max_seq_lengths": [4096]}}')
+    return found
+
+
+def _plain_tokenizer(tokenizer, folder: Path) -> str:
+    """A copy of the tokenizer for tasks that size their texts by it: they load it with leave to run its code."""
+    tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("auto_map", None)
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    return str(folder)
+
+
+def _automatic_batch_size(model) -> int | str:
+    """The harness's own search for the largest batch on CUDA; it would take a machine's whole memory on a CPU."""
+    if model.device.type == "cuda":
+        return "auto"
+    tokens = min(getattr(model.config, "max_position_embeddings", None) or TOKENS, TOKENS)
+    return max(1, min(16, LOGITS_BYTES // (4 * tokens * model.config.vocab_size)))
 
 
 def _import():
@@ -109,12 +154,23 @@ def _by_fewshot(tasks: tuple[str, ...], num_fewshot: int | None) -> dict[int | N
     return groups
 
 
+def _of_task(results: dict, name: str) -> dict[str, dict]:
+    """The task's figures, or, of a group that has none of its own, those of its tasks."""
+    metrics = _metrics(results["results"].get(name, {}))
+    children = results.get("group_subtasks", {}).get(name, [])
+    if metrics or not children:
+        return {name: metrics}
+    return {child: figures for each in children for child, figures in _of_task(results, each).items()}
+
+
 def _metrics(results: dict) -> dict:
     """`acc,none` and `acc_stderr,none` as `{"acc": {value, stderr}}`; a filter's name is kept where it is not none."""
     metrics = {}
     for key, value in results.items():
         name, _, chosen = key.partition(",")
         if not chosen or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        if value == -1:  # RULER's mark of a length that was not asked for
             continue
         stderr = results.get(f"{name}_stderr,{chosen}")
         shown = name if chosen == "none" else f"{name} ({chosen})"
@@ -125,6 +181,11 @@ def _metrics(results: dict) -> dict:
 def _as_sentence(error: Exception, tasks) -> LigerError:
     reasons, cause = [], error
     while cause is not None:
+        if isinstance(cause, ImportError):
+            return SetupError(
+                f"{', '.join(tasks)} needs a package that is missing ({' '.join(str(cause).split())}); "
+                "pip install 'liger-cli[eval]' has those of RULER and LongBench"
+            )
         reasons.append(f"{type(cause).__name__}: {cause}")
         cause = cause.__cause__ or cause.__context__
     if any(word in reason.lower() for reason in reasons for word in OFFLINE):

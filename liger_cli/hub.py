@@ -79,3 +79,29 @@ def _download(hub_id: str, revision: str | None, patterns) -> Path:
             f"{hub_id}{at} is no folder here and could not be had from the hub ({reason}); check the name, the network "
             "and your access, or give a local folder"
         ) from error
+
+
+def spare_retries() -> None:
+    """Without network, switch `datasets` to its cache: its retries would take most of a minute before they fail."""
+    import datasets
+
+    if not _answers():
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
+def _answers() -> bool:
+    """Whether the hub can be reached; taken for granted behind a proxy, where a connection of our own tells nothing."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return True
+    address = urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((address.hostname, address.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False

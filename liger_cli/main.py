@@ -273,7 +273,7 @@ def finetune(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. (paper: 200)")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints. (paper: 100)")] = None,
     early_stop: Annotated[
-        int | None, typer.Option(help="Evaluations without improvement that end the run, the best kept; 0 never. (paper: 0)")
+        int | None, typer.Option(help="Evaluations without improvement that end the run; the best is kept. (paper: 0, never)")
     ] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more time. (paper: no)")] = None,
     load_in_4bit: Annotated[
@@ -405,6 +405,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL beside its base and its window alone: perplexity, agreement, recall (all three by default)."""
     from liger_cli import evaluate as module
+    from liger_cli.harness import parse_metadata
 
     module.run(
         model,
@@ -416,7 +417,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         limit=limit,
         include_path=include_path,
-        metadata=module.parse_metadata(metadata),
+        metadata=parse_metadata(metadata),
         samples=samples,
         compare=tuple(compare or ()),
         seq_len=seq_len,

@@ -62,7 +62,7 @@ def print_tables(tables: list[Table], output_format: str = "table", notes: tuple
 
 
 def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
 
 
 def percent(value: float | None) -> str:
@@ -113,6 +113,7 @@ def _agreement_tables(result: dict, columns: list[str], head: list[str]) -> list
     return [table]
 
 
+BASE_SCORES_0 = "base scores 0"
 RECALL_TITLES = {
     "single": "one fact",
     "key_value": "one of four facts",
@@ -134,8 +135,8 @@ def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Ta
         for kind, methods in values["model"].items():
             for distance in methods.get(method, {}):
                 cells = [values[column][kind][method][distance] for column in columns]
-                recovery = values["recovery"] and values["recovery"][kind][method][distance]
-                table.rows.append([RECALL_TITLES[kind], distance, *map(percent, cells), percent(recovery)])
+                recovered = _recovered(values, (kind, method, distance))
+                table.rows.append([RECALL_TITLES[kind], distance, *map(percent, cells), recovered])
         if table.rows:
             tables.append(table)
     return tables
@@ -153,9 +154,33 @@ def _task_tables(result: dict, columns: list[str], head: list[str]) -> list[Tabl
                 figure = values[column][task][metric]
                 spread = "" if figure["stderr"] is None else f" ± {100 * figure['stderr']:.1f}"
                 cells.append(f"{100 * figure['value']:.1f}{spread}")
-            recovery = values["recovery"] and values["recovery"][task].get(metric)
-            table.rows.append([task, metric, *cells, percent(recovery)])
-    return [table]
+            table.rows.append([task, metric, *cells, _recovered(values, (task, metric), lambda cell: cell["value"])])
+    published = values.get("published")
+    return [table, _published_table(published)] if published else [table]
+
+
+def _published_table(published: dict) -> Table:
+    """What others measured, in a table of its own."""
+    tasks = list(published["rows"][0]["scores"])
+    table = Table(
+        f"published ({published['source']}, base {published['base']}), not measured here: percent",
+        ["published", "tokens, 10^9", *tasks, "average", "without mmlu"],
+    )
+    for row in published["rows"]:
+        figures = [row["tokens_b"], *row["scores"].values(), row["average"], row["average_without_mmlu"]]
+        table.rows.append([row["model"], *("-" if figure is None else f"{figure:g}" for figure in figures)])
+    return table
+
+
+def _recovered(values: dict, path: tuple[str, ...], figure=lambda cell: cell) -> str:
+    """The recovery at `path`, or, where the base has nothing to recover, words that say so."""
+    recovery, base = values["recovery"], values.get("base")
+    if recovery is None:
+        return "-"
+    for name in path:
+        recovery = recovery[name]
+        base = base[name]
+    return BASE_SCORES_0 if figure(base) == 0 else percent(recovery)
 
 
 PARTS = {
@@ -172,11 +197,25 @@ def eval_notes(result: dict) -> list[str]:
     notes = [f"{column['label']}: {column['source']}. window only: the same weights with the recurrent branch off."]
     if column["label"] != "base":
         notes.append("The original base is not at hand, so no recovery is shown; name it with --against.")
+    if any(BASE_SCORES_0 in row for table in eval_tables(result) for row in table.rows):
+        notes.append(f"{BASE_SCORES_0}: the base itself scores 0 there, so nothing can be concluded.")
+    tasks = result.get("tasks", {})
+    if "published" in tasks and tasks["published"] is None:
+        notes.append("No figures are published for a base of these shapes.")
     return notes
 
 
+def sample_table(result: dict) -> Table:
+    """Prompts and continuations, a row each."""
+    samples = result["samples"]
+    columns = [column for column in TITLES if column in samples[0]]
+    table = Table("samples", ["prompt", *(TITLES[column] for column in columns)])
+    table.rows = [[sample["prompt"], *(sample[column].strip() for column in columns)] for sample in samples]
+    return table
+
+
 def sample_lines(result: dict) -> list[str]:
-    """Prompts and continuations for people."""
+    """The same for people to read on a terminal, where columns of prose would be too narrow."""
     lines = []
     for number_, sample in enumerate(result.get("samples", []), 1):
         lines.append(f"sample {number_}, prompt: {sample['prompt']}")
@@ -268,6 +307,7 @@ def bench_notes(result: dict) -> list[str]:
         f"limit: the least time that {machine['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s of memory and "
         f"{machine['matmul_flops_per_s'] / 1e9:.3g} GFLOP/s, both measured here, allow; weights that stay in the "
         "processor's cache can beat it.",
+        *_backend_notes(result.get("backend")),
     ]
     stopped = [
         f"{row['which']} at {row['position']} tokens: {what} {row[name]}"
@@ -276,6 +316,14 @@ def bench_notes(result: dict) -> list[str]:
         if row[name]
     ]
     return notes + ([". ".join(stopped) + "."] if stopped else [])
+
+
+def _backend_notes(backend: dict | None) -> list[str]:
+    """What ran the kernels. Results of earlier versions do not say."""
+    if not backend:
+        return []
+    rows = {**backend["gates"], "window": backend["window"]}
+    return ["Kernels: " + "; ".join(f"{name} on {row['backend']} ({row['why']})" for name, row in rows.items()) + "."]
 
 
 def _spread(figure: dict | None, note: str | None) -> str:
