@@ -20,12 +20,11 @@ from liger_cli.extras import extra_shapes, initial_values, shard_names, write_ex
 from liger_cli.families import FAMILIES, Family
 from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
-from liger_cli.outputs import LINKS, atomic_folder, check_output, place
+from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place
 from liger_cli.plan import Plan, make_plan, read_mix
 from liger_cli.selection import automatic, selected_plan
 from liger_cli.templates.liger_config import LigerConfigError, layer_specs, liger_block
 
-COPIED_BELOW = 256 << 10  # bytes; a small support file is copied, so that editing it never edits the base
 MADE_BY_LIGER = ("config.json", "README.md", MANIFEST)
 
 
@@ -208,10 +207,7 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, sel
             if name in MADE_BY_LIGER:
                 continue
             (folder / name).parent.mkdir(exist_ok=True)
-            if path.stat().st_size < COPIED_BELOW:
-                shutil.copyfile(path, folder / name)
-            else:
-                place(path, folder / name, link)
+            copy_file(path, folder / name)
         how = "+".join(sorted(ways))
         config = converted_config(plan)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

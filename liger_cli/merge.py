@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liger_cli.checkpoint import EXTRAS, INDEX, Shard, fingerprint, read_config, read_json, read_weights
-from liger_cli.errors import ModelError, UsageError
+from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.folders import resolve_model
 from liger_cli.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
-from liger_cli.outputs import LINKS, atomic_folder, check_output, place
+from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place, unchanged
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -161,7 +161,8 @@ def merge(
                 and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
             )
             if converts or trained & set(shard.tensors):
-                write_shard(shard, folder / shard.name, adapters, dtype)
+                with unchanged(shard.path):
+                    write_shard(shard, folder / shard.name, adapters, dtype)
             else:
                 ways.add(place(shard.path, folder / shard.name, link))
                 linked += 1
@@ -171,7 +172,7 @@ def merge(
             if path.is_dir() or str(name) in REPLACED or weights or name.parts[0].startswith((".", "__")):
                 continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            place(path, folder / name, "copy" if path.stat().st_size < 1 << 20 else link)
+            copy_file(path, folder / name)
         if len(shards) > 1 or (model / INDEX).is_file():
             _write_index(folder, shards)
         _write_config(model, folder, dtype, window_only(adapters))
@@ -214,25 +215,27 @@ def write_shard(shard: Shard, target: Path, adapters: list[Adapter], dtype: str 
         for name in names:
             first, last = layout[name]["data_offsets"]
             touched = [adapter for adapter in adapters if name in adapter.scales]
+            reader.seek(start + first)
             if touched or header[name]["dtype"] != shard.tensors[name].dtype:
-                _write_merged(shard, name, touched, header[name]["dtype"], writer)
+                _write_merged(shard, name, touched, header[name]["dtype"], reader, writer)
             else:
-                reader.seek(start + first)
                 _copy(reader, writer, last - first)
 
 
-def _write_merged(shard: Shard, name: str, adapters: list[Adapter], kind: str, writer) -> None:
+def _write_merged(shard: Shard, name: str, adapters: list[Adapter], kind: str, reader, writer) -> None:
+    """Read from the file, not through a memory map: a shard that others shorten would end the process by a signal."""
     import torch
-    from safetensors import safe_open
 
-    with safe_open(shard.path, framework="pt") as file:
-        weight = file.get_tensor(name)
-    merged = weight.float()
+    tensor = shard.tensors[name]
+    content = bytearray(reader.read(tensor.nbytes))
+    if len(content) < tensor.nbytes:
+        raise _ended_early(reader)
+    names = {value: key for key, value in DTYPES.items()}
+    merged = torch.frombuffer(content, dtype=getattr(torch, names[tensor.dtype])).view(tensor.shape).float()
     for adapter in adapters:
         merged += delta(adapter, name)
     if not torch.isfinite(merged).all():
         raise ModelError(f"{name} is not finite once merged; the adapter is broken")
-    names = {value: key for key, value in DTYPES.items()}
     merged = merged.to(getattr(torch, names[kind])).contiguous()
     writer.write(merged.flatten().view(torch.uint8).numpy().data)
 
@@ -304,9 +307,13 @@ def _copy(reader, writer, count: int) -> None:
     while count:
         block = reader.read(min(count, COPIED))
         if not block:
-            raise ModelError(f"{reader.name} ended early; it was changed while it was read")
+            raise _ended_early(reader)
         writer.write(block)
         count -= len(block)
+
+
+def _ended_early(reader) -> LigerError:
+    return LigerError(f"{reader.name} was changed while it was read; run the command again")
 
 
 def _write_index(folder: Path, shards: tuple[Shard, ...]) -> None:
