@@ -132,14 +132,18 @@ def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks
     q = q.reshape(batch, kv_heads, groups, blocks, rows, dim).transpose(2, 3)
     q = q.reshape(batch, kv_heads, blocks, groups * rows, dim)
     k, v = (_with_past(x, blocks, back) for x in (k, v))
+    # float16 never goes to torch's attention: scores may be larger than what its lowest number, as a bias, could hide.
+    explicit = q.dtype == torch.float16 or (q.device.type == "cpu" and q.dtype != torch.bfloat16)
+    explicit = explicit or softcap is not None or sink_logits is not None or need_lse
+    if explicit and q.dtype in (torch.float16, torch.bfloat16):
+        q, k = q.float(), k.float()
     bias = _band(groups, rows, k.shape[3], window, q.dtype, q.device)
     if valid is not None:
         there = _with_past(valid[:, None, :, None], blocks, back)[..., 0].unsqueeze(3)
         bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
     if sinks is not None:
         k, v, bias = _append_sinks(k, v, bias, sinks, groups, rows, window)
-    explicit = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
-    if explicit or softcap is not None or sink_logits is not None or need_lse:
+    if explicit:
         o, lse = _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout)
     else:
         o, lse = _fused(q, k, v, bias, scaling, dropout), None
@@ -175,7 +179,7 @@ def _append_sinks(k, v, bias, sinks, groups, rows, window):
     hidden = (age[:, None, None, :] + query < window).repeat(1, 1, groups, 1).unsqueeze(1)
     sink_bias = torch.zeros_like(hidden, dtype=bias.dtype).masked_fill(hidden, torch.finfo(bias.dtype).min)
     k, v = (
-        torch.cat([x, sink.unsqueeze(2).expand(-1, -1, blocks, -1, -1)], dim=3)
+        torch.cat([x, sink.to(x.dtype).unsqueeze(2).expand(-1, -1, blocks, -1, -1)], dim=3)
         for x, sink in ((k, sink_k), (v, sink_v))
     )
     return k, v, torch.cat([bias.expand(batch, 1, blocks, *bias.shape[3:]), sink_bias], dim=4)
@@ -191,7 +195,7 @@ def _fused(q, k, v, bias, scaling, dropout):
 
 
 def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout):
-    """Scores, softmax and sum spelt out: does what torch's attention cannot, and is faster in float32 on a CPU."""
+    """Scores and softmax in float32 or better, spelt out: what torch's attention cannot do, or slower (a CPU)."""
     shape = (*q.shape[:-1], k.shape[-2])
     if softcap is None:
         bias = bias.expand(shape).reshape(-1, *shape[3:]) if bias.shape[0] * bias.shape[2] > 1 else bias.view(shape[3:])
@@ -199,11 +203,10 @@ def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dr
     else:
         scores = (q @ k.transpose(-1, -2)) * (scaling / softcap)
         scores = scores.tanh() * softcap + bias
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    lse = scores.to(exact).logsumexp(-1) if need_lse or sink_logits is not None else None
-    weights = scores.softmax(-1, dtype=exact)
+    lse = scores.logsumexp(-1) if need_lse or sink_logits is not None else None
+    weights = scores.softmax(-1)
     if sink_logits is not None:
-        logits = sink_logits.to(exact).view(1, k.shape[1], 1, groups, 1)
+        logits = sink_logits.to(scores.dtype).view(1, k.shape[1], 1, groups, 1)
         logits = logits.expand(-1, -1, -1, -1, shape[3] // groups).reshape(1, k.shape[1], 1, -1)
         weights = weights * (lse - logits).sigmoid().unsqueeze(-1)
         lse = torch.logaddexp(lse, logits)
