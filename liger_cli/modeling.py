@@ -18,6 +18,7 @@ MODULES = (
     "liger_families",
     "liger_fla",
     "liger_gates",
+    "liger_heads",
     "liger_model",
     "liger_recurrence",
     "liger_window",

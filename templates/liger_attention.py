@@ -39,7 +39,7 @@ class LigerAttention:
     Attributes:
         liger_spec: the layer's `LayerSpec`.
         liger_mode: `liger`; `softmax` (the family's own attention); `window` (the recurrent branch off, the window's
-            coefficient 1: the control that shows what the recurrence is worth).
+            coefficient 1, softmax heads kept: the control that shows what the recurrence is worth).
 
     Parameters of its own it has only where the spec asks for them: see `liger_extras.extra_tensors`.
     """
@@ -139,6 +139,7 @@ class LigerAttention:
             "softcap": self._softcap(),
             "dropout": self._dropout(),
             "sink_logits": getattr(self, "sinks", None),
+            "local_window": self.local_window,
         }
         packed = padding is None and cache is None
         starts = document_starts(kwargs.get("position_ids"), len(hidden_states)) if packed else None

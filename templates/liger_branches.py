@@ -8,6 +8,7 @@ from .liger_backend import recurrence
 from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
+from .liger_heads import with_softmax_heads
 from .liger_window import reach, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
@@ -19,7 +20,7 @@ CUDA_PIECE_SIZE = 16384
 def mixed_attention(
     q, k, v, rotated_q, rotated_k, gate, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
     cache: LigerCacheLayer | None = None, scales=None, softcap=None, sink_logits=None, dropout: float = 0.0,
-    within_window=None,
+    within_window=None, local_window=None,
 ):  # fmt: skip
     """Both branches over T new tokens.
 
@@ -34,9 +35,15 @@ def mixed_attention(
         valid: [B, T] bool, false at padding; None where there is none.
         cache: what came before; it is updated.
         within_window: (valid) -> [B, Hq, T, D], used instead of the window where no token can see beyond it.
+        local_window: the base's own window, which the layer's softmax heads keep; None where they see the whole text.
     Returns:
         [B, T, Hq, D] in v's dtype.
     """
+    if spec.softmax_kv_heads:
+        return with_softmax_heads(
+            mixed_attention, q, k, v, rotated_q, rotated_k, gate, spec, valid, cache, scales, sink_logits,
+            within_window, local_window, window=window, mix=mix, scaling=scaling, softcap=softcap, dropout=dropout,
+        )  # fmt: skip
     length = q.shape[2]
     past = 0 if cache is None else cache.get_seq_length()
     sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks) if spec.sinks and mix < 1 else None

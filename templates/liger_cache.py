@@ -11,11 +11,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 class LigerCacheLayer(CacheLayerMixin):
     """The last `window - 1` keys and values, the first `sinks` ones, and the recurrent states of one layer.
 
+    Softmax heads inside the layer are apart from these: all their keys and values. Hkv counts the other heads.
+
     Attributes:
         keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first.
         valid: [B, <= window - 1] bool, false at padding; None while no padding was seen.
         sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, slot of each, EMPTY where none.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
+        softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
+            layer has none. softmax_valid: [B, S] bool, None while no padding was seen.
     """
 
     is_sliding = True
@@ -24,16 +28,23 @@ class LigerCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     EMPTY = -(2**40)
+    TENSORS = (
+        *("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions"),
+        *("softmax_keys", "softmax_values", "softmax_valid"),
+    )
 
-    def __init__(self, window: int, sinks: int = 0):
+    def __init__(self, window: int, sinks: int = 0, local_window: int | None = None):
+        """`local_window` is the base's own window in this layer, beyond which its softmax heads need nothing."""
         super().__init__()
         self.window = window
         self.sinks = sinks
+        self.local_window = local_window
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the next update starts a new text."""
         self.keys = self.values = self.valid = None
+        self.softmax_keys = self.softmax_values = self.softmax_valid = None
         self.sink_keys = self.sink_values = self.sink_positions = None
         self.states = None
         self.cumulative_length = 0
@@ -93,6 +104,32 @@ class LigerCacheLayer(CacheLayerMixin):
         )
         return self.sink_keys, self.sink_values, self.sink_positions
 
+    def update_softmax_heads(self, key_states, value_states, valid=None):
+        """Append T tokens to what the softmax heads keep. Call before `update`.
+
+        Args:
+            key_states, value_states: [B, heads, T, D].
+            valid: [B, T] bool, false at padding, or None.
+        Returns:
+            keys and values [B, heads, S, D] and valid [B, S] or None, of all S tokens, or of those that the base's own
+            window can reach.
+        """
+        keys, values = key_states, value_states
+        if self.softmax_keys is not None:
+            keys = torch.cat([self.softmax_keys, keys], dim=2)
+            values = torch.cat([self.softmax_values, values], dim=2)
+        if valid is not None or self.softmax_valid is not None:
+            batch, new = key_states.shape[0], key_states.shape[2]
+            ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=keys.device)  # noqa: E731
+            before = self.softmax_valid if self.softmax_valid is not None else ones(keys.shape[2] - new)
+            valid = torch.cat([before, valid if valid is not None else ones(new)], dim=1)
+        self.softmax_keys, self.softmax_values, self.softmax_valid = keys, values, valid
+        if self.local_window is not None and keys.shape[2] >= self.local_window:
+            first = keys.shape[2] - self.local_window + 1
+            self.softmax_keys, self.softmax_values = keys[:, :, first:].clone(), values[:, :, first:].clone()
+            self.softmax_valid = None if valid is None else valid[:, first:].clone()
+        return keys, values, valid
+
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
         return self.cumulative_length
@@ -114,10 +151,7 @@ class LigerCacheLayer(CacheLayerMixin):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held, by name, each with the batch first."""
-        named = {
-            name: getattr(self, name)
-            for name in ("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions")
-        }
+        named = {name: getattr(self, name) for name in self.TENSORS}
         named |= {f"state_{index}": state for index, state in enumerate(self.states or ())}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -190,6 +224,7 @@ def adapt_cache(cache: Cache, attentions) -> None:
         if int(layer.get_seq_length()) > 0:
             raise ValueError("this cache was filled in another attention mode; start with an empty one")
         spec = attention.liger_spec
+        window, local_window = attention.liger_window, attention.local_window
         cache.layers[index] = (
-            LigerCacheLayer(attention.liger_window, spec.sinks) if attention.keeps_state else DynamicLayer()
+            LigerCacheLayer(window, spec.sinks, local_window) if attention.keeps_state else DynamicLayer()
         )

@@ -51,6 +51,8 @@ class LayerSpec:
         gate_normalizer: divisor of the log gate; None takes the gate's own default (16 for `gla`, as released).
         gate_lower_bound: lower bound of the decay (HGRN2's gamma).
         slots: memory slots of `gsa`.
+        softmax_kv_heads: key/value heads, 0-based, that stay full softmax with their query heads; in JSON a list. At
+            least one head is Liger's: for all of them there is `kind` softmax.
         backend: what runs the kernels, `auto`, `torch` or `fla` (see `liger_backend`): the block's, not a layer's own.
     """
 
@@ -72,6 +74,7 @@ class LayerSpec:
     gate_normalizer: float | None = None
     gate_lower_bound: float = 0.0
     slots: int = 64
+    softmax_kv_heads: tuple[int, ...] = ()
     backend: str = "auto"
 
     def __post_init__(self):
@@ -103,6 +106,11 @@ class LayerSpec:
         ok = _is_number(self.gate_lower_bound) and 0 <= self.gate_lower_bound < 1
         _require(ok, "gate_lower_bound", self.gate_lower_bound, "a number from 0 up to, not including, 1")
         _require(_is_int(self.slots) and self.slots > 0, "slots", self.slots, "a positive whole number")
+        heads = self.softmax_kv_heads
+        ok = isinstance(heads, (list, tuple)) and all(_is_int(head) and head >= 0 for head in heads)
+        ok = ok and list(heads) == sorted(set(heads))
+        _require(ok, "softmax_kv_heads", heads, "a list of heads in ascending order, each once")
+        object.__setattr__(self, "softmax_kv_heads", tuple(heads))
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         if self.normalizer in ("running", "joint"):
             gate = GATES[self.gate]
@@ -119,6 +127,20 @@ class LayerSpec:
         if self.kind != "liger":
             return {"kind": self.kind}
         return {name: value for name, value in asdict(self).items() if name != "backend"}
+
+
+def check_softmax_heads(specs: list[LayerSpec], num_key_value_heads: int) -> None:
+    """Raise LigerConfigError where a layer names a softmax head that is not there, or has no other head."""
+    for index, heads in enumerate(spec.softmax_kv_heads for spec in specs):
+        if heads and heads[-1] >= num_key_value_heads:
+            raise LigerConfigError(
+                f"softmax_kv_heads of layer {index} names head {heads[-1]}, but the key/value heads are 0 to "
+                f"{num_key_value_heads - 1}"
+            )
+        if len(heads) == num_key_value_heads:
+            raise LigerConfigError(
+                f"softmax_kv_heads of layer {index} names every head; make the layer's kind softmax instead"
+            )
 
 
 def liger_block(specs: list[LayerSpec]) -> dict:

@@ -1,0 +1,160 @@
+"""Softmax heads inside a Liger layer: some key/value heads, with their query heads, keep the base's full attention.
+
+Their keys and values grow with the text and are kept apart from the window and the state (see `liger_cache`). The other
+heads run as Liger; the outputs are put back in the order of the heads.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from .liger_window import window_attention
+
+# Queries worked through at a time where a mask has to be made: bounds the mask and the scores to PIECE_SIZE x S.
+PIECE_SIZE = 1024
+
+
+def with_softmax_heads(
+    attention, q, k, v, rotated_q, rotated_k, gate, spec, valid=None, cache=None, scales=None, sink_logits=None,
+    within_window=None, local_window=None, **settings,
+):  # fmt: skip
+    """`mixed_attention` for the key/value heads that are Liger's, full softmax attention for `spec.softmax_kv_heads`.
+
+    Args:
+        attention: `mixed_attention`; the others are its arguments.
+        local_window: the base's own window in this layer, which its softmax heads keep; None where it sees all.
+    Returns:
+        [B, T, Hq, D] in v's dtype.
+    """
+    batch, heads, length, dim = rotated_q.shape
+    groups = heads // k.shape[1]
+    chosen, others = (index.to(q.device) for index in _indices(spec.softmax_kv_heads, k.shape[1]))
+    chosen_queries, other_queries = (_query_heads(index, groups) for index in (chosen, others))
+    family = None
+    if within_window is not None:
+        once: list = []
+
+        def family(valid):
+            if not once:
+                once.append(within_window(valid))
+            return once[0]
+
+    past = 0 if cache is None else cache.get_seq_length()
+    keys, values, seen = rotated_k[:, chosen], v[:, chosen], valid
+    if cache is not None:
+        keys, values, seen = cache.update_softmax_heads(keys, values, valid)
+    if past == 0 and length <= settings["window"] and family is not None:
+        full = family(valid)[:, chosen_queries]
+    else:
+        full = softmax_attention(
+            rotated_q[:, chosen_queries],
+            keys,
+            values,
+            settings["scaling"],
+            seen,
+            settings.get("softcap"),
+            None if sink_logits is None else sink_logits[chosen_queries],
+            settings.get("dropout", 0.0),
+            local_window,
+        )
+    linear = attention(
+        q[:, other_queries],
+        k[:, others],
+        v[:, others],
+        rotated_q[:, other_queries],
+        rotated_k[:, others],
+        gate[:, others],
+        spec=_without(spec),
+        valid=valid,
+        cache=cache,
+        scales=None if scales is None else tuple(scale[other_queries] for scale in scales),
+        sink_logits=None if sink_logits is None else sink_logits[other_queries],
+        within_window=None if family is None else lambda valid: family(valid)[:, other_queries],
+        **settings,
+    )
+    output = linear.new_empty(batch, length, heads, dim)
+    output[:, :, other_queries] = linear
+    output[:, :, chosen_queries] = full.transpose(1, 2)
+    return output
+
+
+def softmax_attention(
+    q, k, v, scaling: float, valid=None, softcap=None, sink_logits=None, dropout: float = 0.0, local_window=None
+):
+    """Causal softmax attention over the whole text, or over the last `local_window` tokens.
+
+    Args:
+        q: [B, Hq, T, D], the last T of the S tokens whose keys are given.
+        k, v: [B, Hkv, S, D].
+        valid: [B, S] bool, false at padding; None where there is none.
+        softcap, sink_logits [Hq], dropout: as in `window_attention`.
+    Returns:
+        [B, Hq, T, D] in q's dtype.
+    """
+    length, total = q.shape[2], k.shape[2]
+    if local_window is not None:
+        return window_attention(q, k, v, local_window, scaling, valid, softcap, sink_logits, dropout=dropout)[0]
+    plain = softcap is None and sink_logits is None
+    if valid is None and plain and length in (1, total):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, scale=scaling, dropout_p=dropout, is_causal=length > 1, enable_gqa=True
+        )
+    pieces = []
+    for start in range(0, length, PIECE_SIZE):
+        part = q[:, :, start : start + PIECE_SIZE]
+        last = total - length + start + part.shape[2]
+        seen = _causal(part.shape[2], last, q.device)
+        if valid is not None:
+            # A padded query sees itself, whatever comes of it: a row without any key would be NaN.
+            own = torch.eye(part.shape[2], dtype=torch.bool, device=q.device)
+            own = torch.nn.functional.pad(own, (last - part.shape[2], 0))
+            seen = (seen & valid[:, None, :last]) | own
+        seen = seen.view(-1, 1, *seen.shape[-2:])  # [B or 1, 1, t, s]
+        keys, values = k[:, :, :last], v[:, :, :last]
+        if plain:
+            piece = torch.nn.functional.scaled_dot_product_attention(
+                part, keys, values, attn_mask=seen, scale=scaling, dropout_p=dropout, enable_gqa=True
+            )
+        else:
+            piece = _explicit(part, keys, values, seen, scaling, softcap, sink_logits, dropout)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _explicit(q, k, v, seen, scaling, softcap, sink_logits, dropout):
+    """Scores, softmax and sum spelt out: does what torch's attention cannot. seen: [B or 1, 1, T, S] bool."""
+    q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, T, D]
+    scores = (q @ k.unsqueeze(2).mT).float() * scaling
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
+    if sink_logits is not None:
+        logits = sink_logits.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, logits], dim=-1)
+    weights = torch.nn.functional.dropout(scores.softmax(-1), dropout)[..., : k.shape[2]]
+    return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def _causal(length: int, total: int, device):
+    """[1, T, S] bool: the queries are the last of the tokens."""
+    row = torch.arange(total - length, total, device=device)[:, None]
+    return (torch.arange(total, device=device) <= row)[None]
+
+
+@lru_cache(maxsize=256)
+def _indices(chosen: tuple[int, ...], count: int):
+    """Indices of the chosen heads and of the others."""
+    with torch.inference_mode(False):
+        others = [head for head in range(count) if head not in chosen]
+        return torch.tensor(chosen), torch.tensor(others)
+
+
+def _query_heads(kv_heads, groups: int):
+    """The query heads of these key/value heads."""
+    return (kv_heads[:, None] * groups + torch.arange(groups, device=kv_heads.device)).flatten()
+
+
+@lru_cache(maxsize=256)
+def _without(spec):
+    return replace(spec, softmax_kv_heads=())
