@@ -1,8 +1,4 @@
-"""Training data: sources in any usual layout -> tokenized examples -> rows that never let one document see another.
-
-A row holds documents of similar length, side by side and padded on the right, with no more than `seq_len` tokens in
-all, padding included. A causal model never sees right padding, so packed and separate documents give the same loss.
-"""
+"""Training data: sources in any usual layout -> tokenized examples."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,17 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
+from liger_cli.hub import spare_retries
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 DEMO = "demo"
 DEMO_DOCUMENTS = 1500
-POOL = 512  # examples sorted by length at a time: enough to pad little, small enough to keep batches varied
 END_OF_TEXT = "<|endoftext|>"
+TEXT_BLOCK = 1 << 24  # characters of a text file read at once
+ENCODED_BLOCK = 1 << 24  # characters tokenized at once, or 1,000 documents
 TEXT_COLUMNS = ("text", "content")
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -143,14 +140,10 @@ def _mixed(parts: list[list[Example]], weights: list[float | None], seed: int) -
 
 
 def _tokenized(source: Source, tokenizer, seq_len: int) -> tuple[list[Example], dict]:
-    rows = read_rows(source.name)
-    first = next(rows, None)
-    if first is None:
-        raise LigerError(f"{source.name} has no examples")
-    layout = detect_layout(first, source.name)
+    layout, encoded = open_source(source.name, tokenizer, seq_len)
     report = {"source": source.name, "layout": layout, "examples": 0, "tokens": 0, "cut": 0, "without_targets": 0}
     examples: list[Example] = []
-    for example, cut in encode(_documents(first, rows, layout, source.name, tokenizer), tokenizer, seq_len):
+    for example, cut in encoded:
         report["cut"] += cut
         if not example.targets:
             report["without_targets"] += layout != "text"  # a text's last piece may be a single token
@@ -158,13 +151,34 @@ def _tokenized(source: Source, tokenizer, seq_len: int) -> tuple[list[Example], 
         examples.append(example)
     report["examples"], report["tokens"] = len(examples), sum(map(len, examples))
     if not examples:
-        raise LigerError(
-            f"{source.name} has no example with anything to learn within {seq_len} tokens; raise --seq-len"
-        )
+        raise nothing_to_learn(source.name, seq_len)
     return examples, report
 
 
-def read_rows(name: str) -> Iterator[dict]:
+def nothing_to_learn(name: str, seq_len: int) -> LigerError:
+    """The error for a source without a single target."""
+    return LigerError(f"{name} has no example with anything to learn within {seq_len} tokens; raise --seq-len")
+
+
+def open_source(
+    name: str, tokenizer, seq_len: int, streaming: bool = False
+) -> tuple[str, Iterator[tuple[Example, bool]]]:
+    """The layout of a source, and its examples as `encode` gives them, read as they are asked for.
+
+    Args:
+        streaming: a data set of the hub is read from there, and not downloaded first.
+    Raises:
+        As `load_data`.
+    """
+    rows = read_rows(name, streaming)
+    first = next(rows, None)
+    if first is None:
+        raise LigerError(f"{name} has no examples")
+    layout = detect_layout(first, name)
+    return layout, encode(_documents(first, rows, layout, name, tokenizer), tokenizer, seq_len)
+
+
+def read_rows(name: str, streaming: bool = False) -> Iterator[dict]:
     """The rows of a local file, the training split of a hub data set, or the shipped generator's.
 
     Raises:
@@ -181,13 +195,12 @@ def read_rows(name: str) -> Iterator[dict]:
         return _local_rows(path)
     if path.suffix.lower() in LOADERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UsageError(f"--data names {name}, which is neither a file nor a hub id such as yahma/alpaca-cleaned")
-    return _hub_rows(name)
+    return _hub_rows(name, streaming)
 
 
 def _local_rows(path: Path) -> Iterator[dict]:
     if path.suffix.lower() == ".txt":
-        texts = path.read_text(encoding="utf-8", errors="replace").split(END_OF_TEXT)
-        yield from ({"text": text.strip("\n")} for text in texts if text.strip())
+        yield from ({"text": text.strip("\n")} for text in _texts(path) if text.strip())
         return
     import datasets
 
@@ -201,14 +214,25 @@ def _local_rows(path: Path) -> Iterator[dict]:
         raise LigerError(f"{path} cannot be read as {path.suffix.lower()[1:]}: {str(error)[:300]}") from None
 
 
-def _hub_rows(name: str) -> Iterator[dict]:
+def _texts(path: Path) -> Iterator[str]:
+    """The documents of a text file, read block by block; of a very long one pieces that end with a line."""
+    rest = ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        while block := file.read(TEXT_BLOCK):
+            *whole, rest = (rest + block).split(END_OF_TEXT)
+            yield from whole
+            if len(rest) > 4 * TEXT_BLOCK and (line := rest.rfind("\n")) > 0:
+                yield rest[:line]
+                rest = rest[line:]
+    yield rest
+
+
+def _hub_rows(name: str, streaming: bool) -> Iterator[dict]:
     import datasets
 
-    if not _hub_answers():
-        # Its own retries would take most of a minute; what is in the cache is still found.
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    spare_retries()
     try:
-        yield from datasets.load_dataset(name, split="train")
+        yield from datasets.load_dataset(name, split="train", streaming=streaming)
     except KeyboardInterrupt:
         raise
     except datasets.exceptions.DatasetNotFoundError:
@@ -218,24 +242,6 @@ def _hub_rows(name: str) -> Iterator[dict]:
             f"the data set {name} could not be fetched ({type(error).__name__}); without network pass local data "
             "(--data FILE.jsonl) or the shipped generator's (--data demo)"
         ) from None
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached; taken for granted behind a proxy, where a connection of our own tells nothing."""
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub.constants import ENDPOINT
-
-    if getproxies():
-        return True
-    address = urlsplit(ENDPOINT)
-    try:
-        with socket.create_connection((address.hostname, address.port or 443), timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def _demo_rows() -> Iterator[dict]:
@@ -335,8 +341,7 @@ def chat_segments(messages: list[dict], tokenizer) -> list[Segments]:
 def encode(documents: Iterable[tuple[Segments, bool]], tokenizer, seq_len: int) -> Iterator[tuple[Example, bool]]:
     """Tokenize; segments one by one, as a prompt is at generation time. Yields examples and whether they were cut."""
     start, end = _start_tokens(tokenizer), tokenizer.eos_token_id
-    documents = iter(documents)
-    while block := list(islice(documents, 1000)):
+    for block in _blocks(documents):
         texts = [text for segments, _ in block for text, _ in segments]
         tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
         for segments, plain in block:
@@ -356,6 +361,18 @@ def encode(documents: Iterable[tuple[Segments, bool]], tokenizer, seq_len: int) 
                 yield _example(ids[first:last], labels[first:last]), not plain and len(ids) > seq_len
 
 
+def _blocks(documents: Iterable[tuple[Segments, bool]]) -> Iterator[list[tuple[Segments, bool]]]:
+    block, characters = [], 0
+    for document in documents:
+        block.append(document)
+        characters += sum(len(text) for text, _ in document[0])
+        if len(block) == 1000 or characters > ENCODED_BLOCK:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
 def _example(ids: list[int], labels: list[int]) -> Example:
     return Example(np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32))
 
@@ -370,103 +387,3 @@ def _text(value) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.60} is no text")
     return value
-
-
-def make_rows(examples: list[Example], capacity: int, packing: bool, rng: Random) -> list[list[int]]:
-    """Group examples into rows: indices, every example once.
-
-    Args:
-        capacity: tokens of a row, padding included: documents of a row x the longest of them never exceeds it.
-        packing: False gives every document a row of its own.
-    """
-    order = list(range(len(examples)))
-    rng.shuffle(order)
-    if not packing:
-        return [[index] for index in order]
-    rows = []
-    for first in range(0, len(order), POOL):
-        pool = sorted(order[first : first + POOL], key=lambda index: -len(examples[index]))
-        while pool:
-            count = max(1, capacity // len(examples[pool[0]]))
-            rows.append(pool[:count])
-            pool = pool[count:]
-    rng.shuffle(rows)
-    return rows
-
-
-class Schedule:
-    """The micro-batches of a whole run in order: a map-style data set that needs no shuffling.
-
-    Args:
-        examples: the training examples.
-        seq_len, batch_size, micro_batch_size, packing, seed: of the recipe.
-        epochs: passes over the examples; an incomplete last batch is dropped.
-        max_steps: ends (or prolongs) the run there, whatever the epochs.
-    Raises:
-        UsageError: not even one global batch.
-    """
-
-    def __init__(self, examples, seq_len, batch_size, micro_batch_size, packing, seed, epochs, max_steps=None):
-        self.examples = examples
-        self.per_step = batch_size // micro_batch_size
-        self.micro_batches: list[list[int]] = []
-        capacity = seq_len * micro_batch_size
-        wanted = None if max_steps is None else max_steps * self.per_step
-        epoch, passed = 0, 0.0
-        self.per_epoch = 0
-        while (passed < epochs) if wanted is None else (len(self.micro_batches) < wanted):
-            rows = make_rows(examples, capacity, packing, Random(seed * 1_000_003 + epoch))
-            if not packing:
-                rows = [sum(rows[i : i + micro_batch_size], []) for i in range(0, len(rows), micro_batch_size)]
-            self.per_epoch = self.per_epoch or len(rows)
-            if wanted is None and epochs - passed < 1:
-                rows = rows[: round(len(rows) * (epochs - passed))]
-            self.micro_batches += rows
-            epoch, passed = epoch + 1, passed + 1
-        self.steps = len(self.micro_batches) // self.per_step if max_steps is None else max_steps
-        if not self.steps:
-            raise UsageError(
-                f"the data fill {len(self.micro_batches) * micro_batch_size} rows of {seq_len} tokens, less than one "
-                f"batch of {batch_size}; give more data, a smaller --batch-size or --seq-len, or --max-steps"
-            )
-        del self.micro_batches[self.steps * self.per_step :]
-
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-    def __getitem__(self, index: int) -> list[Example]:
-        return [self.examples[one] for one in self.micro_batches[index]]
-
-    def tokens(self) -> tuple[int, int]:
-        """Tokens of the whole run, and how many of the tokens computed are padding."""
-        real = padded = 0
-        for row in self.micro_batches:
-            lengths = [len(self.examples[index]) for index in row]
-            real += sum(lengths)
-            padded += len(lengths) * max(lengths)
-        return real, padded - real
-
-
-class Collator:
-    """A micro-batch as tensors: documents side by side, padded on the right.
-
-    This is the one place that knows how documents share a micro-batch: packing them into one row, with the model's
-    state, window and positions reset at each, would be a collator of its own.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, items: list[list[Example]]) -> dict[str, "torch.Tensor"]:
-        """input_ids, labels [B, T] int64 and lengths [B]. No attention mask: a causal model never sees the padding."""
-        import torch
-
-        examples = [example for item in items for example in item]
-        longest = max(map(len, examples))
-        input_ids = np.full((len(examples), longest), self.pad_token_id, dtype=np.int64)
-        labels = np.full((len(examples), longest), IGNORED, dtype=np.int64)
-        for index, example in enumerate(examples):
-            input_ids[index, : len(example)] = example.input_ids
-            labels[index, : len(example)] = example.labels
-        lengths = torch.tensor([len(example) for example in examples])
-        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels), "lengths": lengths}

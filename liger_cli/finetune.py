@@ -10,33 +10,28 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 
-from liger_cli.checkpoint import Geometry, Shard, fingerprint, read_config, read_json, read_weights
+from liger_cli.checkpoint import read_config, read_json
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.folders import resolve_model
-from liger_cli.manifest import new_manifest, read_manifest, write_manifest
-from liger_cli.outputs import atomic_folder, check_output
+from liger_cli.manifest import new_manifest, write_manifest
+from liger_cli.outputs import atomic_folder, check_output, claimed_folder, unchanged, write_whole
 from liger_cli.recipes import Recipe, load_recipe, override, recipe_from
-from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs
+from liger_cli.train_plan import (
+    Base,
+    check_memory,
+    check_setup,
+    layer_of,
+    lora_modules,
+    make_plan,
+    read_base,
+    training_dtype,
+)
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
-MEMORY_SHARE = 0.95  # of what is free; the estimate is one
-
-
-@dataclass(frozen=True)
-class Base:
-    """The converted model to be tuned, read without loading a tensor."""
-
-    folder: Path
-    config: dict
-    geometry: Geometry
-    specs: list[LayerSpec]
-    shards: tuple[Shard, ...]
-    manifest: dict
-    fingerprint: dict
 
 
 def run(
@@ -51,6 +46,7 @@ def run(
     quiet: bool = False,
     as_json: bool = False,
     processes: int = 1,
+    fsdp: bool = False,
     dtype: str = "auto",
     report_to: str = "none",
     **flags,
@@ -67,8 +63,10 @@ def run(
         dry_run: print the plan and train nothing.
         quiet: no progress on stderr.
         processes: data-parallel processes to start on this machine; from the command line only.
+        fsdp: shard the weights over the processes (FSDP2), on CUDA devices; also on where accelerate's own launcher
+            asks for it.
         dtype: of the frozen weights while training: `auto` (bfloat16 on CUDA, float32 elsewhere) or a name.
-        report_to: `tensorboard`, `wandb` or `none`.
+        report_to: `tensorboard` (into the output's `runs`), `wandb` or `none`.
         flags: fields of `Recipe` and of its stages (`lr`, `objective`) that override the recipe's; None leaves them.
     Returns:
         The report (what `--json` prints).
@@ -77,6 +75,7 @@ def run(
     """
     if processes > 1 and "RANK" not in os.environ:
         return _launch(processes)
+    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     folder = resolve_model(model, "finetune")
     target = Path(output) if output else Path(f"{folder.resolve().name}-lora")
     partial = target.with_name(f"{target.name}.partial")
@@ -85,10 +84,11 @@ def run(
         recipe, data, checked = _resumed(partial, target, base, recipe, data, flags)
     else:
         if _main_process():
+            _sweep(partial)
             check_output(target, force, base=base.folder)
         checked = override(load_recipe(recipe or "paper"), **flags)
         data = data or checked.data
-        if partial.exists() and not force and not dry_run and _main_process():
+        if (partial / RUN).exists() and not force and not dry_run and _main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
     report = finetune(
         base,
@@ -102,27 +102,11 @@ def run(
         quiet=quiet,
         dtype=dtype,
         report_to=report_to,
+        fsdp=fsdp,
     )
     if as_json and _main_process():
         print(json.dumps(report, indent=2))
     return report
-
-
-def read_base(folder: Path) -> Base:
-    """Read and check the model to be tuned. Raises ModelError, UsageError."""
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest["kind"] == "adapter":
-        raise UsageError(f"{folder} is an adapter; name the converted model, or merge the adapter first")
-    config = read_config(folder.resolve())
-    if "liger" not in config:
-        raise ModelError(f"{folder} is not linearized; run `liger convert {folder}` first")
-    geometry = Geometry.of(config)
-    try:
-        specs = layer_specs(config["liger"], geometry.num_hidden_layers)
-    except LigerConfigError as error:
-        raise ModelError(f"{folder}: {error}") from None
-    shards = read_weights(folder)
-    return Base(folder.resolve(), config, geometry, specs, shards, manifest or {}, fingerprint(shards))
 
 
 def finetune(
@@ -138,11 +122,13 @@ def finetune(
     quiet: bool = False,
     dtype: str = "auto",
     report_to: str = "none",
+    fsdp: bool = False,
 ) -> dict:
     """The run itself; parameters as for `run`. `partial` holds everything until it becomes `target`."""
+    check_setup(recipe, report_to, fsdp)
+    dtype = training_dtype(dtype)
     from transformers.utils import logging
 
-    from liger_cli.data import Schedule, load_data
     from liger_cli.train_view import print_plan
 
     logging.disable_progress_bar()
@@ -150,74 +136,49 @@ def finetune(
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     modules = lora_modules(base, recipe)
     tokenizer = load_tokenizer(base.folder)
-    loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)
-    schedule = Schedule(
-        loaded.train,
-        recipe.seq_len,
-        recipe.batch_size,
-        recipe.micro_batch_size,
-        recipe.packing,
-        recipe.seed,
-        recipe.epochs,
-        recipe.max_steps,
-    )
-    device, dtype = _device(), _dtype(dtype)
-    plan = _plan(base, recipe, modules, data, loaded, schedule, device, dtype, target)
+    loaded, schedule = load_schedule(recipe, data, tokenizer)
+    plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
     if not quiet and _main_process():
         print_plan(plan)
     if dry_run:
         return {**plan, "dry_run": True}
-    _check_memory(plan, device)
+    check_memory(plan)
     settings = {"recipe": recipe.to_dict(), "data": data, "sources": loaded.report}
-    if resume:
-        recorded = read_json(partial / RUN)["sources"]
-        if recorded != loaded.report:
-            raise UsageError(f"the data behind {data} have changed since the run began; start again with --force")
-    elif _main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / RUN).write_text(json.dumps({**settings, "fingerprint": base.fingerprint["digest"]}, indent=2))
-    try:
-        result = _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, quiet, dtype, report_to)
-    except KeyboardInterrupt:
+    options = {"resume": resume, "quiet": quiet, "dtype": dtype, "report_to": report_to, "fsdp": fsdp}
+    with claimed_folder(partial, fresh=not resume) if _main_process() else nullcontext():
+        if resume:
+            recorded = read_json(partial / RUN)["sources"]
+            if recorded != loaded.report:
+                raise UsageError(f"the data behind {data} have changed since the run began; start again with --force")
+        elif _main_process():
+            write_whole(partial / RUN, json.dumps({**settings, "fingerprint": base.fingerprint["digest"]}, indent=2))
+        try:
+            with unchanged(*(shard.path for shard in base.shards)):
+                result = _train(base, recipe, modules, loaded, schedule, tokenizer, partial, **options)
+        except KeyboardInterrupt:
+            if _main_process():
+                print(f"liger: {partial} keeps the run's checkpoints; go on with --resume", file=sys.stderr)
+            raise
+        report = {**plan, "dry_run": False, **result}
         if _main_process():
-            print(f"liger: {partial} keeps the run's checkpoints; go on with --resume", file=sys.stderr)
-        raise
-    report = {**plan, "dry_run": False, **result}
-    if _main_process():
-        _finish(base, recipe, settings, report, target, partial, force or resume)
-        if not quiet:
-            print(f"liger: wrote {target}; merge it with `liger merge {target}`", file=sys.stderr)
+            _finish(base, recipe, settings, report, target, partial, force or resume)
+            if not quiet:
+                print(f"liger: wrote {target}; merge it with `liger merge {target}`", file=sys.stderr)
     return report
 
 
-def lora_modules(base: Base, recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of every linear layer that gets LoRA. Raises UsageError where a target module is not there."""
-    layers = [index for index, spec in enumerate(base.specs) if spec.kind == "liger" or recipe.train_softmax_layers]
-    shapes = {name: tensor.shape for shard in base.shards for name, tensor in shard.tensors.items()}
-    found = {}
-    for wanted in _fused(recipe.target_modules, shapes):
-        matching = {
-            name.removesuffix(".weight"): shape
-            for name, shape in shapes.items()
-            if name.endswith(f".{wanted}.weight") and len(shape) == 2 and _layer(name) in layers
-        }
-        if not matching:
-            names = sorted(
-                {name.split(".")[-2] for name, shape in shapes.items() if len(shape) == 2 and "layers" in name}
-            )
-            raise UsageError(f"--target-modules names {wanted!r}; the layers to be trained have {', '.join(names)}")
-        found |= matching
-    return found
+def load_schedule(recipe: Recipe, data: str, tokenizer):
+    """The data, in memory or streamed, and the micro-batches of the whole run. Raises as `data.load_data`."""
+    from liger_cli.data import load_data
+    from liger_cli.packing import Schedule
+    from liger_cli.streaming import StreamSchedule, open_stream, wants_streaming
 
-
-def _fused(targets: tuple[str, ...], tensors) -> tuple[str, ...]:
-    """q_proj, k_proj and v_proj become qkv_proj where the family has fused them (Phi-3)."""
-    split = ("q_proj", "k_proj", "v_proj")
-    fused = any(".qkv_proj." in name for name in tensors) and not any(".q_proj." in name for name in tensors)
-    if not fused or not set(targets) & set(split):
-        return targets
-    return ("qkv_proj", *(name for name in targets if name not in split))
+    rows = (recipe.seq_len, recipe.batch_size, recipe.micro_batch_size, recipe.packing, recipe.seed)
+    if wants_streaming(data, recipe.streaming, recipe.max_steps):
+        stream = open_stream(data, tokenizer, recipe.seq_len, recipe.held_out)
+        return stream, StreamSchedule(stream, *rows, recipe.max_steps)
+    loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)
+    return loaded, Schedule(loaded.train, *rows, recipe.epochs, recipe.max_steps)
 
 
 def load_tokenizer(folder: Path):
@@ -235,16 +196,17 @@ def load_tokenizer(folder: Path):
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({str(error)[:200]})") from None
 
 
-def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, quiet, dtype, report_to) -> dict:
+def _train(
+    base, recipe, modules, loaded, schedule, tokenizer, partial, *, resume, quiet, dtype, report_to, fsdp
+) -> dict:
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import EarlyStoppingCallback, PrinterCallback
+    from transformers import PrinterCallback
 
-    from liger_cli.modeling import load_model
-    from liger_cli.objectives import TrainedModel
     from liger_cli.train_view import TrainView, write_plot
     from liger_cli.training import (
+        BEST,
         LOG,
+        EarlyStop,
         LigerTrainer,
         Recorder,
         checkpoint_step,
@@ -262,35 +224,20 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
     checkpoints = partial / CHECKPOINTS
     last = last_checkpoint(checkpoints) if resume else None
     start = checkpoint_step(last) if last else 0
-    torch.manual_seed(recipe.seed)
-    model = load_model(base.folder, dtype=getattr(torch, dtype))
-    model.config.use_cache = False
-    model.set_attention_mode(recipe.attention)
-    config = LoraConfig(
-        r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=sorted({name.rpartition(".")[2] for name in modules}),
-        layers_to_transform=sorted({_layer(name) for name in modules}),
-        layers_pattern="layers",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = str(base.folder)
-    adapted.__class__ = TrainedModel
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = adapted_model(base, recipe, modules, dtype)
     view = TrainView(schedule, start, quiet or not _main_process())
     log = partial / LOG
-    callbacks = [Recorder(log, schedule, view, start)]
-    if recipe.early_stop:
-        callbacks.append(EarlyStoppingCallback(recipe.early_stop))
+    stop = EarlyStop(recipe.early_stop) if recipe.early_stop and loaded.held_out else None
+    callbacks = [Recorder(log, schedule, view, start), *([stop] if stop else [])]
+    if report_to == "tensorboard":
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(partial / "runs"))
     args = training_arguments(
         recipe,
         schedule.steps,
         checkpoints,
         schedule.per_step // world,
         bool(loaded.held_out),
+        sharded_layers=_decoder_layers(adapted) if fsdp else (),
         report_to=report_to,
         use_cpu=not torch.cuda.is_available(),
         eval_on_start=bool(loaded.held_out) and not start,
@@ -308,19 +255,76 @@ def _train(base, recipe, modules, loaded, schedule, tokenizer, partial, resume, 
     records = read_log(log)
     losses = [record["loss"] for record in records if "loss" in record]
     evaluations = [record for record in records if "eval_loss" in record]
+    stop = trainer.early_stop()
+    trainer.save_adapter(partial)
+    kept = evaluations[-1] if evaluations else None
+    if stop is not None and stop.best_step:
+        kept = next(record for record in evaluations if record["step"] == stop.best_step)
+        if _main_process():
+            for path in (checkpoints / BEST).iterdir():
+                shutil.copyfile(path, partial / path.name)
     if _main_process():
-        adapted.save_pretrained(partial)
         write_plot(records, partial / "loss.png", recipe)
     return {
         "steps_done": trainer.state.global_step,
+        "stopped_early": trainer.state.global_step < schedule.steps,
+        "kept_step": kept["step"] if kept else trainer.state.global_step,
         "resumed_from_step": start,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(view.tokens / view.seconds, 1) if view.seconds else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "held_out_perplexity_before": evaluations[0]["eval_perplexity"] if evaluations else None,
-        "held_out_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
+        "held_out_perplexity": kept["eval_perplexity"] if kept else None,
     }  # fmt: skip
+
+
+def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str):
+    """The model with a fresh adapter on `modules`, ready to be trained by the recipe: an `objectives.TrainedModel`."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    from liger_cli.modeling import load_model
+    from liger_cli.objectives import TrainedModel
+
+    torch.manual_seed(recipe.seed)
+    options = {}
+    if recipe.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    model = load_model(base.folder, dtype=getattr(torch, dtype), **options)
+    model.config.use_cache = False
+    model.set_attention_mode(recipe.attention)
+    if recipe.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=sorted({name.rpartition(".")[2] for name in modules}),
+        layers_to_transform=sorted({layer_of(name) for name in modules}),
+        layers_pattern="layers",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base.folder)
+    adapted.__class__ = TrainedModel
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return adapted
+
+
+def _decoder_layers(adapted) -> tuple[str, ...]:
+    """Class names of the modules that FSDP gathers at a time."""
+    decoder = adapted.logits_model().get_decoder()
+    return tuple(sorted({type(layer).__name__ for layer in decoder.layers}))
 
 
 def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Path, partial: Path, force: bool) -> None:
@@ -351,7 +355,15 @@ def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Pa
             (folder / name).unlink(missing_ok=True)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder, manifest)
+    (partial / RUN).unlink()  # from here on it is no unfinished run, even if what follows is killed
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(partial: Path) -> None:
+    """Remove what a run left that was killed before it began or after it had finished."""
+    if partial.is_dir() and not (partial / RUN).exists():
+        with claimed_folder(partial, fresh=True):
+            partial.rmdir()
 
 
 def _resumed(partial: Path, target: Path, base: Base, recipe, data, flags) -> tuple[None, str, Recipe]:
@@ -374,96 +386,6 @@ def _resumed(partial: Path, target: Path, base: Base, recipe, data, flags) -> tu
     return None, recorded["data"], kept
 
 
-def _plan(base, recipe, modules, data, loaded, schedule, device, dtype, target) -> dict:
-    tokens, padding = schedule.tokens()
-    trainable = sum(recipe.lora_rank * (rows + columns) for rows, columns in modules.values())
-    return {
-        "model": str(base.folder),
-        "output": str(target),
-        "recipe": recipe.name,
-        "objectives": [stage.objective for stage in recipe.stages],
-        "data": data,
-        "sources": loaded.report,
-        "held_out_examples": len(loaded.held_out),
-        "train_examples": len(loaded.train),
-        "parameters": sum(tensor.numel for shard in base.shards for tensor in shard.tensors.values()),
-        "trainable_parameters": trainable,
-        "tokens": tokens,
-        "padding_tokens": padding,
-        "steps": schedule.steps,
-        "epochs": round(len(schedule) / schedule.per_epoch, 2),
-        "batch_size": recipe.batch_size,
-        "seq_len": recipe.seq_len,
-        "device": device,
-        "dtype": dtype,
-        "memory_estimate_bytes": estimate_memory(base, recipe, trainable, dtype),
-    }
-
-
-def estimate_memory(base: Base, recipe: Recipe, trainable: int, dtype: str) -> int:
-    """Bytes that training will take: weights, LoRA with its gradients and AdamW moments, activations, logits.
-
-    An estimate: the activations are counted by the tensors that a decoder layer keeps for its backward pass.
-    """
-    width = 4 if dtype == "float32" else 2
-    sizes = base.geometry
-    inner = base.config.get("intermediate_size") or 4 * sizes.hidden_size
-    heads = (sizes.num_attention_heads + 2 * sizes.num_key_value_heads) * sizes.head_dim
-    tokens = recipe.seq_len * recipe.micro_batch_size
-    per_layer = tokens * (width * (8 * sizes.hidden_size + 4 * inner + 4 * heads) + 4 * 6 * heads)
-    if recipe.gradient_checkpointing:
-        activations = per_layer + sizes.num_hidden_layers * tokens * sizes.hidden_size * width
-    else:
-        activations = per_layer * sizes.num_hidden_layers
-    weights = sum(tensor.numel for shard in base.shards for tensor in shard.tensors.values()) * width
-    logits = 3 * 4 * min(1 << 25, tokens * sizes.vocab_size)
-    return weights + 16 * trainable + activations + logits
-
-
-def _check_memory(plan: dict, device: str) -> None:
-    """Refuse a run that cannot fit. Raises LigerError naming what would make it fit."""
-    free = _free_memory(device)
-    if free is not None and plan["memory_estimate_bytes"] > MEMORY_SHARE * free:
-        raise LigerError(
-            f"training needs an estimated {plan['memory_estimate_bytes'] / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-            f"are free on the {device}; try --gradient-checkpointing, --micro-batch-size 1, a smaller --seq-len or "
-            "--dtype bfloat16"
-        )
-
-
-def _free_memory(device: str) -> int | None:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _dtype(name: str) -> str:
-    if name == "auto":
-        return "bfloat16" if _device() == "cuda" else "float32"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype is {name!r}, but has to be auto, float32, bfloat16 or float16")
-    return name
-
-
-def _layer(name: str) -> int | None:
-    from liger_cli.checkpoint import layer_index
-
-    match = layer_index(name)
-    return int(match[1]) if match else None
-
-
 def _main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -473,7 +395,13 @@ def _launch(processes: int) -> dict:
     import subprocess
 
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    done = subprocess.run([*command, "-m", "liger_cli", *sys.argv[1:]])
-    if done.returncode:
+    launcher = subprocess.Popen([*command, "-m", "liger_cli", *sys.argv[1:]])
+    try:
+        returncode = launcher.wait()
+    except BaseException:
+        launcher.terminate()  # which it passes on to the processes
+        launcher.wait()
+        raise
+    if returncode:
         raise LigerError(f"one of the {processes} processes failed; its message is above")
     return {}

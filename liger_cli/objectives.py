@@ -7,6 +7,7 @@ over tokens; the trainer divides by the global batch's count, so gradient accumu
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -30,23 +31,27 @@ class TrainedModel(PeftModelForCausalLM):
 
     stage: Stage
 
-    def forward(self, input_ids, labels, lengths):
-        """input_ids, labels [B, T], lengths [B] -> `{"loss": sum over tokens}`, a float32 scalar."""
-        return {"loss": objective_sum(self, self.stage, input_ids, labels, lengths)}
+    def forward(self, input_ids, labels, lengths, position_ids=None):
+        """A batch of `packing.Collator` -> `{"loss": sum over tokens}`, a float32 scalar."""
+        return {"loss": objective_sum(self, self.stage, input_ids, labels, lengths, position_ids)}
 
     def logits_model(self):
         """The causal language model under the adapter."""
         return self.get_base_model()
 
 
-def objective_sum(model: TrainedModel, stage: Stage, input_ids, labels, lengths) -> torch.Tensor:
-    """The stage's objective summed over the micro-batch: predicted tokens for `ce`, all tokens for the others."""
-    with window_dropout(model, stage.window_dropout if model.training else 0.0):
-        if stage.objective == "transfer":
-            return transfer_sum(model, input_ids, lengths)
-        if stage.objective == "distill":
-            return distill_sum(model, input_ids, labels, lengths, stage.temperature, stage.ce_weight)
-        return ce_sum(model, input_ids, labels)
+def objective_sum(model: TrainedModel, stage: Stage, input_ids, labels, lengths, position_ids=None) -> torch.Tensor:
+    """The stage's objective summed over the micro-batch: predicted tokens for `ce`, all tokens for the others.
+
+    Args:
+        input_ids, labels, lengths, position_ids: of `packing.Collator`; no position_ids where a row is one document.
+    """
+    if stage.objective == "transfer":
+        return transfer_sum(model, input_ids, lengths, position_ids)
+    if stage.objective == "distill":
+        weights = (stage.temperature, stage.ce_weight)
+        return distill_sum(model, input_ids, labels, lengths, position_ids, *weights)
+    return ce_sum(model, input_ids, labels, position_ids)
 
 
 def counts(labels, lengths) -> tuple[int, int]:
@@ -54,9 +59,9 @@ def counts(labels, lengths) -> tuple[int, int]:
     return int((labels[:, 1:] != IGNORED).sum()), int(lengths.sum())
 
 
-def ce_sum(model: TrainedModel, input_ids, labels) -> torch.Tensor:
+def ce_sum(model: TrainedModel, input_ids, labels, position_ids=None) -> torch.Tensor:
     """Next-token cross-entropy summed over the labels, in chunks: the logits of the whole batch never exist at once."""
-    hidden = hidden_states(model, input_ids)
+    hidden = hidden_states(model, input_ids, position_ids)
     targets = labels[:, 1:]
     trained = targets != IGNORED
     return _chunked(
@@ -66,15 +71,21 @@ def ce_sum(model: TrainedModel, input_ids, labels) -> torch.Tensor:
 
 
 def distill_sum(
-    model: TrainedModel, input_ids, labels, lengths, temperature: float = 1.0, ce_weight: float = 0.0
+    model: TrainedModel,
+    input_ids,
+    labels,
+    lengths,
+    position_ids=None,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
 ) -> torch.Tensor:
     """KL(teacher || student) of the next-token distributions summed over all tokens, times temperature squared.
 
     With `ce_weight` the cross-entropy of the labels is added. Both vocabularies' logits exist for a chunk only.
     """
     with torch.no_grad(), teacher(model):
-        taught = hidden_states(model, input_ids)
-    hidden = hidden_states(model, input_ids)
+        taught = hidden_states(model, input_ids, position_ids)
+    hidden = hidden_states(model, input_ids, position_ids)
     valid = _valid(input_ids, lengths)
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
@@ -91,7 +102,7 @@ def distill_sum(
     return _chunked(model, loss, hidden[valid], taught[valid], targets[valid])
 
 
-def transfer_sum(model: TrainedModel, input_ids, lengths) -> torch.Tensor:
+def transfer_sum(model: TrainedModel, input_ids, lengths, position_ids=None) -> torch.Tensor:
     """Per layer the squared distance of Liger's output from softmax's, both on the original model's hidden states.
 
     Relative to the mean square of softmax's output in the micro-batch, averaged over layers, summed over tokens
@@ -107,7 +118,7 @@ def transfer_sum(model: TrainedModel, input_ids, lengths) -> torch.Tensor:
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in attentions]
     try:
         with torch.no_grad(), teacher(model):
-            decoder(input_ids=input_ids, use_cache=False)
+            decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -137,12 +148,15 @@ def teacher(model: TrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def window_dropout(model: TrainedModel, probability: float) -> Iterator[None]:
-    """Run randomly chosen Liger layers on the recurrent branch alone, so that it cannot be bypassed."""
+def window_dropout(model: TrainedModel, probability: float, rng: Random) -> Iterator[None]:
+    """Run randomly chosen Liger layers on the recurrent branch alone, so that it cannot be bypassed.
+
+    The backward pass has to lie within, too: gradient checkpointing computes the layers again there.
+    """
     attentions = model.logits_model().get_decoder().liger_attentions() if probability else []
     specs = [(module, module.liger_spec) for module in attentions if module.liger_spec.kind == "liger"]
     for module, spec in specs:
-        if torch.rand(()).item() < probability:
+        if rng.random() < probability:
             module.liger_spec = replace(spec, mix=1.0)
     try:
         yield
@@ -151,9 +165,10 @@ def window_dropout(model: TrainedModel, probability: float) -> Iterator[None]:
             module.liger_spec = spec
 
 
-def hidden_states(model: TrainedModel, input_ids) -> torch.Tensor:
+def hidden_states(model: TrainedModel, input_ids, position_ids=None) -> torch.Tensor:
     """The decoder's last hidden states. [B, T] -> [B, T, D_model]"""
-    return model.logits_model().get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    decoder = model.logits_model().get_decoder()
+    return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
 def head_logits(model: TrainedModel, hidden) -> torch.Tensor:

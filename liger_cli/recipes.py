@@ -1,14 +1,19 @@
 """Fine-tuning recipes: YAML files in templates/recipes or of the user's own, checked, and overridden by flags."""
 
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
 from liger_cli.errors import UsageError
+from liger_cli.untrusted import read_bytes
 
 OBJECTIVES = ("ce", "distill", "transfer")
 ATTENTIONS = ("liger", "window")
+MAX_BYTES = 64 << 10  # of a recipe's file
+LIMIT = 1 << 20  # of every number that decides how much is computed or kept
+MAX_EPOCHS, MAX_SEED = 10_000, (1 << 32) - 1
 SCHEDULES = ("plateau", "constant", "cosine", "linear")
 
 
@@ -23,7 +28,9 @@ class Stage:
         lr: peak learning rate.
         ce_weight: weight of cross-entropy added to `distill`.
         temperature: of both distributions in `distill`.
-        window_dropout: probability, per Liger layer and micro-batch, of training on the recurrent branch alone.
+        window_dropout: probability, per Liger layer and micro-batch, of training on the recurrent branch alone: a
+            number, or several that it passes through at even distances, linearly from the stage's first step to its
+            last (`[0.9, 0.5, 0]`).
     """
 
     objective: str = "ce"
@@ -31,7 +38,7 @@ class Stage:
     lr: float = 1e-3
     ce_weight: float = 0.0
     temperature: float = 1.0
-    window_dropout: float = 0.0
+    window_dropout: float | tuple[float, ...] = 0.0
 
     def __post_init__(self):
         _require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
@@ -39,8 +46,20 @@ class Stage:
         _require(_number(self.lr) and 0 < self.lr < 10, "lr", self.lr, "a positive number below 10")
         _require(_number(self.ce_weight) and self.ce_weight >= 0, "ce_weight", self.ce_weight, "0 or more")
         _require(_number(self.temperature) and self.temperature > 0, "temperature", self.temperature, "positive")
-        ok = _number(self.window_dropout) and 0 <= self.window_dropout < 1
-        _require(ok, "window_dropout", self.window_dropout, "from 0 up to, not including, 1")
+        if isinstance(self.window_dropout, list):
+            object.__setattr__(self, "window_dropout", tuple(self.window_dropout))
+        values = self.window_dropout if isinstance(self.window_dropout, tuple) else (self.window_dropout,)
+        ok = values and all(_number(value) and 0 <= value < 1 for value in values)
+        _require(ok, "window_dropout", self.window_dropout, "from 0 up to, not including, 1, or a list of such")
+
+    def window_dropout_at(self, done: float) -> float:
+        """The probability when the share `done` of the stage, 0 to 1, has passed."""
+        if not isinstance(self.window_dropout, tuple):
+            return self.window_dropout
+        place = done * (len(self.window_dropout) - 1)
+        before = min(int(place), max(len(self.window_dropout) - 2, 0))
+        first, second = self.window_dropout[before], self.window_dropout[min(before + 1, len(self.window_dropout) - 1)]
+        return first + (second - first) * (place - before)
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,9 @@ class Recipe:
         held_out: examples kept for evaluation, but never more than a tenth of them.
         epochs: passes over the training examples. max_steps: ends the run there instead, where it is set.
         seq_len: tokens of a row; batch_size: rows of a global batch; micro_batch_size: rows run at once.
-        packing: several short documents share a row; they are padded apart and never see one another.
+        packing: several short documents share a row, where none sees another; else each has a row of its own.
+        streaming: read and tokenize the data during the run, in constant memory; needs max_steps. None streams local
+            files that are large together.
         lora_rank, lora_alpha, lora_dropout, target_modules: of LoRA; by default on Liger layers only.
         train_softmax_layers: LoRA on the other layers, too.
         attention: `liger`, or `window`: the recurrent branch is off while training, and off (mix 0) once merged.
@@ -61,7 +82,9 @@ class Recipe:
             `linear`; within each stage. warmup: share of a stage's steps with a rising rate (not for `plateau`).
         plateau_factor, plateau_patience, min_lr: of `plateau`; patience counts evaluations.
         eval_steps, save_steps: optimizer steps between evaluations and between checkpoints.
-        early_stop: evaluations without improvement after which the run ends; 0 never does.
+        early_stop: evaluations without improvement after which the run ends, and the best evaluation's adapter is
+            kept; 0 never ends early and keeps the last.
+        load_in_4bit: frozen weights in 4 bits (NF4, by bitsandbytes), on CUDA only.
     """
 
     name: str = "paper"
@@ -75,6 +98,7 @@ class Recipe:
     batch_size: int = 8
     micro_batch_size: int = 1
     packing: bool = True
+    streaming: bool | None = None
     lora_rank: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -91,6 +115,7 @@ class Recipe:
     eval_steps: int = 200
     save_steps: int = 100
     early_stop: int = 0
+    load_in_4bit: bool = False
     seed: int = 0
     gradient_checkpointing: bool = False
     stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(),))
@@ -98,15 +123,30 @@ class Recipe:
     def __post_init__(self):
         for name in ("seq_len", "batch_size", "micro_batch_size", "lora_rank", "eval_steps", "save_steps"):
             value = getattr(self, name)
-            _require(type(value) is int and value > 0, name, value, "a positive whole number")
-        ok = self.max_steps is None or (type(self.max_steps) is int and self.max_steps > 0)
-        _require(ok, "max_steps", self.max_steps, "a positive whole number")
+            _require(_whole(value) and value > 0, name, value, f"a positive whole number up to {LIMIT:,}")
+        ok = self.max_steps is None or (_whole(self.max_steps) and self.max_steps > 0)
+        _require(ok, "max_steps", self.max_steps, f"a positive whole number up to {LIMIT:,}")
         for name in ("held_out", "seed", "plateau_patience", "early_stop"):
             value = getattr(self, name)
-            _require(type(value) is int and value >= 0, name, value, "a whole number, 0 or more")
+            limit = MAX_SEED if name == "seed" else LIMIT
+            _require(_whole(value, limit), name, value, f"a whole number from 0 to {limit:,}")
+        for name in ("packing", "train_softmax_layers", "load_in_4bit", "gradient_checkpointing"):
+            _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
+        ok = self.streaming is None or type(self.streaming) is bool
+        _require(ok, "streaming", self.streaming, "true, false, or null")
         for name in ("epochs", "lora_alpha"):
             value = getattr(self, name)
             _require(_number(value) and value > 0, name, value, "a positive number")
+        _require(self.epochs <= MAX_EPOCHS, "epochs", self.epochs, f"at most {MAX_EPOCHS:,}")
+        for name in ("name", "description", "data"):
+            value = getattr(self, name)
+            _require(isinstance(value, str), name, value, "a text")
+        for name in ("differs", "target_modules"):
+            value = getattr(self, name)
+            _require(all(isinstance(one, str) for one in value), name, value, "a list of texts")
+        for name in ("packing", "train_softmax_layers", "gradient_checkpointing"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, "true or false")
         for name in ("weight_decay", "max_grad_norm", "min_lr"):
             value = getattr(self, name)
             _require(_number(value) and value >= 0, name, value, "a number, 0 or more")
@@ -115,8 +155,7 @@ class Recipe:
             _require(_number(value) and 0 <= value < 1, name, value, "from 0 up to, not including, 1")
         _require(self.attention in ATTENTIONS, "attention", self.attention, f"one of {', '.join(ATTENTIONS)}")
         if any(stage.window_dropout for stage in self.stages):
-            ok = self.attention == "liger" and not self.gradient_checkpointing
-            _require(ok, "window_dropout", "on", "0 with attention: window or with gradient checkpointing")
+            _require(self.attention == "liger", "window_dropout", "on", "0 with attention: window")
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _require(bool(self.target_modules), "target_modules", self.target_modules, "one name or more")
         _require(bool(self.stages), "stages", self.stages, "one stage or more")
@@ -133,8 +172,8 @@ class Recipe:
     def to_dict(self) -> dict:
         """Plain lists and numbers, as in the YAML file."""
         value = asdict(self)
-        for name in ("differs", "target_modules", "stages"):
-            value[name] = list(value[name])
+        for holder in (value, *value["stages"]):
+            holder |= {name: list(one) for name, one in holder.items() if isinstance(one, tuple)}
         return value
 
     def stage_ends(self, max_steps: int) -> list[int]:
@@ -158,30 +197,47 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UsageError: no such recipe, no YAML, an unknown field or a value that cannot be used.
     """
-    import yaml
-
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise UsageError(f"--recipe is {name!r}, which is not a file")
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MAX_BYTES, UsageError)
     elif name in recipe_names():
-        text = files("liger_cli.templates").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+        text = files("liger_cli.templates").joinpath("recipes", f"{name}.yaml").read_bytes()
     else:
         near = get_close_matches(name, recipe_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(
             f"--recipe is {name!r}, but has to be one of {', '.join(recipe_names())} or a .yaml file{hint}"
         )
+    return recipe_from(_load_yaml(text, name))
+
+
+def _load_yaml(content: bytes, name: str):
+    """Plain data from YAML without anchors, which can make a small file a huge value. Raises UsageError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise UsageError(f"the recipe {name} uses a YAML alias (*), which recipes may not; write the value out")
+            return super().compose_node(parent, index)
+
     try:
-        return recipe_from(yaml.safe_load(text))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"the recipe {name} is not valid YAML: {error}") from None
+        return yaml.load(content.decode("utf-8"), Loader)
+    except UsageError:
+        raise
+    except Exception as error:  # its constructors raise whatever int(), float() and date() raise
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"the recipe {name} is not valid YAML: {reason}") from None
 
 
 def recipe_from(value) -> Recipe:
     """A checked recipe from plain data. Raises UsageError."""
     try:
+        for name in ("stages", "differs", "target_modules"):
+            if not isinstance(value.get(name, []), (list, tuple)):
+                raise TypeError(name)
         stages = [_build(Stage, stage) for stage in value.get("stages", [{}])]
         lists = {name: tuple(value[name]) for name in ("differs", "target_modules") if name in value}
     except (AttributeError, TypeError):
@@ -219,19 +275,24 @@ def run(name: str | None = None, *, as_json: bool = False) -> None:
 
 def _build(kind: type, value):
     if not isinstance(value, dict):
-        raise UsageError(f"a recipe's {kind.__name__.lower()} has to be a mapping, not {value!r}")
+        raise UsageError(f"a recipe's {kind.__name__.lower()} has to be a mapping, not {value!r:.100}")
     known = {one.name for one in fields(kind)}
     if unknown := sorted(map(str, set(value) - known)):
-        near = get_close_matches(unknown[0], known, n=1)
+        near = get_close_matches(unknown[0][:100], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"a recipe's {kind.__name__.lower()} has no field {unknown[0]!r}{hint}")
+        raise UsageError(f"a recipe's {kind.__name__.lower()} has no field {unknown[0][:100]!r}{hint}")
     return kind(**value)
 
 
 def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    """Whether it is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _whole(value, limit: int = LIMIT) -> bool:
+    return type(value) is int and 0 <= value <= limit
 
 
 def _require(condition: bool, name: str, value, wanted: str) -> None:
     if not condition:
-        raise UsageError(f"{name.replace('_', '-')} is {value!r}, but has to be {wanted}")
+        raise UsageError(f"{name.replace('_', '-')} is {value!r:.100}, but has to be {wanted}")

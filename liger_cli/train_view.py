@@ -13,7 +13,10 @@ def print_plan(plan: dict) -> None:
     """The plan before anything is loaded, on stderr."""
     say = lambda text: print(f"liger: {text}", file=sys.stderr)  # noqa: E731
     for source in plan["sources"]:
-        notes = [f"{source['examples']:,} examples, {source['tokens']:,} tokens, {source['held_out']} held out"]
+        if source["examples"] is None:
+            notes = [f"streamed, the first {source['held_out']} examples held out"]
+        else:
+            notes = [f"{source['examples']:,} examples, {source['tokens']:,} tokens, {source['held_out']} held out"]
         if source["weight"] is not None:
             notes.append(f"weight {source['weight']:g}")
         if source["cut"]:
@@ -22,13 +25,18 @@ def print_plan(plan: dict) -> None:
             notes.append(f"{source['without_targets']:,} left out, with no response within {plan['seq_len']} tokens")
         say(f"data {source['source']}: {source['layout']} layout, {'; '.join(notes)}")
     share = plan["trainable_parameters"] / plan["parameters"]
+    if plan["tokens"] is None:
+        length = f"up to {plan['steps'] * plan['batch_size'] * plan['seq_len']:,} tokens"
+    else:
+        length = f"{plan['epochs']:g} epochs, {plan['tokens']:,} tokens"
     say(
         f"recipe {plan['recipe']} ({' then '.join(plan['objectives'])}): {plan['steps']:,} steps of "
-        f"{plan['batch_size']} x {plan['seq_len']} tokens, {plan['epochs']:g} epochs, {plan['tokens']:,} tokens"
+        f"{plan['batch_size']} x {plan['seq_len']} tokens, {length}"
     )
     say(
         f"trainable {plan['trainable_parameters']:,} of {plan['parameters']:,} parameters ({share:.3%}); about "
         f"{_size(plan['memory_estimate_bytes'])} of memory (estimate) on the {plan['device']} in {plan['dtype']}"
+        + (" over 4-bit weights" if plan["load_in_4bit"] else "")
     )
 
 

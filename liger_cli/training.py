@@ -11,20 +11,35 @@ from random import Random
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from liger_cli.data import Collator, Example, Schedule, make_rows
-from liger_cli.errors import LigerError
-from liger_cli.objectives import TrainedModel, ce_sum, counts
-from liger_cli.recipes import Recipe
+from liger_cli.data import Example
+from liger_cli.errors import LigerError, SetupError, write_errno
+from liger_cli.finite import first_non_finite
+from liger_cli.objectives import TrainedModel, counts, window_dropout
+from liger_cli.packing import Collator, Schedule, make_rows
+from liger_cli.recipes import Recipe, Stage
+from liger_cli.streaming import StreamSchedule
 
 COMPLETE = "complete"
 LOG = "log.jsonl"
+BEST = "best"  # among the checkpoints: the adapter of the best evaluation, kept by runs that may stop early
 KEPT_CHECKPOINTS = 2  # the one before stays until the newest is marked complete
 
 
-def training_arguments(recipe: Recipe, steps: int, folder: Path, accumulation: int, evaluate: bool, **extra):
-    """The recipe as `TrainingArguments`. `folder` takes the checkpoints."""
+def training_arguments(
+    recipe: Recipe, steps: int, folder: Path, accumulation: int, evaluate: bool, sharded_layers=(), **extra
+):
+    """The recipe as `TrainingArguments`.
+
+    Args:
+        folder: takes the checkpoints.
+        sharded_layers: with FSDP2 the class names of the modules that are gathered at a time; without it none.
+    """
+    if sharded_layers:
+        extra["fsdp"] = True
+        extra["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": list(sharded_layers)}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -65,13 +80,17 @@ class LigerTrainer(Trainer):
         schedule: the micro-batches of the whole run.
         held_out: examples for `evaluate`.
         args: from `training_arguments`.
+    Attributes:
+        step_tokens: tokens of the optimizer step at work, over all processes.
     """
+
+    step_tokens = 0
 
     def __init__(
         self,
         model: TrainedModel,
         recipe: Recipe,
-        schedule: Schedule,
+        schedule: Schedule | StreamSchedule,
         held_out: list[Example],
         pad_token_id: int,
         args: TrainingArguments,
@@ -91,8 +110,10 @@ class LigerTrainer(Trainer):
         )
         # `compute_loss` divides by the global batch's count of tokens itself.
         self.model_accepts_loss_kwargs = True
-        rows = make_rows(held_out, recipe.seq_len * recipe.micro_batch_size, True, Random(0))
-        self.held_out_batches = [collator([[held_out[index] for index in row]]) for row in rows]
+        rows = make_rows([len(example) for example in held_out], recipe.seq_len, recipe.packing, Random(0))
+        rows = [[held_out[index] for index in row] for row in rows]
+        size = recipe.micro_batch_size
+        self.held_out_batches = [collator([rows[first : first + size]]) for first in range(0, len(rows), size)]
 
     def stage_index(self, step: int) -> int:
         """Which stage optimizer step `step` (from 0) belongs to."""
@@ -101,11 +122,44 @@ class LigerTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and their tokens over all processes: [predicted, all]."""
         self.model.stage = self.recipe.stages[self.stage_index(self.state.global_step)]
+        self._accumulated = 0
         batches = list(islice(epoch_iterator, num_batches))
         totals = torch.tensor([counts(batch["labels"], batch["lengths"]) for batch in batches], device=device).sum(0)
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
+        self.step_tokens = int(totals[1])
         return batches, totals
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one micro-batch, with the window dropped where the stage's schedule says so.
+
+        The draw depends on the seed and the micro-batch's place in the run alone: not on processes, nor on resuming.
+        """
+        args = self.args
+        if args.fsdp and not self._accumulated:
+            assert_sharded(model)
+        step, index = self.state.global_step, self.stage_index(self.state.global_step)
+        first = self.ends[index - 1] if index else 0
+        done = (step - first) / max(1, self.ends[index] - first - 1)
+        place = (step * args.gradient_accumulation_steps + self._accumulated) * args.world_size + args.process_index
+        self._accumulated += 1
+        rng = Random(f"{args.seed}/{place}")
+        with window_dropout(self.model, self.recipe.stages[index].window_dropout_at(done), rng):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs, *args, **kwargs):
+        """As Trainer's, with the tokens behind a step's loss."""
+        super().log({**logs, "tokens": self.step_tokens} if "loss" in logs else logs, *args, **kwargs)
+
+    def early_stop(self) -> "EarlyStop | None":
+        """The callback that ends the run early, where the recipe has one; resuming makes it anew."""
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, EarlyStop)), None)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter; every process has to call it, since weights that are sharded are gathered."""
+        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            self.model.save_pretrained(folder, state_dict=state)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's sum over the micro-batch, over the tokens of the global batch."""
@@ -115,26 +169,35 @@ class LigerTrainer(Trainer):
             loss = loss / (predicted if self.model.stage.objective == "ce" else every).clamp_min(1)
             loss = loss * self.args.world_size  # data-parallel wrappers average the gradients
         if not torch.isfinite(loss):
-            raise diverged("loss", self.state.global_step, Path(self.args.output_dir))
+            where = None
+            if not self.is_fsdp_enabled:  # sharded weights are gathered by all processes or none
+                where = first_non_finite(self.model.logits_model(), lambda: model(**inputs))
+            raise diverged("loss", self.state.global_step, Path(self.args.output_dir), where)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Cross-entropy and perplexity on the held-out examples, whatever the stage's objective."""
         self.model.eval()
+        stage, self.model.stage = self.model.stage, Stage("ce")
         sums = torch.zeros(2, dtype=torch.float64)
+        world, count = self.args.world_size, len(self.held_out_batches)
         with torch.no_grad():
-            for batch in self.held_out_batches[self.args.process_index :: self.args.world_size]:
-                predicted = counts(batch["labels"], batch["lengths"])[0]
-                total = ce_sum(
-                    self.model, batch["input_ids"].to(self.args.device), batch["labels"].to(self.args.device)
-                )
-                sums += torch.tensor([total.double().item(), predicted])
+            # Every process runs as often as the others, as gathering sharded weights needs: some the last batch again.
+            for first in range(self.args.process_index, -(-count // world) * world, world):
+                batch = self.held_out_batches[min(first, count - 1)]
+                total = self.model(**{name: tensor.to(self.args.device) for name, tensor in batch.items()})["loss"]
+                if first < count:
+                    sums += torch.tensor([total.double().item(), counts(batch["labels"], batch["lengths"])[0]])
+        self.model.stage = stage
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         loss = (sums[0] / sums[1]).item()
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        stop = self.early_stop()
+        if stop is not None and stop.best_step == self.state.global_step > 0:
+            self.save_adapter(Path(self.args.output_dir, BEST))
         return metrics
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -160,8 +223,7 @@ class LigerTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            # safetensors and torch have error classes of their own for a full disk
-            if shutil.disk_usage(self.args.output_dir).free > 64 << 20 and not isinstance(error, OSError):
+            if write_errno(error) is None:
                 raise
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -189,11 +251,12 @@ def lr_factor(recipe: Recipe, ends: tuple[int, ...], step: int) -> float:
     return peak * max(shape, floor)
 
 
-def diverged(what: str, step: int, checkpoints: Path) -> LigerError:
-    """The error for a NaN or infinite loss or gradient at optimizer step `step` (from 0)."""
+def diverged(what: str, step: int, checkpoints: Path, where: str | None = None) -> LigerError:
+    """The error for a NaN or infinite loss or gradient at optimizer step `step` (from 0), first seen in `where`."""
     last = last_checkpoint(checkpoints)
     kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-    return LigerError(f"the {what} is not finite at step {step + 1}; {kept}; try a lower --lr")
+    origin = f", from {where} on" if where else ""
+    return LigerError(f"the {what} is not finite at step {step + 1}{origin}; {kept}; try a lower --lr")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -207,17 +270,59 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def assert_sharded(model) -> None:
+    """Raises SetupError where FSDP was asked for and accelerate runs something else, which it does without a word."""
+    from torch.distributed.tensor import DTensor
+
+    if not all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad):
+        raise SetupError(
+            "FSDP was asked for, but accelerate has not sharded the weights; check that every process has a CUDA "
+            "device and that its config asks for fsdp_version 2"
+        )
+
+
+class EarlyStop(TrainerCallback, ExportableState):
+    """Ends the run when the held-out loss has not improved for `patience` evaluations.
+
+    Args:
+        patience: evaluations without improvement.
+    Attributes:
+        best_step: optimizer step of the best evaluation, whose adapter is kept; 0 before the first.
+        best_loss: held-out loss there.
+        worse: evaluations since.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.best_step, self.best_loss, self.worse = 0, math.inf, 0
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        kept = {"best_step": self.best_step, "best_loss": self.best_loss, "worse": self.worse}
+        return {"args": {"patience": self.patience}, "attributes": kept}
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Trainer's hook. The evaluation before the first step does not count."""
+        if not state.global_step:
+            return
+        if metrics["eval_loss"] < self.best_loss:
+            self.best_step, self.best_loss, self.worse = state.global_step, metrics["eval_loss"], 0
+        else:
+            self.worse += 1
+            control.should_training_stop = control.should_training_stop or self.worse >= self.patience
+
+
 class Recorder(TrainerCallback):
     """Writes every step and evaluation to a JSONL log, and hands them to a view.
 
     Args:
         path: the log; lines of steps beyond `start` (which a killed run left) are dropped.
-        schedule: for the tokens behind each step.
+        schedule: for the epoch of each step.
         view: called with each record.
         start: optimizer steps done before.
     """
 
-    def __init__(self, path: Path, schedule: Schedule, view, start: int = 0):
+    def __init__(self, path: Path, schedule: Schedule | StreamSchedule, view, start: int = 0):
         self.path, self.schedule, self.view = path, schedule, view
         if not is_main_process():
             return
@@ -233,11 +338,11 @@ class Recorder(TrainerCallback):
                 raise diverged("gradient", state.global_step - 1, Path(args.output_dir))
             record = {
                 "step": state.global_step,
-                "epoch": state.global_step * self.schedule.per_step / self.schedule.per_epoch,
+                "epoch": self.schedule.epoch(state.global_step),
                 "loss": logs["loss"],
                 "grad_norm": logs.get("grad_norm"),
                 "lr": logs["learning_rate"],
-                "tokens": self._tokens(state.global_step),
+                "tokens": logs["tokens"],
             }
         else:
             return
@@ -245,11 +350,6 @@ class Recorder(TrainerCallback):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self.view(record)
-
-    def _tokens(self, step: int) -> int:
-        per_step = self.schedule.per_step
-        rows = self.schedule.micro_batches[(step - 1) * per_step : step * per_step]
-        return sum(len(self.schedule.examples[index]) for row in rows for index in row)
 
 
 def read_log(path: Path) -> list[dict]:

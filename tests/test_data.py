@@ -1,19 +1,14 @@
-"""Sources, layouts, labels and rows of `liger_cli.data`."""
+"""Sources, layouts and labels of `liger_cli.data`."""
 
 import json
-from random import Random
 
 import numpy as np
 import pytest
 
 from liger_cli.data import (
     IGNORED,
-    Collator,
-    Example,
-    Schedule,
     chat_segments,
     load_data,
-    make_rows,
     parse_sources,
 )
 from liger_cli.errors import LigerError, ModelError, UsageError
@@ -148,38 +143,3 @@ def test_weights_decide_the_shares(tmp_path, tokenizer):
 def test_sources_refused(spec):
     with pytest.raises(UsageError, match="--data"):
         parse_sources(spec)
-
-
-def examples_of(lengths):
-    return [Example(np.full(n, 5, dtype=np.int32), np.full(n, 5, dtype=np.int32)) for n in lengths]
-
-
-def test_rows_hold_every_example_once_and_never_more_than_the_capacity():
-    lengths = [Random(1).randint(2, 100) for _ in range(50)] + [Random(i).randint(2, 128) for i in range(900)]
-    rows = make_rows(examples_of(lengths), 128, True, Random(0))
-    assert sorted(sum(rows, [])) == list(range(len(lengths)))
-    assert all(len(row) * max(lengths[index] for index in row) <= 128 for row in rows)
-    padded = sum(len(row) * max(lengths[index] for index in row) for row in rows)
-    assert padded < 1.15 * sum(lengths)
-    assert all(len(row) == 1 for row in make_rows(examples_of(lengths), 128, False, Random(0)))
-
-
-def test_schedule_is_the_same_again_and_ends_where_asked():
-    examples = examples_of([Random(i).randint(2, 64) for i in range(200)])
-    make = lambda **more: Schedule(examples, 64, 8, 2, True, 3, 2, **more)  # noqa: E731
-    first = make()
-    assert first.micro_batches == make().micro_batches
-    assert len(first) == first.steps * 4
-    assert make(max_steps=500).steps == 500 and make(max_steps=3).micro_batches == first.micro_batches[:12]
-    seen = sum(first.micro_batches[: first.per_epoch], [])
-    assert sorted(seen) == list(range(200))
-    assert first.micro_batches[: first.per_epoch] != first.micro_batches[first.per_epoch : 2 * first.per_epoch]
-    with pytest.raises(UsageError, match="batch"):
-        Schedule(examples[:3], 64, 8, 2, True, 3, 1)
-
-
-def test_collator_pads_on_the_right():
-    batch = Collator(0)([examples_of([3, 1])])
-    assert batch["input_ids"].tolist() == [[5, 5, 5], [5, 0, 0]]
-    assert batch["labels"].tolist() == [[5, 5, 5], [5, IGNORED, IGNORED]]
-    assert batch["lengths"].tolist() == [3, 1]

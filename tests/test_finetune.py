@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from liger_cli import convert, finetune
+from liger_cli import convert, finetune, train_plan
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.manifest import read_manifest
 from liger_cli.recipes import Recipe, Stage, load_recipe, override, recipe_names
@@ -165,7 +165,7 @@ def test_refusals_leave_nothing(converted, corpus, tiny_base, tmp_path, monkeypa
         finetune.run(converted, resume=True, **common)
     with pytest.raises(UsageError, match="--dtype"):
         finetune.run(converted, dtype="int3", **common)
-    monkeypatch.setattr(finetune, "_free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(train_plan, "available", lambda device: 1 << 20)
     with pytest.raises(LigerError, match="--gradient-checkpointing"):
         finetune.run(converted, **common)
     assert list(tmp_path.iterdir()) == []
@@ -188,9 +188,9 @@ def test_nan_stops_with_a_sentence_and_keeps_the_last_checkpoint(converted, corp
     calls = []
     real = objectives.objective_sum
 
-    def poisoned(*args):
-        calls.append(1)
-        return real(*args) * (float("nan") if len(calls) == 9 else 1.0)
+    def poisoned(model, *args):
+        calls.extend([1] if model.training else [])
+        return real(model, *args) * (float("nan") if len(calls) == 9 and model.training else 1.0)
 
     monkeypatch.setattr(objectives, "objective_sum", poisoned)
     common = {"data": str(corpus), "output": tmp_path / "out", "max_steps": 8, "save_steps": 2, "quiet": True, **SMALL}
