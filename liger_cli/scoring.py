@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from liger_cli.columns import COLUMNS, Subject
@@ -93,7 +94,7 @@ def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreem
         mean negative log-likelihood, `byte` the same for each UTF-8 byte of the text, `kl` the mean KL divergence
         (base || column) in nats a token, `top1` the share of positions whose most likely token is the base's.
     Raises:
-        LigerError: a loss that is not finite.
+        LigerError: a loss that is not finite; the sentence names the first layer where that shows.
     """
     import torch
 
@@ -107,20 +108,19 @@ def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreem
         base_logits = None
         for column in COLUMNS:
             with subject.column(column) as model, torch.inference_mode():
-                logits = model(input_ids=ids[:, :-1].to(model.device), use_cache=False).logits  # [B, T, V]
+                run = partial(model, input_ids=ids[:, :-1].to(model.device), use_cache=False)
+                logits = run().logits  # [B, T, V]
             if column == "base" and agreement:
                 base_logits = logits
             for row in range(len(ids)):
                 reference = None if base_logits is None else base_logits[row]
                 figures = _compare(logits[row], reference, ids[row, 1:].to(logits.device))
                 sums[column] += torch.where(counted[row], figures.double().cpu(), 0)
+            if not torch.isfinite(sums[column]).all():
+                with subject.column(column):
+                    raise _not_finite(subject, column, run)
             if step is not None:
                 step()
-    for column in COLUMNS:
-        if not torch.isfinite(sums[column]).all():
-            raise LigerError(
-                f"the {column} column of {subject.folder} has a loss that is not finite; try --dtype float32"
-            )
     perplexity = {column: _perplexity(sums[column][0], counts, rows) for column in COLUMNS}
     result = {"perplexity": perplexity}
     if agreement:
@@ -132,6 +132,19 @@ def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreem
             for column in COLUMNS
         }
     return result
+
+
+def _not_finite(subject: Subject, column: str, run) -> LigerError:
+    from liger_cli.finite import first_non_finite
+
+    original = subject.original if column == "base" else None
+    where = first_non_finite(original if original is not None else subject.liger_model, run)
+    dtype = str(subject.liger_model.dtype).removeprefix("torch.")
+    advice = "; try --dtype float32" if dtype != "float32" else ""
+    return LigerError(
+        f"the {column} column of {subject.folder} has a loss that is not finite in {dtype}"
+        f"{f', from {where} on' if where else ''}{advice}"
+    )
 
 
 def _compare(logits, reference, targets):

@@ -1,0 +1,69 @@
+"""NaN and overflow are reported with where they came from: the layer, its part, and the step of a training run."""
+
+import json
+
+import pytest
+import torch
+
+from liger_cli import convert, finetune, training
+from liger_cli.columns import open_subject
+from liger_cli.errors import LigerError
+from liger_cli.finite import first_non_finite
+from liger_cli.modeling import load_model
+from liger_cli.scoring import make_rows, score
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "tiny-liger-gla"
+    convert.convert(str(tiny_base()), str(folder), settings={"window": 8})
+    return folder
+
+
+@pytest.fixture
+def model(converted):
+    return load_model(converted, dtype=torch.float32).eval()
+
+
+def found(model):
+    ids = torch.arange(4, 24)[None]
+    return first_non_finite(model, lambda: model(input_ids=ids, use_cache=False))
+
+
+def test_the_first_of_them_is_named(model):
+    assert found(model) is None
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+        assert found(model) == "the output layer, whose weight is not finite either"
+        model.get_decoder().norm.weight[0] = float("inf")
+        assert found(model).startswith("the model's end, whose ")
+        model.get_decoder().layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+        assert found(model) == "layer 2 (mlp), whose down_proj.weight is not finite either"
+        model.get_decoder().layers[1].self_attn.v_proj.weight.fill_(1e38)
+        assert found(model) == "layer 1 (self_attn)"
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_overflow_of_float16(converted):
+    """Finite weights, a value beyond 65504 in one layer's feed-forward part: eval says which, and what to try."""
+    subject = open_subject(converted, dtype="float16")
+    with torch.no_grad():
+        subject.model.get_decoder().layers[3].mlp.up_proj.weight.fill_(60000.0)
+    rows = make_rows(subject.tokenizer, ["w5 w6 w7 w8 w9"], 8)
+    with pytest.raises(LigerError, match=r"not finite in float16, from layer 3 \(mlp\) on; try --dtype float32"):
+        score(subject, rows)
+
+
+def test_a_run_that_diverges(converted, tmp_path, monkeypatch):
+    """The step at which the loss is lost, and the layer. The first update is infinitely large."""
+    monkeypatch.setattr(training, "lr_factor", lambda *_: float("inf"))
+    data = tmp_path / "text.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": " ".join(f"w{4 + i % 90}" for i in range(n, n + 40))}) + "\n" for n in range(40))
+    )
+    sizes = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 0}
+    with pytest.raises(LigerError, match=r"is not finite at step 2, from layer 0 \(self_attn\), whose .*lora_B.* on; "):
+        finetune.run(
+            converted, data=str(data), output=tmp_path / "out", max_steps=4, schedule="constant", quiet=True, **sizes
+        )
