@@ -73,10 +73,14 @@ class Plan:
             return self._base_cache(index, tokens)
         sizes = self.checkpoint.geometry
         shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
-        state = sum(math.prod(shape) for shape in shapes) * sizes.num_key_value_heads * STATE_BYTES
+        softmax_heads = len(spec.softmax_kv_heads)
+        heads = sizes.num_key_value_heads - softmax_heads
+        state = sum(math.prod(shape) for shape in shapes) * heads * STATE_BYTES
         window = min(spec.window, self._local_window(index) or spec.window)
         cached = min(tokens, window - 1 + spec.sinks) if window else 0
-        return state + cached * self._token_bytes()
+        grown = self._base_cache(index, tokens)
+        token_bytes = (cached * self._token_bytes() * heads + grown * softmax_heads) // sizes.num_key_value_heads
+        return state + token_bytes
 
     def _base_cache(self, index: int, tokens: int) -> int:
         window = self._local_window(index)

@@ -36,7 +36,7 @@ def step_cost(model, cache_shapes: list[dict], batch_size: int) -> dict:
     weights = [x for x in model.parameters() if tied or x is not embedding]
     nbytes = sum(x.numel() * x.element_size() for x in weights)
     flops = 2 * batch_size * sum(x.numel() for x in weights)
-    heads = config.num_attention_heads
+    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     for entry in cache_shapes:
         for name, (*shape, dtype) in entry["tensors"].items():
             count = entry["layers"]
@@ -45,7 +45,7 @@ def step_cost(model, cache_shapes: list[dict], batch_size: int) -> dict:
             state = name.startswith("state_")
             nbytes += count * _width(dtype) * (2 if state else 1)
             if len(shape) == 4:
-                flops += 2 * count * heads // shape[1]  # scores, sums, or reading a state: once a query head
+                flops += 2 * count * groups  # scores, sums, or reading a state: once a query head
                 flops += 3 * count if state else 0  # decay, outer product and sum: once a key/value head
     return {"bytes": nbytes, "flops": flops}
 
