@@ -162,7 +162,17 @@ def read_checkpoint(folder: Path, experimental: bool = False) -> Checkpoint:
         raise UsageError(f"{folder} is not a folder; give a model's folder or a hub id such as Qwen/Qwen3-8B")
     folder = folder.resolve()
     config, released_gate = as_base(read_config(folder))
-    family = supported_family(config, folder, experimental)
+    return read_parts(folder, config, supported_family(config, folder, experimental), released_gate)
+
+
+def read_parts(folder: Path, config: dict, family: Family, released_gate: str | None = None) -> Checkpoint:
+    """What belongs to a config.json, a base's or a converted folder's: weights and support files, read and checked.
+
+    Args:
+        folder: resolved.
+    Raises:
+        ModelError: the weights are incomplete, broken or not those of the config.
+    """
     check_fields(family, config)
     geometry = Geometry.of(family.with_defaults(config))
     names, weight_map = _shard_names(folder)
@@ -174,7 +184,7 @@ def read_checkpoint(folder: Path, experimental: bool = False) -> Checkpoint:
         geometry,
         shards,
         weight_map is not None,
-        dict(_support_files(folder)),
+        support_files(folder),
         released_gate,
     )
     if weight_map is not None:
@@ -268,6 +278,19 @@ def inside(folder: Path, name: str) -> Path:
     return real
 
 
+def own_files(folder: Path) -> list[Path]:
+    """Every file below a folder. Raises ModelError for links that lead outside, links to folders, pipes and devices."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        if linked:
+            raise ModelError(f"{os.path.join(root, linked[0])} is a link to a folder; put the folder itself there")
+        for name in names:
+            inside(folder, os.path.relpath(os.path.join(root, name), folder))
+            found.append(Path(root, name))
+    return found
+
+
 def read_shard(folder: Path, name: str) -> Shard:
     """Read one safetensors header and check it against the file. Raises ModelError for a missing or broken shard."""
     path = inside(folder, name)
@@ -339,7 +362,16 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     return sorted(set(weight_map.values())), weight_map
 
 
-def _support_files(folder: Path):
+def support_files(folder: Path) -> dict[str, Path]:
+    """Tokenizer, generation config, chat templates and licences of a folder: relative name -> real file.
+
+    Raises:
+        ModelError: one of them is no plain file, or leads outside.
+    """
+    return dict(_support_files(folder))
+
+
+def _support_files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.iterdir()):
         name = path.name
         wanted = (

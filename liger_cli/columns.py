@@ -4,16 +4,21 @@ A converted folder or an adapter holds the base's weights, so the base is the so
 changes the weights: then the base is the checkpoint that `liger.json` names, if its fingerprint still matches.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liger_cli.checkpoint import fingerprint, read_json, read_weights
+from liger_cli.checkpoint import fingerprint, read_checkpoint, read_weights
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.extras import base_shards
 from liger_cli.manifest import read_manifest
+from liger_cli.merge import check_shapes, peft_config, read_adapter
+from liger_cli.outputs import check_unchanged, file_versions
+from liger_cli.tokenizer import load_tokenizer as tokenizer_of
+from liger_cli.untrusted import read_json
 
 COLUMNS = ("base", "model", "window_only")
 TITLES = {"base": "base", "model": "model", "window_only": "window only"}
@@ -34,6 +39,7 @@ class Subject:
         base_label: `base`, or `softmax, tuned weights` where the original is not at hand; then there is no recovery.
         base_source: where the base column comes from, in words.
         fingerprint: of the weights that the folder holds.
+        versions: of the files that the weights were read from, and may still be read from.
     """
 
     folder: Path
@@ -44,6 +50,7 @@ class Subject:
     base_label: str = BASE
     base_source: str = "the softmax switch"
     fingerprint: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
 
     @property
     def liger_model(self):
@@ -66,6 +73,10 @@ class Subject:
             stack.callback(self.liger_model.set_attention_mode, "liger")
             self.liger_model.set_attention_mode({"base": "softmax", "model": "liger", "window_only": "window"}[name])
             yield self.model
+
+    def check_unchanged(self) -> None:
+        """Raises LigerError where the weights were written to since the model was opened."""
+        check_unchanged(self.versions)
 
     def describe(self) -> dict:
         """The part of a results file that says what was measured."""
@@ -102,14 +113,17 @@ def open_subject(
     torch_dtype = pick_dtype(device, dtype)
     logging.disable_progress_bar()
     kind = manifest["kind"]
+    adapter = read_adapter(folder) if kind == "adapter" else None
     weights = adapter_base(folder, manifest) if kind == "adapter" else folder
+    versions = file_versions(shard.path for shard in read_weights(weights))
     model = _load_liger(weights, torch_dtype, device)
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").exists() else weights, model.config)
     if kind == "adapter":
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(folder))
-    subject = Subject(folder, kind, model.eval(), tokenizer, fingerprint=_fingerprint(weights))
+        check_shapes(adapter, weights, read_weights(weights))
+        model = PeftModel.from_pretrained(model, str(folder.resolve()), config=peft_config(adapter))
+    subject = Subject(folder, kind, model.eval(), tokenizer, fingerprint=_fingerprint(weights), versions=versions)
     if kind == "adapter":
         subject.base_source = "the softmax switch with LoRA off"
     if kind != "merged" and _base_digest(weights) != (read_manifest(weights) or {}).get("fingerprint", {}).get(
@@ -143,10 +157,10 @@ def adapter_base(folder: Path, manifest: dict) -> Path:
     config = folder / "adapter_config.json"
     if config.exists():
         named.append(read_json(config).get("base_model_name_or_path"))
-    named = [name for name in named if isinstance(name, str) and name]
+    named = [name for name in named if isinstance(name, str) and 0 < len(name) < 4096 and "\0" not in name]
     for name in named:
         for candidate in (Path(name), folder / name, folder.parent / name, folder.parent / Path(name).name):
-            if (candidate / "config.json").is_file() and read_manifest(candidate) is not None:
+            if os.path.isfile(candidate / "config.json") and read_manifest(candidate) is not None:
                 return candidate
     raise ModelError(
         f"{folder}: the converted model it was trained on is not at {' or '.join(named) or 'any known place'}"
@@ -167,13 +181,8 @@ def named_base(manifest: dict) -> Path | None:
 
 
 def load_tokenizer(folder: Path, config):
-    """The tokenizer of a folder, without running code found there."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} has no tokenizer that can be loaded: {error}") from None
+    """The tokenizer of a folder (see `tokenizer.load_tokenizer`), with a padding token in any case."""
+    tokenizer = tokenizer_of(folder, config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -211,12 +220,21 @@ def _load_liger(folder: Path, dtype, device: str):
 
 
 def _load_original(folder: Path, dtype, device: str):
+    import torch
     from transformers import AutoModelForCausalLM
 
+    from liger_cli.converted import refuse_detours
+
+    base = read_checkpoint(folder, experimental=True)
+    refuse_detours(base.folder, folder, base.config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the base {folder} cannot be loaded: {error}") from None
+        model = AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a value in config.json that the family's classes refuse
+        raise ModelError(f"the base {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     return model.to(device).eval()
 
 

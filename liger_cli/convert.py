@@ -13,18 +13,30 @@ from importlib.resources import files
 from pathlib import Path
 
 from liger_cli import released
-from liger_cli.checkpoint import INDEX, Checkpoint, Geometry, fingerprint, inside, read_checkpoint, read_config
+from liger_cli.checkpoint import (
+    INDEX,
+    Checkpoint,
+    Geometry,
+    fingerprint,
+    inside,
+    own_files,
+    read_checkpoint,
+    read_config,
+)
 from liger_cli.errors import LigerError, ModelError, UsageError
+from liger_cli.escape import code_span, yaml_string
 from liger_cli.experimental import family_of, run_gate
 from liger_cli.extras import extra_shapes, initial_values, shard_names, write_extras
-from liger_cli.families import FAMILIES, Family
+from liger_cli.families import FAMILIES
 from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
+from liger_cli.modeling import code_hashes, model_files
 from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place
 from liger_cli.plan import Plan, make_plan, read_mix
 from liger_cli.selection import automatic, selected_plan
 from liger_cli.templates.liger_config import LigerConfigError, layer_specs, liger_block
 
+FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
 MADE_BY_LIGER = ("config.json", "README.md", MANIFEST)
 
 
@@ -159,14 +171,16 @@ def refresh(folder: str, dry_run: bool = False) -> dict:
         layer_specs(config.get("liger"), Geometry.of(family.with_defaults(config)).num_hidden_layers)
     except LigerConfigError as error:
         raise ModelError(f"{folder}: {error}") from None
+    own_files(target)
     if not dry_run:
         with atomic_folder(target, force=True) as new:
             shutil.copytree(target, new, copy_function=os.link, dirs_exist_ok=True)
-            for name, text in _model_files(family).items():
+            for name, text in model_files(family).items():
                 _replace(new / name, text)
             (new / MANIFEST).unlink()
-            write_manifest(new, {**manifest, "refreshed": utc_now(), "versions": package_versions()})
-    return {"output": folder, "dry_run": dry_run, "refreshed": sorted(_model_files(family))}
+            now = {"refreshed": utc_now(), "versions": package_versions()}
+            write_manifest(new, {**manifest, "code": code_hashes(family), **now})
+    return {"output": folder, "dry_run": dry_run, "refreshed": sorted(model_files(family))}
 
 
 def _replace(path: Path, text: str) -> None:
@@ -211,7 +225,7 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, sel
         how = "+".join(sorted(ways))
         config = converted_config(plan)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, text in _model_files(checkpoint.family).items():
+        for name, text in model_files(checkpoint.family).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = _manifest(source, plan, how)
         if selection is not None:
@@ -242,8 +256,8 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["yaml"] = json.dumps
-    environment.filters["code"] = _code_span
+    environment.filters["yaml"] = yaml_string
+    environment.filters["code"] = code_span
     template = files("liger_cli.templates").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     kinds = [spec.kind for spec in plan.specs]
     return environment.from_string(template).render(
@@ -263,7 +277,8 @@ def base_licence(checkpoint: Checkpoint) -> dict[str, str]:
     """The licence fields of the base's model card; `{"license": "other"}` where it has none."""
     found = {}
     with suppress(ModelError):
-        text = inside(checkpoint.folder, "README.md").read_text(encoding="utf-8", errors="replace")
+        with open(inside(checkpoint.folder, "README.md"), "rb") as file:
+            text = file.read(FRONT_BYTES).decode("utf-8", "replace")
         front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
         for line in front[1].splitlines() if front else ():
             if match := re.fullmatch(r"(license|license_name|license_link):\s*['\"]?([^'\"\s#]+)['\"]?\s*", line):
@@ -282,21 +297,11 @@ def _manifest(source: Source, plan: Plan, how: str) -> dict:
             "model_type": checkpoint.family.model_type,
         },
         fingerprint=fingerprint(checkpoint.shards),
+        code=code_hashes(checkpoint.family),
         settings={"link": how, "layers": [spec.to_dict() for spec in plan.specs]},
     )
-
-
-def _model_files(family: Family) -> dict[str, str]:
-    from liger_cli.modeling import model_files
-
-    return model_files(family)
 
 
 def _check_room(size: int, folder: Path, link: str) -> None:
     if link == "copy" and shutil.disk_usage(folder).free < size:
         raise LigerError(f"the disk of {folder.parent} has too little room for a copy of the weights; use --link auto")
-
-
-def _code_span(text: str) -> str:
-    """A string as Markdown code, on one line whatever it holds."""
-    return "`" + "".join(char if char.isprintable() and char != "`" else "?" for char in str(text)) + "`"

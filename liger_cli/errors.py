@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable
 
 from liger_cli import interrupts
+from liger_cli.escape import printable
 
+SENTENCE = 2000  # characters; a longer one quotes a value that somebody made long
 TORCH_WRITER = re.compile(r"inline_container\.cc|PytorchStreamWriter failed writing")
 
 
@@ -65,10 +67,32 @@ def guarded(call: Callable[[], object], passing: tuple[type[BaseException], ...]
     except Exception as error:
         if signalled := interrupts.received():
             return _interrupted(signalled)
+        # The model code, which does not know these classes, names an exit code where its sentence says it all.
+        if exit_code := getattr(error, "liger_exit_code", None):
+            return _report(str(error), exit_code)
         if number := write_errno(error):
             return _report(_os_sentence(OSError(number, os.strerror(number))), 1)
         return _unexpected(error)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        return _unexpected(error)
     return 0
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust panicked, which is no Exception to Python."""
+    return type(error).__name__ == "PanicException"
+
+
+def flush_stdout() -> None:
+    """Raises OSError where the output cannot be written; it is dropped then, or Python would try again at its exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def write_errno(error: BaseException) -> int | None:
@@ -87,7 +111,7 @@ def _interrupted(error: KeyboardInterrupt) -> int:
     return _report("interrupted", getattr(error, "exit_code", 130))
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: BaseException) -> int:
     return _report(f"unexpected {type(error).__name__}: {error}; set LIGER_DEBUG=1 to see where", 1)
 
 
@@ -96,7 +120,8 @@ def _report(sentence: str, exit_code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"liger: {' '.join(sentence.split())}", file=sys.stderr)
+    sentence = printable(" ".join(sentence.split()))
+    print(f"liger: {sentence if len(sentence) <= SENTENCE else sentence[:SENTENCE] + '...'}", file=sys.stderr)
     return exit_code
 
 

@@ -61,7 +61,9 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = read_json(folder / MANIFEST)
     except LigerError:
         return None
-    return manifest if manifest.get("kind") in KINDS and _sections_fit(manifest) else None
+    if manifest.get("kind") not in KINDS or not _sections_fit(manifest):
+        return None
+    return {name: value for name, value in manifest.items() if value is not None}
 
 
 def _sections_fit(manifest: dict) -> bool:

@@ -6,15 +6,21 @@ those are read, summed with B A in float32 and rounded once to the base's dtype.
 
 import hashlib
 import json
+import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.checkpoint import EXTRAS, INDEX, Shard, fingerprint, read_config, read_json, read_weights
+from liger_cli.checkpoint import EXTRAS, INDEX, PICKLES, Shard, Tensor, fingerprint, inside, read_config, read_weights
+from liger_cli.converted import read_converted
 from liger_cli.errors import LigerError, ModelError, UsageError
+from liger_cli.escape import code_span, markdown, printable
 from liger_cli.folders import resolve_model
 from liger_cli.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
+from liger_cli.modeling import code_hashes, model_files
 from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place, unchanged
+from liger_cli.untrusted import read_bytes, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -29,6 +35,8 @@ UNSUPPORTED = {
     "trainable_token_indices": "trained tokens",
     "lora_bias": "LoRA biases",
 }
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # of init_lora_weights: the base's weights stay what they are
+MAX_ALPHA = 1e6
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Adapter:
     Attributes:
         scales: name of the weight in the base -> alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
         transposed: the weights are stored [in, out] (`fan_in_fan_out`).
+        ranks: name of the weight in the base -> rank of its update.
     """
 
     folder: Path
@@ -45,6 +54,7 @@ class Adapter:
     config: dict
     scales: dict[str, float]
     transposed: bool
+    ranks: dict[str, int]
 
 
 def run(
@@ -83,7 +93,7 @@ def run(
     shards = read_weights(model)
     found = fingerprint(shards)
     for adapter in read:
-        _check_fits(adapter, model, shards, found)
+        check_fits(adapter, model, shards, found)
     target = Path(output) if output else Path(f"{model.name}-merged")
     check_output(target, force, base=model)
     report = merge(read, model, shards, found, target, dtype=dtype, link=link, force=force)
@@ -91,8 +101,8 @@ def run(
         print(json.dumps(report, indent=2))
     elif not quiet:
         print(
-            f"liger: wrote {target}: {report['merged_tensors']} weights merged, {report['linked_shards']} of "
-            f"{report['shards']} shards linked",
+            f"liger: wrote {printable(target)}: {report['merged_tensors']} weights merged, "
+            f"{report['linked_shards']} of {report['shards']} shards linked",
             file=sys.stderr,
         )
     return report
@@ -100,25 +110,58 @@ def run(
 
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's config and header. Raises ModelError where it is no plain LoRA."""
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not os.path.lexists(folder / ADAPTER_CONFIG):
         raise UsageError(f"{folder} has no {ADAPTER_CONFIG}, so it is not an adapter; name what `liger finetune` wrote")
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json(inside(folder.resolve(), ADAPTER_CONFIG))
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; only LoRA can be merged")
+        raise ModelError(f"{folder} is a {str(config.get('peft_type'))[:100]} adapter; only LoRA can be merged")
     for field, what in UNSUPPORTED.items():
         if config.get(field):
             raise ModelError(f"{folder} has {what} ({field}), which liger does not merge; use PEFT's merge_and_unload")
+    start = config.get("init_lora_weights", True)
+    if start is not None and start not in PLAIN_STARTS:
+        raise ModelError(
+            f"{folder} was begun by {str(start)[:100]!r} (init_lora_weights), which changes the base's weights; use "
+            "PEFT's merge_and_unload"
+        )
     if config.get("bias", "none") != "none":
         raise ModelError(f"{folder} has trained biases, which liger does not merge; use PEFT's merge_and_unload")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         raise ModelError(f"{folder} lacks {ADAPTER_WEIGHTS}; an adapter in any other format is never opened")
-    names = _adapter_tensors(folder)
-    modules = sorted({name.rpartition(".lora_")[0] for name in names})
-    for module in modules:
-        if not {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= set(names):
+    tensors = _adapter_tensors(folder)
+    scales, ranks = {}, {}
+    for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+        pair = [tensors.get(f"{module}.lora_{side}.weight") for side in "AB"]
+        if None in pair:
             raise ModelError(f"{folder}: {module} lacks one of its two LoRA matrices")
-    scales = {f"{module.removeprefix(PREFIX)}.weight": _scale(config, module) for module in modules}
-    return Adapter(folder, read_manifest(folder), config, scales, bool(config.get("fan_in_fan_out")))
+        a, b = (tensor.shape for tensor in pair)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
+            raise ModelError(f"{folder}: the LoRA matrices of {module} are {list(a)} and {list(b)}, which do not fit")
+        name = f"{module.removeprefix(PREFIX)}.weight"
+        scales[name], ranks[name] = _scale(folder, config, module, a[0]), a[0]
+    return Adapter(folder, read_manifest(folder), config, scales, bool(config.get("fan_in_fan_out")), ranks)
+
+
+def peft_config(adapter: Adapter):
+    """The adapter as a `peft.LoraConfig`, made from what was read and checked, for PEFT to load its tensors into.
+
+    The folder's own may name packages to import, files elsewhere, and patterns to search with.
+    """
+    from peft import LoraConfig
+
+    modules = {name.removesuffix(".weight"): rank for name, rank in adapter.ranks.items()}
+    alphas = {module: adapter.scales[f"{module}.weight"] * rank for module, rank in modules.items()}
+    rank, alpha = next(iter(modules.values())), next(iter(alphas.values()))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(modules),
+        rank_pattern={f"^{re.escape(module)}": one for module, one in modules.items() if one != rank},
+        alpha_pattern={f"^{re.escape(module)}": one for module, one in alphas.items() if one != alpha},
+        fan_in_fan_out=adapter.transposed,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
 
 
 def find_base(adapter: Adapter, given: str | Path | None) -> Path:
@@ -127,11 +170,14 @@ def find_base(adapter: Adapter, given: str | Path | None) -> Path:
     Raises:
         UsageError: it is neither given nor where the adapter says.
     """
-    named = given or (adapter.manifest or {}).get("base", {}).get("path") or adapter.config["base_model_name_or_path"]
-    folder = Path(str(named)).expanduser()
-    if not folder.is_dir() and given is None:
+    recorded = (adapter.manifest or {}).get("base", {}).get("path") or adapter.config.get("base_model_name_or_path")
+    named = given or (recorded if isinstance(recorded, str) else "?")
+    folder = Path(named)
+    if given is not None:
+        folder = folder.expanduser()
+    elif not os.path.isdir(folder):
         folder = Path(adapter.folder.resolve().parent, folder.name)  # both were moved together
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"the model {named} that {adapter.folder} was trained on is not there; name it with --base")
     if "liger" not in read_config(folder.resolve()):
         raise ModelError(f"{folder} is not linearized, so the adapter does not belong to it")
@@ -152,6 +198,7 @@ def merge(
     """Write the merged folder; parameters as for `run`, `found` is the fingerprint of `shards`."""
     trained = {name for adapter in adapters for name in adapter.scales}
     ways, linked = set(), 0
+    family = read_converted(model).family
     with atomic_folder(target, force) as folder:
         for shard in shards:
             # Extra tensors stay float32: they are few, and the model loads them so.
@@ -169,14 +216,19 @@ def merge(
         for path in sorted(model.rglob("*")):
             name = path.relative_to(model)
             weights = name.suffix == ".safetensors" or name.name == INDEX
-            if path.is_dir() or str(name) in REPLACED or weights or name.parts[0].startswith((".", "__")):
+            code = name.suffix in (".py", ".pyc", *PICKLES)
+            if path.is_dir() or str(name) in REPLACED or weights or code or name.parts[0].startswith((".", "__")):
                 continue
+            real = inside(model, str(name))
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(path, folder / name)
+            copy_file(real, folder / name)
+        # Of this version's own, whatever Python lay in the model's folder.
+        for name, text in model_files(family).items():
+            (folder / name).write_text(text, encoding="utf-8")
         if len(shards) > 1 or (model / INDEX).is_file():
             _write_index(folder, shards)
         _write_config(model, folder, dtype, window_only(adapters))
-        manifest = _manifest(adapters, model, found, dtype, sorted(ways))
+        manifest = _manifest(adapters, model, found, dtype, sorted(ways)) | {"code": code_hashes(family)}
         (folder / "README.md").write_text(_card(adapters, model, target), encoding="utf-8")
         write_manifest(folder, manifest)
     return {
@@ -252,13 +304,18 @@ def delta(adapter: Adapter, name: str):
     return update.T if adapter.transposed else update
 
 
-def _check_fits(adapter: Adapter, model: Path, shards: tuple[Shard, ...], found: dict) -> None:
+def check_fits(adapter: Adapter, model: Path, shards: tuple[Shard, ...], found: dict) -> None:
     """Raises ModelError where the adapter was trained on other weights, or names tensors that are not there."""
     wanted = (adapter.manifest or {}).get("fingerprint", {}).get("digest")
     if wanted is None:
         print(f"liger: {adapter.folder} records no fingerprint; only the shapes are checked", file=sys.stderr)
     elif wanted != found["digest"]:
         raise ModelError(f"{adapter.folder} was trained on other weights than those of {model}; name its own --base")
+    check_shapes(adapter, model, shards)
+
+
+def check_shapes(adapter: Adapter, model: Path, shards: tuple[Shard, ...]) -> None:
+    """Raises ModelError where the adapter names tensors that are not there, or of another shape."""
     tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     shapes = {
         name: tensor.shape for shard_ in _adapter_shards(adapter.folder) for name, tensor in shard_.tensors.items()
@@ -279,8 +336,8 @@ def _adapter_shards(folder: Path) -> tuple[Shard, ...]:
     return (read_shard(folder.resolve(), ADAPTER_WEIGHTS),)
 
 
-def _adapter_tensors(folder: Path) -> list[str]:
-    names = [name for shard in _adapter_shards(folder) for name in shard.tensors]
+def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    names = {name: tensor for shard in _adapter_shards(folder) for name, tensor in shard.tensors.items()}
     for name in names:
         if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise ModelError(f"{folder} holds {name}, which is not LoRA of a linear layer; use PEFT's merge_and_unload")
@@ -289,18 +346,33 @@ def _adapter_tensors(folder: Path) -> list[str]:
     return names
 
 
-def _scale(config: dict, module: str) -> float:
-    """alpha / r of one module, with PEFT's patterns for single modules."""
-    rank = _pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+def _scale(folder: Path, config: dict, module: str, rank: int) -> float:
+    """alpha / r of one module, with PEFT's patterns for single modules. Raises ModelError."""
+    named = _pattern(folder, config, "rank_pattern", module, config.get("r"))
+    if named != rank:
+        raise ModelError(f"{folder}: {module} has rank {rank}, where {ADAPTER_CONFIG} says {named!r:.100}")
+    alpha = _pattern(folder, config, "alpha_pattern", module, config.get("lora_alpha"))
+    if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+        raise ModelError(f"{folder}: lora_alpha of {module} is {alpha!r:.100}, but has to be a number")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _pattern(patterns: dict | None, module: str, default):
+def _pattern(folder: Path, config: dict, field: str, module: str, default):
     from peft.utils.other import get_pattern_key
 
-    name = module.removeprefix(PREFIX)
-    return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), name), default)
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{folder}: {field} is {patterns!r:.100}, but has to be an object")
+    for pattern in patterns:
+        # Two repetitions can make a search take for ever; PEFT itself writes names.
+        if len(pattern) > 500 or sum(pattern.count(one) for one in "*+{") > 1:
+            raise ModelError(
+                f"{folder}: {field} has the pattern {pattern[:100]!r}, which is more than liger searches with"
+            )
+    try:
+        return patterns.get(get_pattern_key(patterns.keys(), module.removeprefix(PREFIX)), default)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ModelError(f"{folder}: {field} has a pattern that is none ({error})") from None
 
 
 def _copy(reader, writer, count: int) -> None:
@@ -389,12 +461,15 @@ def _sha256(path: Path) -> str:
 def _card(adapters: list[Adapter], model: Path, target: Path) -> str:
     """The converted model's card with a section on the merge."""
     card = model / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else f"# {target.name}\n"
+    if os.path.lexists(card):
+        text = read_bytes(inside(model, card.name)).decode("utf-8", "replace")
+    else:
+        text = f"# {markdown(target.name)}\n"
     lines = []
     for adapter in adapters:
         settings = (adapter.manifest or {}).get("settings") or {}
-        recipe = _recipe(adapter).get("name", "unknown")
-        lines.append(f"- `{adapter.folder.name}`: recipe `{recipe}`, data `{settings.get('data', 'unknown')}`")
+        recipe, data = _recipe(adapter).get("name", "unknown"), settings.get("data", "unknown")
+        lines.append(f"- {code_span(adapter.folder.name)}: recipe {code_span(recipe)}, data {code_span(data)}")
     return (
         f"{text.rstrip()}\n\n## Fine-tuned\n\nThese LoRA adapters are merged into the weights:\n\n"
         + "\n".join(lines)

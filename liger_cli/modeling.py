@@ -1,10 +1,10 @@
 """The model code: as files for a converted folder, and as the classes that liger itself runs. Both are one source."""
 
+import hashlib
 import sys
 from importlib.resources import files
 from types import ModuleType
 
-from liger_cli.experimental import family_of
 from liger_cli.families import Family
 
 # Every file of a folder is flat and relative: what transformers' scan of custom code can follow.
@@ -35,6 +35,11 @@ def model_files(family: Family) -> dict[str, str]:
     templates = files("liger_cli.templates")
     texts = {f"{module}.py": templates.joinpath(f"{module}.py").read_text("utf-8") for module in MODULES}
     return {f"{glue_name(family)}.py": _glue(family)} | texts
+
+
+def code_hashes(family: Family) -> dict[str, str]:
+    """File name -> SHA-256 of the Python files of this version, as `liger.json` records them."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in model_files(family).items()}
 
 
 def _glue(family: Family) -> str:
@@ -72,26 +77,22 @@ def load_model(folder, **kwargs):
         folder: path of the folder.
         kwargs: of `from_pretrained` (dtype, device_map, attn_implementation, ...).
     Raises:
-        ModelError: the folder is not one of a family and format that this version knows.
+        ModelError: the folder is broken, or not one of a family and format that this version knows.
     """
-    import json
-    from pathlib import Path
+    import torch
 
-    from liger_cli.errors import ModelError
+    from liger_cli.converted import read_converted
+    from liger_cli.errors import LigerError, ModelError
 
+    found = read_converted(folder)
+    config_class, model_class = model_classes(found.family)
+    options = {**kwargs, "use_safetensors": True, "trust_remote_code": False}
     try:
-        config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {folder}/config.json: {error}") from None
-    model_type = str(config.get("model_type", "")).removeprefix("liger_")
-    if "liger" not in config:
-        raise ModelError(
-            f"{folder} is not a folder that `liger convert` wrote (model_type {config.get('model_type')!r})"
-        )
-    from liger_cli.templates.liger_config import LigerConfigError
-
-    config_class, model_class = model_classes(family_of(model_type))
-    try:
-        return model_class.from_pretrained(folder, config=config_class.from_pretrained(folder), **kwargs)
-    except LigerConfigError as error:
-        raise ModelError(f"{folder}: {error}") from None
+        return model_class.from_pretrained(found.folder, config=config_class.from_pretrained(found.folder), **options)
+    except (LigerError, OSError, MemoryError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a value in config.json that the family's classes refuse, each in a way of its own
+        if hasattr(error, "liger_exit_code"):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error

@@ -7,13 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from liger_cli.escape import printable
 from liger_cli.plan import Plan
 from liger_cli.templates.liger_config import LayerSpec
 
 
 def print_plan(report: dict, plan: Plan) -> None:
     """Print the report of `convert` to stdout: layers, totals, memory against the KV cache, and what was written."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(_layers(report))
     console.print(_memory(report))
     if "selection" in report:
@@ -24,8 +25,8 @@ def print_plan(report: dict, plan: Plan) -> None:
     if report["added_parameters"]:
         console.print(f"{report['added_parameters']:,} parameters added, float32, in a shard of their own")
     for note in plan.notes:
-        console.print(f"note: {note}")
-    output = report["output"]
+        console.print(printable(f"note: {note}"))
+    output = printable(report["output"])
     if report["dry_run"]:
         console.print(f"dry run: {output} was not written", soft_wrap=True)
     else:
@@ -42,7 +43,9 @@ def size(count: int) -> str:
 
 
 def _layers(report: dict) -> Table:
-    table = Table(title=Text(f"{report['base']['name']} ({report['base']['model_type']})"), title_justify="left")
+    table = Table(
+        title=Text(printable(f"{report['base']['name']} ({report['base']['model_type']})")), title_justify="left"
+    )
     for name in ("layers", "attention", "settings"):
         table.add_column(name)
     for name in ("parameters", "bytes"):

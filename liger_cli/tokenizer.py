@@ -1,0 +1,74 @@
+"""Loading the tokenizer of a folder: its own plain files only, and none of its code."""
+
+import re
+from pathlib import Path
+
+from liger_cli.checkpoint import support_files
+from liger_cli.errors import ModelError, is_panic
+from liger_cli.untrusted import read_json
+
+CONFIG = "tokenizer_config.json"
+FILE_FIELD = re.compile(r"\w+_file(_name)?")
+
+
+def load_tokenizer(folder: Path, config=None):
+    """The tokenizer of a folder, as transformers makes it.
+
+    Args:
+        folder: its tokenizer files are plain files of its own.
+        config: the model's, of a class of transformers or of liger's; told from config.json by default.
+    Raises:
+        ModelError: it cannot be loaded, needs code of its own, or leads outside the folder.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder).resolve()
+    names = support_files(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, **_own_files(folder, names)
+        )
+        _try(tokenizer)
+    except (KeyboardInterrupt, MemoryError, ModelError):
+        raise
+    except BaseException as error:  # each library has classes of its own; a panic in Rust is not even an Exception
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from None
+    return tokenizer
+
+
+def check_ids(largest: int, vocab_size: int, folder) -> None:
+    """Raises ModelError where the tokenizer makes ids that the model has no embedding for."""
+    if largest >= vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer gives the id {largest}, but the model has {vocab_size} embeddings; they do not "
+            "belong together"
+        )
+
+
+def _own_files(folder: Path, names) -> dict:
+    """For each file that tokenizer_config.json names: the folder's own of that name, or none.
+
+    transformers before 5.23 opened whatever path stands there.
+    """
+    if CONFIG not in names:
+        return {}
+    config = read_json(names[CONFIG])
+    own = {}
+    for field, value in config.items():
+        if FILE_FIELD.fullmatch(field) and isinstance(value, str):
+            name = Path(value).name
+            own[field] = str(folder / name) if name in names else None
+    models = config.get("sp_model_kwargs")
+    if isinstance(models, dict) and "model_file" in models:
+        raise ModelError(f"{folder / CONFIG} names a model_file, which is not read; remove it from sp_model_kwargs")
+    return own
+
+
+def _try(tokenizer) -> None:
+    """Whether it works at all: ids are whole numbers, its special tokens have some."""
+    ids = [*tokenizer("a b")["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if any(number is not None and (type(number) is not int or number < 0) for number in ids):
+        raise ValueError("it gives ids that are no whole numbers")
