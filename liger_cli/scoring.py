@@ -143,7 +143,7 @@ def _not_finite(subject: Subject, column: str, run) -> LigerError:
     advice = "; try --dtype float32" if dtype != "float32" else ""
     return LigerError(
         f"the {column} column of {subject.folder} has a loss that is not finite in {dtype}"
-        f"{f', from {where} on' if where else ''}{advice}"
+        f"{f', first in {where}' if where else ''}{advice}"
     )
 
 

@@ -255,7 +255,7 @@ def diverged(what: str, step: int, checkpoints: Path, where: str | None = None) 
     """The error for a NaN or infinite loss or gradient at optimizer step `step` (from 0), first seen in `where`."""
     last = last_checkpoint(checkpoints)
     kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-    origin = f", from {where} on" if where else ""
+    origin = f", first in {where}" if where else ""
     return LigerError(f"the {what} is not finite at step {step + 1}{origin}; {kept}; try a lower --lr")
 
 
