@@ -70,6 +70,7 @@ def run(
         base_limit=base_limit,
         batch_sweep=batch_sweep,
     )
+    subject.check_unchanged()
     notes = bench_notes(result)
     if save:
         from liger_cli.card import keep_result

@@ -93,6 +93,7 @@ def run(
         seed=TEST_SEED if seed is None else seed,
         batch_size=batch_size,
     )
+    subject.check_unchanged()
     notes = eval_notes(result)
     if save:
         from liger_cli.card import keep_result

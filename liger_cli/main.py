@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 from liger_cli import __version__, interrupts
-from liger_cli.errors import guarded
+from liger_cli.errors import flush_stdout, guarded
 from liger_cli.templates.liger_config import FEATURE_MAPS, GATE_SOURCES, NORMALIZERS, LayerSpec
 from liger_cli.templates.liger_gates import GATES
 
@@ -30,8 +30,14 @@ class Commands(typer.core.TyperGroup):
     """Runs a command inside the error boundary, so that a failure is one sentence and an exit code."""
 
     def invoke(self, ctx):
-        if code := guarded(lambda: super(Commands, self).invoke(ctx), (typer.Exit, typer.Abort, CLICK_EXCEPTION)):
+        if code := guarded(lambda: self._run(ctx), (typer.Exit, typer.Abort, CLICK_EXCEPTION)):
             raise typer.Exit(code)
+
+    def _run(self, ctx) -> None:
+        try:
+            super().invoke(ctx)
+        finally:
+            flush_stdout()
 
 
 app = typer.Typer(

@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -120,10 +120,20 @@ def unchanged(*paths: Path) -> Iterator[None]:
     Raises:
         LigerError: one of them was.
     """
-    before = [_version(path) for path in paths]
+    before = file_versions(paths)
     yield
-    for path, version in zip(paths, before, strict=True):
-        if _version(path) != version:
+    check_unchanged(before)
+
+
+def file_versions(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """What tells that a file was written to or replaced: inode, size, time of the last change."""
+    return {path: _version(path) for path in paths}
+
+
+def check_unchanged(versions: dict[Path, tuple[int, int, int]]) -> None:
+    """Raises LigerError where one of the files has changed since `file_versions` looked."""
+    for path, version in versions.items():
+        if not path.exists() or _version(path) != version:
             raise LigerError(f"{path} was changed while it was read; run the command again")
 
 
