@@ -15,7 +15,6 @@ from liger_cli.checkpoint import fingerprint, read_checkpoint, read_weights
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.extras import base_shards
 from liger_cli.manifest import read_manifest
-from liger_cli.outputs import check_unchanged, file_versions
 from liger_cli.merge import check_shapes, peft_config, read_adapter
 from liger_cli.outputs import check_unchanged, file_versions
 from liger_cli.tokenizer import load_tokenizer as tokenizer_of
@@ -79,10 +78,6 @@ class Subject:
         """Raises LigerError where the weights were written to since the model was opened."""
         check_unchanged(self.versions)
 
-    def check_unchanged(self) -> None:
-        """Raises LigerError where the weights were written to since the model was opened."""
-        check_unchanged(self.versions)
-
     def describe(self) -> dict:
         """The part of a results file that says what was measured."""
         return {
@@ -120,7 +115,6 @@ def open_subject(
     kind = manifest["kind"]
     adapter = read_adapter(folder) if kind == "adapter" else None
     weights = adapter_base(folder, manifest) if kind == "adapter" else folder
-    versions = file_versions(shard.path for shard in read_weights(weights))
     versions = file_versions(shard.path for shard in read_weights(weights))
     model = _load_liger(weights, torch_dtype, device)
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").exists() else weights, model.config)

@@ -95,16 +95,6 @@ def flush_stdout() -> None:
         raise
 
 
-def flush_stdout() -> None:
-    """Raises OSError where the output cannot be written; it is dropped then, or Python would try again at its exit."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
-
-
 def write_errno(error: BaseException) -> int | None:
     """The errno behind a failed write, also where safetensors or torch report it in classes of their own, or None.
 
