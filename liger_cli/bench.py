@@ -105,7 +105,10 @@ def bench(
         sides: of `SIDES`.
         batch_sweep: find the largest batch of `seq_len` tokens that fits, too.
     Returns:
-        What `--json` prints: `rows`, one for each side and position.
+        What `--json` prints: `rows`, one for each side and position; `flatness`, of each side the latency at the
+        longest position over that at the shortest, a ratio for each repetition, its steps taken in turn;
+        `prefill_speedup`, the base's time over the model's at the longest position that both have read; `backend`,
+        what the kernels run on.
     """
     for option, value in (
         ("--seq-len", seq_len),
@@ -132,7 +135,7 @@ def bench(
         for side in contestants:
             _prefills(side, positions, base_limit, PeakMemory(device, weights), rows, step)
     ready = [contestant for side in contestants for contestant in _decodings(side, positions, rows, device)]
-    _race(ready, new_tokens, repetitions, base_limit, rows)
+    flatness = _race(ready, new_tokens, repetitions, base_limit, rows)
     speeds = measure_machine(device, model.dtype)
     for row in rows.values():
         if row["latency_ms"] is not None:
@@ -153,6 +156,8 @@ def bench(
         "machine": {**machine(device), **speeds},
         "backend": backend,
         "rows": list(rows.values()),
+        "flatness": flatness,
+        "prefill_speedup": _prefill_speedup(rows),
         **({"batch_sweep": sweep} if batch_sweep else {}),
     }
 
@@ -192,8 +197,12 @@ def _activation(subject: Subject, which: str) -> Callable:
 def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, rows: dict, step) -> None:
     """Fill in a row for each position: prefill time, and the cache and the peak memory that came of it."""
     side.prefill(min(positions[0], 256), float("inf"))  # warm-up
-    stopped = None
+    stopped, read = None, None
     for position in positions:
+        if stopped is None and read is not None:
+            before, took = read
+            if took * position / before > limit:  # time grows at least as fast as the length
+                stopped = f"not tried: {before} tokens took {took:.3g} s, so {position} take more than {limit:g} s"
         row = rows[side.which, position] = {
             "which": side.which,
             "position": position,
@@ -229,6 +238,7 @@ def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, 
             row["prefill_note"] = "out of memory"
             stopped = f"not tried: {position} tokens were out of memory"
         if seconds:
+            read = position, min(seconds)
             row["prefill_s"] = spread(seconds)
             row["prefill_tokens_per_s"] = side.batch_size * position / statistics.mean(seconds)
         if side.which == "base":
@@ -248,8 +258,8 @@ def _decodings(side: Side, positions: list[int], rows: dict, device: str) -> lis
         row = rows[side.which, position]
         cache = row.pop("cache")
         if cache is None:
-            per_token, free = side.token_bytes(), available(device)
-            if longest is None and free is not None and 2 * position * per_token > MEMORY_SHARE * free:
+            free = available(device)
+            if longest is None and free is not None and 2 * side.needed_bytes(position) > MEMORY_SHARE * free:
                 row["latency_note"] = "its cache does not fit into memory"
                 continue
             longest = longest or side.filled_cache(position)
@@ -259,8 +269,12 @@ def _decodings(side: Side, positions: list[int], rows: dict, device: str) -> lis
     return ready[::-1]
 
 
-def _race(ready: list[Decoding], new_tokens: int, repetitions: int, limit: float, rows: dict) -> None:
-    """Take the steps of all contestants in turn, so that a busy moment of the machine meets them all alike."""
+def _race(ready: list[Decoding], new_tokens: int, repetitions: int, limit: float, rows: dict) -> dict:
+    """Take the steps of all contestants in turn, so that a busy moment of the machine meets them all alike.
+
+    Returns:
+        The flatness of each side that was measured at two positions or more.
+    """
     running = []
     for contestant in ready:
         contestant.step()  # warm-up
@@ -284,6 +298,24 @@ def _race(ready: list[Decoding], new_tokens: int, repetitions: int, limit: float
                 figures[index].append(statistics.median(milliseconds))
     for index, contestant in enumerate(running):
         rows[contestant.side.which, contestant.position]["latency_ms"] = spread(figures[index])
+    flatness = {}
+    for which in dict.fromkeys(contestant.side.which for contestant in running):
+        of_side = {x.position: figures[index] for index, x in enumerate(running) if x.side.which == which}
+        first, last = min(of_side), max(of_side)
+        if first < last:
+            ratios = [long / short for long, short in zip(of_side[last], of_side[first], strict=True)]
+            flatness[which] = {"from": first, "to": last, "ratio": spread(ratios)}
+    return flatness
+
+
+def _prefill_speedup(rows: dict) -> dict | None:
+    """`{position, ratio}` of the mean times at the longest position that both sides have read."""
+    both = {position for _, position in rows if all(rows.get((side, position), {}).get("prefill_s") for side in SIDES)}
+    if not both:
+        return None
+    longest = max(both)
+    model, base = (rows[side, longest]["prefill_s"]["mean"] for side in SIDES)
+    return {"position": longest, "ratio": base / model}
 
 
 def largest_batch(side: Side, tokens: int, limit: float) -> dict:
@@ -317,7 +349,7 @@ def largest_batch(side: Side, tokens: int, limit: float) -> dict:
 
 
 def _try_batch(side: Side, tokens: int) -> tuple[float | None, str]:
-    free, needed = available(side.device), 2 * side.token_bytes() * tokens
+    free, needed = available(side.device), 2 * side.needed_bytes(tokens)
     if free is not None and needed > MEMORY_SHARE * free:
         return None, "the caches of more do not fit into memory"
     try:

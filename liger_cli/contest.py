@@ -54,41 +54,45 @@ class Side:
             logits[:, -1].argmax(-1)
             return _now(self.device) - start
 
-    def token_bytes(self) -> int:
-        """Bytes that the layers that grow take for one token of every sequence."""
-        _, cache = replace(self, batch_size=1).prefill(WARM_TOKENS, float("inf"))
-        return self.batch_size * sum(
-            2 * x.numel() * x.element_size() // x.shape[2] for x in (layer.keys for layer in growing(cache))
-        )
+    def needed_bytes(self, tokens: int) -> int:
+        """Bytes of this side's cache after `tokens` tokens, without making it."""
+        cache = self._short_cache(1)
+        nbytes = cache_bytes(cache)
+        for layer, name, limit in token_tensors(cache):
+            x = getattr(layer, name)
+            nbytes += x.numel() // x.shape[2] * x.element_size() * (_held(tokens, limit) - x.shape[2])
+        return self.batch_size * nbytes
 
     def filled_cache(self, tokens: int):
         """A cache as long as after `tokens` tokens that were never read.
 
-        Growing layers hold random keys and values [B, Hkv, tokens, D]; the others what they hold after a short text,
-        which is as large as after any other.
+        What holds tokens, growing or up to a window, is filled with random keys and values; states are those after a
+        short text, as large as after any other.
         """
         import torch
 
-        _, cache = replace(self, batch_size=1).prefill(WARM_TOKENS, float("inf"))
-        cache.batch_repeat_interleave(self.batch_size)
-        for layer in growing(cache):
-            for name in ("keys", "values"):
-                x = getattr(layer, name)
-                setattr(layer, name, torch.randn(*x.shape[:2], tokens, x.shape[3], dtype=x.dtype, device=x.device))
-        for layer in cache.layers:
-            if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length = tokens
+        cache = self._short_cache(self.batch_size)
+        for layer, name, limit in token_tensors(cache):
+            x = getattr(layer, name)
+            shape = (*x.shape[:2], _held(tokens, limit), x.shape[3])
+            setattr(layer, name, torch.randn(shape, dtype=x.dtype, device=x.device))
+        _set_length(cache, tokens)
         return cache
 
     def shortened(self, cache, tokens: int):
-        """Another cache whose growing layers are the first `tokens` tokens of the given one's, without a copy."""
-        _, short = self.prefill(WARM_TOKENS, float("inf"))
-        for layer, source in zip(growing(short), growing(cache), strict=True):
-            layer.keys, layer.values = source.keys[:, :, :tokens], source.values[:, :, :tokens]
-        for layer in short.layers:
-            if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length = tokens
+        """Another cache that holds the first `tokens` tokens of the given one's, without a copy."""
+        short = self._short_cache(self.batch_size)
+        for (layer, name, limit), (source, _, _) in zip(token_tensors(short), token_tensors(cache), strict=True):
+            setattr(layer, name, getattr(source, name)[:, :, : _held(tokens, limit)])
+        _set_length(short, tokens)
         return short
+
+    def _short_cache(self, batch_size: int):
+        """The cache of a short text, for `batch_size` sequences, all its layers made."""
+        _, cache = replace(self, batch_size=1).prefill(WARM_TOKENS, float("inf"))
+        if batch_size > 1:
+            cache.batch_repeat_interleave(batch_size)
+        return cache
 
     def _random_ids(self, tokens: int):
         import torch
@@ -101,7 +105,7 @@ class Decoding:
     """A side at a position, ready for any number of steps from just there.
 
     Attributes:
-        cache: of `position` tokens. Growing layers are set back after every step, so that the position stays.
+        cache: of `position` tokens. What holds tokens is set back after every step, so that the position stays.
     """
 
     side: Side
@@ -109,19 +113,45 @@ class Decoding:
     cache: object
 
     def __post_init__(self):
-        self.growing = [(layer, layer.keys, layer.values) for layer in growing(self.cache)]
+        self.held = [(layer, name, getattr(layer, name)) for layer, name, _ in token_tensors(self.cache)]
 
     def step(self) -> float:
         """Seconds of one step."""
         seconds = self.side.step(self.cache)
-        for layer, keys, values in self.growing:
-            layer.keys, layer.values = keys, values
+        for layer, name, x in self.held:
+            setattr(layer, name, x)
+        _set_length(self.cache, self.position)
         return seconds
 
 
-def growing(cache) -> list:
-    """The layers of a cache that keep every token."""
-    return [x for x in cache.layers if not isinstance(x, LigerCacheLayer) and not getattr(x, "is_sliding", False)]
+def token_tensors(cache) -> list[tuple[object, str, int | None]]:
+    """What holds tokens, [B, H, tokens, D], as (layer, attribute, tokens held at most or None)."""
+    found: list[tuple[object, str, int | None]] = []
+    for layer in cache.layers:
+        names = dict.fromkeys(("keys", "values"))
+        if isinstance(layer, LigerCacheLayer):
+            local = getattr(layer, "local_window", None)
+            names = dict.fromkeys(names, max(layer.window - 1, 0))
+            names |= dict.fromkeys(("softmax_keys", "softmax_values"), None if local is None else local - 1)
+        elif getattr(layer, "is_sliding", False):
+            names = dict.fromkeys(names, layer.sliding_window - 1)
+        found += [(layer, name, limit) for name, limit in names.items() if getattr(layer, name, None) is not None]
+    return found
+
+
+def growing(cache) -> list[tuple[object, str]]:
+    """What holds every token of the text, as (layer, attribute)."""
+    return [(layer, name) for layer, name, limit in token_tensors(cache) if limit is None]
+
+
+def _held(tokens: int, limit: int | None) -> int:
+    return tokens if limit is None else min(tokens, limit)
+
+
+def _set_length(cache, tokens: int) -> None:
+    for layer in cache.layers:
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = tokens
 
 
 def cache_tensors(cache) -> list[dict]:
@@ -158,11 +188,11 @@ def _now(device: str) -> float:
 
 
 class _deadline:
-    """Stops a forward pass between two layers once the time is over."""
+    """Stops a forward pass once the time is over: before the next module of any layer runs."""
 
     def __init__(self, model, seconds: float):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.layers = base.get_decoder().layers
+        self.modules = list(base.get_decoder().modules())
         self.seconds = seconds
 
     def __enter__(self):
@@ -172,7 +202,7 @@ class _deadline:
             if time.perf_counter() - start > self.seconds:
                 raise OutOfTime
 
-        self.hooks = [layer.register_forward_pre_hook(check) for layer in self.layers]
+        self.hooks = [module.register_forward_pre_hook(check) for module in self.modules]
 
     def __exit__(self, *_):
         for hook in self.hooks:

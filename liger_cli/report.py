@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 from liger_cli.columns import TITLES
+from liger_cli.escape import csv_cell, markdown, printable
 
 FORMATS = ("table", "md", "json", "csv")
 
@@ -19,14 +20,14 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
 
     def markdown(self) -> str:
-        lines = [f"**{self.title}**", "", _markdown_row(self.header)]
+        lines = [f"**{markdown(self.title)}**", "", _markdown_row(self.header)]
         lines.append("|" + "---|" + "---:|" * (len(self.header) - 1))
         return "\n".join([*lines, *map(_markdown_row, self.rows)])
 
     def csv(self) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([self.header, *self.rows])
+        writer.writerows([list(map(csv_cell, cells)) for cells in (self.header, *self.rows)])
         return text.getvalue()
 
     def rich(self):
@@ -34,11 +35,11 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD)
+        table = RichTable(title=Text(printable(self.title)), title_justify="left", box=box.SIMPLE_HEAD)
         for index, name in enumerate(self.header):
-            table.add_column(Text(name), justify="right" if index else "left", no_wrap=index == 0)
+            table.add_column(Text(printable(name)), justify="right" if index else "left", no_wrap=index == 0)
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         return table
 
 
@@ -47,22 +48,22 @@ def print_tables(tables: list[Table], output_format: str = "table", notes: tuple
     if output_format == "table":
         from rich.console import Console
 
-        console = Console(highlight=False, markup=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         for table in tables:
             console.print(table.rich())
         for note in notes:
-            console.print(note, soft_wrap=True)
+            console.print(printable(note, keep="\n"), soft_wrap=True)
         return
     if output_format == "md":
-        print("\n\n".join([table.markdown() for table in tables] + list(notes)))
+        print("\n\n".join([table.markdown() for table in tables] + [printable(note, keep="\n") for note in notes]))
         return
     print("\n".join(table.csv() for table in tables), end="")
     for note in notes:
-        print(note, file=sys.stderr)
+        print(printable(note, keep="\n"), file=sys.stderr)
 
 
 def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown, cells)) + " |"
 
 
 def percent(value: float | None) -> str:
@@ -309,6 +310,14 @@ def bench_notes(result: dict) -> list[str]:
         "processor's cache can beat it.",
         *_backend_notes(result.get("backend")),
     ]
+    flat = [
+        f"{which} {row['ratio']['median']:.2f} times as long after {row['to']} tokens as after {row['from']}"
+        for which, row in result.get("flatness", {}).items()
+    ]
+    if flat:
+        notes.append(f"A step of decoding takes (median over repetitions): {'; '.join(flat)}.")
+    if speedup := result.get("prefill_speedup"):
+        notes.append(f"The model reads {speedup['position']} tokens {speedup['ratio']:.3g} times as fast as the base.")
     stopped = [
         f"{row['which']} at {row['position']} tokens: {what} {row[name]}"
         for row in result["rows"]

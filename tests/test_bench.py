@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import statistics
+import time
 
 import pytest
 
@@ -81,6 +82,61 @@ def test_filled_cache_is_like_a_read_one(subject, which):
     assert cache_shapes(short) == cache_shapes(side.prefill(100, float("inf"))[1])
     if which == "base":
         assert short.layers[0].keys.data_ptr() == filled.layers[0].keys.data_ptr()
+    assert side.needed_bytes(300) == cache_bytes(read)
+
+
+@pytest.fixture(scope="module")
+def sliding(tiny_base, tmp_path_factory):
+    """A base with three local layers of 200 tokens and a global one, which alone is linearized; a window of 160."""
+    folder = tmp_path_factory.mktemp("bench") / "sliding-liger"
+    local = ["sliding_attention"] * 3 + ["full_attention"]
+    base = tiny_base("gemma3_text", sliding_window=200, layer_types=local, query_pre_attn_scalar=16)
+    convert.convert(str(base), str(folder), settings={"window": 160})
+    return open_subject(folder)
+
+
+@pytest.mark.parametrize("which", ["model", "base"])
+@pytest.mark.parametrize("tokens", [150, 180, 500])
+def test_windows_longer_than_a_short_text(sliding, which, tokens):
+    """Local layers and Liger's window hold what they hold after that many tokens, in every way to get there."""
+    side = _side(sliding, which, batch_size=2)
+    read = side.prefill(tokens, float("inf"))[1]
+    filled = side.filled_cache(tokens)
+    assert cache_shapes(filled) == cache_shapes(read) and filled.get_seq_length() == tokens
+    assert side.needed_bytes(tokens) == cache_bytes(read)
+    longer = side.filled_cache(600)
+    assert cache_shapes(side.shortened(longer, tokens)) == cache_shapes(read)
+    contestant = Decoding(side, tokens, filled)
+    contestant.step()
+    assert cache_shapes(filled) == cache_shapes(read) and filled.get_seq_length() == tokens
+
+
+def test_sweep_counts_local_layers(sliding, monkeypatch):
+    side = _side(sliding, "base")
+    fits = 3 * 2 * side.needed_bytes(400) / bench.MEMORY_SHARE
+    monkeypatch.setattr(bench, "available", lambda device: fits)
+    found = bench.largest_batch(side, 400, 60.0)
+    assert found["batch_size"] == 3 and "do not fit" in found["note"]
+
+
+def test_softmax_heads_in_a_liger_layer(tiny_base, tmp_path):
+    """The keys and values of single softmax heads grow with the text, and the caches that bench makes know it."""
+    from liger_cli.templates.liger_config import LayerSpec
+
+    if not hasattr(LayerSpec(), "softmax_kv_heads"):
+        pytest.skip("no single softmax heads in this format")
+    config = json.loads((tiny_base() / "config.json").read_text())
+    specs = [LayerSpec(window=8, softmax_kv_heads=(1,) if index == 2 else ()).to_dict() for index in range(4)]
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "liger_qwen3", "liger": {"format": 1, "layers": specs}})
+    )
+    from liger_cli.shapes import shapes_subject
+
+    side = _side(shapes_subject(str(tmp_path / "config.json")), "model")
+    read, filled = side.prefill(300, float("inf"))[1], side.filled_cache(300)
+    assert cache_shapes(read) == cache_shapes(filled) and side.needed_bytes(300) == cache_bytes(read)
+    assert side.needed_bytes(301) - side.needed_bytes(300) == 2 * 16 * 4
+    assert len(growing(filled)) == 2
 
 
 @pytest.mark.parametrize("which", ["model", "base"])
@@ -91,7 +147,8 @@ def test_a_step_leaves_the_position(subject, which):
     for _ in range(3):
         assert contestant.step() > 0
     assert cache_bytes(contestant.cache) == before
-    assert all(layer.keys.shape[2] == 200 for layer in growing(contestant.cache))
+    assert growing(contestant.cache)
+    assert all(getattr(layer, name).shape[2] == 200 for layer, name in growing(contestant.cache))
 
 
 def test_batch(subject):
@@ -133,6 +190,76 @@ def test_stops_what_takes_too_long(subject, monkeypatch):
     shown = "\n".join(table.markdown() for table in bench_tables(result))
     assert "stopped after 7 s" in shown and "not tried" in shown
     assert any("base at 4096 tokens: prefill not tried" in note for note in bench_notes(result))
+
+
+def test_stops_within_a_layer(subject):
+    """The time is looked at before every module, not only between layers."""
+    reached = []
+
+    def slow(*_):
+        reached.append("q_proj")
+        time.sleep(1.1)
+
+    attention = subject.liger_model.get_decoder().layers[0].self_attn
+    hooks = [
+        attention.q_proj.register_forward_hook(slow),
+        attention.o_proj.register_forward_hook(lambda *_: reached.append("o_proj")),
+    ]
+    try:
+        with pytest.raises(OutOfTime):
+            _side(subject, "base").prefill(64, limit=1.0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert reached == ["q_proj"]
+
+
+def test_refuses_what_would_take_too_long(subject, monkeypatch):
+    """A length whose time is bound to be over, by the last one's, is not begun, and says by what it was judged."""
+    begun = []
+    prefill = Side.prefill
+
+    def slow_base(self, tokens, limit):
+        if self.which == "base" and tokens >= 1024:
+            begun.append(tokens)
+            return 4.0, prefill(self, tokens, limit)[1]
+        return prefill(self, tokens, limit)
+
+    monkeypatch.setattr(Side, "prefill", slow_base)
+    result = bench.bench(subject, seq_len=4096, new_tokens=1, repetitions=1, base_limit=7)
+    rows = {(row["which"], row["position"]): row for row in result["rows"]}
+    assert set(begun) == {1024}
+    assert rows["base", 2048]["prefill_note"] == "not tried: 1024 tokens took 4 s, so 2048 take more than 7 s"
+    assert rows["base", 4096]["prefill_s"] is None and rows["base", 4096]["prefill_note"].startswith("not tried")
+    assert result["prefill_speedup"]["position"] == 1024
+
+
+def test_flatness(subject, monkeypatch):
+    """Ratios of interleaved medians at the longest and the shortest position, one a repetition."""
+    seconds = {("model", 1024): [1, 1, 4, 2, 2, 2], ("model", 3000): [2, 2, 2, 3, 3, 9]}
+    left = {}
+
+    def step(self):
+        steps = left.setdefault((self.side.which, self.position), [0, 0, *seconds[self.side.which, self.position]])
+        return steps.pop(0)
+
+    monkeypatch.setattr(Decoding, "step", step)
+    side = _side(subject, "model")
+    cache = side.prefill(8, float("inf"))[1]
+    ready = [Decoding(side, position, cache) for position in (1024, 3000)]
+    rows = {("model", position): {} for position in (1024, 3000)}
+    flatness = bench._race(ready, 3, 2, 60.0, rows)
+    assert flatness["model"]["from"] == 1024 and flatness["model"]["to"] == 3000
+    assert flatness["model"]["ratio"] == bench.spread([2 / 1, 3 / 2])
+
+
+def test_notes_say_how_flat_and_how_fast(result):
+    assert result["flatness"]["model"] | {"ratio": None} == {"from": 1024, "to": 3000, "ratio": None}
+    assert result["flatness"]["base"]["ratio"]["runs"] == 2
+    rows = {row["which"]: row["prefill_s"]["mean"] for row in result["rows"] if row["position"] == 3000}
+    assert result["prefill_speedup"] == {"position": 3000, "ratio": pytest.approx(rows["base"] / rows["model"])}
+    notes = " ".join(bench_notes(result))
+    assert "times as long after 3000 tokens as after 1024" in notes and "reads 3000 tokens" in notes
 
 
 def test_what_does_not_fit_is_said(subject, monkeypatch):
@@ -243,7 +370,7 @@ def test_shapes_only(tiny_base, tmp_path, capsys):
 
 def test_sweep_stops_at_memory(subject, monkeypatch):
     side = _side(subject, "base")
-    fits = 5 * 2 * side.token_bytes() * 100 / bench.MEMORY_SHARE
+    fits = 5 * 2 * side.needed_bytes(100) / bench.MEMORY_SHARE
     monkeypatch.setattr(bench, "available", lambda device: fits)
     found = bench.largest_batch(side, 100, 60.0)
     assert found["batch_size"] == 5 and "do not fit" in found["note"]

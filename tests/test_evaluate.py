@@ -1,5 +1,7 @@
 """liger eval: the figures against independent ones, the columns, what is kept, and what is refused."""
 
+import csv
+import io
 import json
 import math
 import shutil
@@ -9,6 +11,7 @@ import pytest
 from liger_cli import convert, evaluate
 from liger_cli.columns import COLUMNS, TUNED, open_subject
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.harness import SUITES, parse_metadata, parse_tasks, run_tasks
 from liger_cli.manifest import new_manifest, read_manifest, write_manifest
 from liger_cli.recall import KINDS, generated, make_probes, teacher_forced
 from liger_cli.scoring import make_rows, read_texts, score
@@ -314,6 +317,52 @@ def pets(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_changes_no_task(shipped, pets, monkeypatch, tmp_path, side):
+    """Whatever side the tokenizer pads on, and however many sequences a pass holds: the same figures."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    opened = open_subject(shipped)
+    alone = run_tasks(opened, ("liger_pets",), include_path=str(pets), batch_size=1)
+    opened.tokenizer.padding_side = side
+    assert run_tasks(opened, ("liger_pets",), include_path=str(pets), batch_size=4) == alone
+    assert run_tasks(opened, ("liger_pets",), include_path=str(pets)) == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offline", [{"HF_HUB_OFFLINE": "1"}, {}])
+def test_hub_task_without_network(shipped, liger, tmp_path, offline):
+    """One sentence and exit code 4, whether the user said that there is no network or it is found out."""
+    pytest.importorskip("lm_eval")
+    # Nothing listens on the discard port: the hub cannot be reached, whatever the machine's own network.
+    cut_off = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "")
+    ran = liger("eval", shipped, "--tasks", "piqa", "--limit", 1, "--no-save", env={**cut_off, **proxies, **offline})
+    assert ran.returncode == 4 and not ran.stdout
+    (sentence,) = [line for line in ran.stderr.splitlines() if line.startswith("liger:")]
+    assert sentence.startswith("liger: the data of piqa could not be had from the hub; check the network")
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.slow
+def test_suites_are_in_the_harness():
+    tasks = pytest.importorskip("lm_eval.tasks")
+    known = tasks.TaskManager().all_tasks
+    assert all(name in known for names in SUITES.values() for name in names)
+
+
+@pytest.mark.slow
+def test_ruler(shipped, monkeypatch):
+    """Its tasks write their texts themselves, as long as asked for, by the model's own tokenizer."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("wonderwords")
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk, "download", lambda *_: False)
+    found = run_tasks(open_subject(shipped), ("niah_single_1",), limit=1, metadata={"max_seq_lengths": [512]})
+    assert set(found["base"]["niah_single_1"]) == {"512"}
+
+
+@pytest.mark.slow
 def test_local_task_offline(shipped, pets, capsys, monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -334,6 +383,7 @@ def test_local_task_offline(shipped, pets, capsys, monkeypatch, tmp_path):
     [
         (ConnectionError("Couldn't reach the hub"), "could not be had from the hub"),
         (KeyError("x"), "the harness failed"),
+        (ImportError("Please install wonderwords"), "needs a package that is missing (Please install wonderwords)"),
     ],
 )
 def test_failures_of_the_harness_are_sentences(error, words):
@@ -343,7 +393,7 @@ def test_failures_of_the_harness_are_sentences(error, words):
 
 
 def test_suites():
-    from liger_cli.harness import _by_fewshot, parse_tasks
+    from liger_cli.harness import _by_fewshot
 
     assert parse_tasks("paper, mine") == (
         "piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu", "mine",
@@ -352,6 +402,57 @@ def test_suites():
     assert _by_fewshot(("piqa", "mmlu"), 2) == {2: ["piqa", "mmlu"]}
     with pytest.raises(UsageError, match="--tasks"):
         parse_tasks(",")
+
+
+def test_groups_without_figures_give_those_of_their_tasks():
+    from liger_cli.harness import _of_task
+
+    results = {
+        "results": {"ruler": {"4096,none": -1, "4096_stderr,none": "N/A"}, "a": {"8192,none": 0.5, "4096,none": -1}},
+        "group_subtasks": {"ruler": ["a"], "a": []},
+    }
+    assert _of_task(results, "ruler") == {"a": {"8192": {"value": 0.5, "stderr": None}}}
+
+
+def test_automatic_batch_size_is_bounded(subject):
+    """On a CPU it follows from the logits' memory; the harness's own search would take all there is."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from liger_cli.harness import _automatic_batch_size
+
+    assert 1 <= _automatic_batch_size(subject.liger_model) <= 16
+    config = SimpleNamespace(max_position_embeddings=131072, vocab_size=128256)
+    assert _automatic_batch_size(SimpleNamespace(device=torch.device("cpu"), config=config)) == 1
+    assert _automatic_batch_size(SimpleNamespace(device=torch.device("cuda"), config=config)) == "auto"
+
+
+def test_options_as_text():
+    assert evaluate.parse_batch_size("auto") is None and evaluate.parse_batch_size("8") == 8
+    with pytest.raises(UsageError, match="--batch-size is '0'"):
+        evaluate.parse_batch_size("0")
+    assert parse_metadata('{"max_seq_lengths": [512]}') == {"max_seq_lengths": [512]} and parse_metadata(None) is None
+    for wrong in ("[1]", "{"):
+        with pytest.raises(UsageError, match="--metadata"):
+            parse_metadata(wrong)
+
+
+@pytest.mark.parametrize("kind", ["key_value", "multi"])
+def test_recall_is_the_same_in_any_batch(subject, kind):
+    """Prompts of unlike lengths, padded on the left to generate and on the right to score."""
+    probes = make_probes(kind, subject.tokenizer, 90, 3) + make_probes(kind, subject.tokenizer, 40, 3)
+    for column in COLUMNS:
+        with subject.column(column) as model:
+            for way in (teacher_forced, generated):
+                alone = sum(way(model, [probe], subject.tokenizer) for probe in probes)
+                assert way(model, probes, subject.tokenizer) == alone
+
+
+def test_samples_as_rows(shipped, capsys):
+    evaluate.run(str(shipped), samples=1, save=False, output_format="csv")
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert rows[0] == ["prompt", "base", "model", "window only"] and len(rows) == 2 and all(rows[1])
 
 
 def test_samples_are_greedy_generations(shipped, capsys):

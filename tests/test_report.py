@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from liger_cli import evaluate
 from liger_cli.card import refresh_card
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.outputs import write_whole
+from liger_cli.published import BASES, published_figures
 from liger_cli.report import Table, eval_notes, eval_tables, number, percent
 from liger_cli.results import BEGIN, END, keep, read_results, rewrite_card
 
@@ -45,6 +48,58 @@ def test_eval_tables():
     assert perplexity.header == ["", "base", "model", "window only", "recovery"]
     assert perplexity.rows[0] == ["a token", "2.000", "4.000", "3.000", "50.0 %"]
     assert recall.rows == [["one fact", "64", "100.0 %", "25.0 %", "0.0 %", "25.0 %"]]
+
+
+def test_a_base_that_scores_nothing():
+    """No percentage, and a sentence: there was nothing to recover."""
+    result = _result()
+    result["recall"]["base"]["single"]["teacher_forced"]["64"] = 0.0
+    result["recall"]["recovery"]["single"]["teacher_forced"]["64"] = None
+    _, recall = eval_tables(result)
+    assert recall.rows == [["one fact", "64", "0.0 %", "25.0 %", "0.0 %", "base scores 0"]]
+    assert any("the base itself scores 0 there, so nothing can be concluded" in note for note in eval_notes(result))
+    assert not any("scores 0" in note for note in eval_notes(_result()))
+
+
+def _with_tasks(published):
+    figure = {"value": 0.5, "stderr": 0.01}
+    result = _result()
+    del result["perplexity"], result["recall"]
+    columns = {column: {"piqa": {"acc": figure}} for column in ("base", "model", "window_only")}
+    settings = {"num_fewshot": None, "limit": None, "metadata": None}
+    recovery = {"piqa": {"acc": 1.0}}
+    return {**result, "tasks": {**columns, "recovery": recovery, "settings": settings, "published": published}}
+
+
+def test_published_figures_stand_apart():
+    config = SimpleNamespace(model_type="liger_llama", hidden_size=4096, num_hidden_layers=32, vocab_size=128256)
+    figures = published_figures(config)
+    assert figures["label"] == "published" and figures["base"] == "Llama-3-8B"
+    measured, published = eval_tables(_with_tasks(figures))
+    assert measured.rows == [["piqa", "acc", "50.0 ± 1.0", "50.0 ± 1.0", "50.0 ± 1.0", "100.0 %"]]
+    assert published.title.startswith("published") and "not measured here" in published.title
+    assert published.header[0] == "published"
+    rows = {row[0]: row[1:] for row in published.rows}
+    assert rows["Liger-GLA-8B"] == ["0.02", "80.3", "81.1", "52.5", "76.3", "72", "43.4", "67.6", "72.4"]
+    assert "**published" in published.markdown()
+
+
+def test_no_figures_are_published_for_other_bases():
+    config = SimpleNamespace(model_type="qwen3", hidden_size=4096, num_hidden_layers=32, vocab_size=128256)
+    assert published_figures(config) is None
+    result = _with_tasks(None)
+    assert len(eval_tables(result)) == 1
+    assert any("No figures are published" in note for note in eval_notes(result))
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
+def test_published_averages_are_those_of_the_scores(base):
+    """Against slips of the pen: where every score is printed, they average to what is printed beside them."""
+    for figures in base.figures:
+        if None not in figures.scores:
+            # 0.11: the paper averages scores of more digits than it prints.
+            assert sum(figures.scores) / 6 == pytest.approx(figures.average, abs=0.11)
+            assert sum(figures.scores[:5]) / 5 == pytest.approx(figures.average_without_mmlu, abs=0.11)
 
 
 def test_no_recovery_without_the_base():
