@@ -1,5 +1,7 @@
 """nox -f .noxfile.py: the tests on every supported Python, and the linters."""
 
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "tests"]
@@ -18,6 +20,26 @@ def oldest(session: nox.Session) -> None:
     """The families and the model on the oldest transformers that is supported."""
     session.install("-e", ".[dev]", "torch==2.13.0", "transformers==5.17.0")
     session.run("pytest", *(session.posargs or ["-n", "2", "tests/test_families.py", "tests/test_model.py"]))
+
+
+@nox.session(python="3.11")
+def fuzz(session: nox.Session) -> None:
+    """Many random shapes, lengths, magnitudes, states and paddings through both branches; kept in .fuzz/recurrence.txt.
+
+    nox -f .noxfile.py -s fuzz -- 20000    gives the number of examples for each test.
+    """
+    session.install("-c", ".constraints.txt", "-e", ".[dev]")
+    examples = session.posargs[0] if session.posargs else "20000"
+    kept = Path(".fuzz")
+    kept.mkdir(exist_ok=True)
+    with open(kept / "recurrence.txt", "w", encoding="utf-8") as output:
+        session.run(
+            *("pytest", "-q", "-k", "fuzz", "--hypothesis-show-statistics"),
+            *("tests/test_recurrence.py", "tests/test_window.py"),
+            env={"LIGER_FUZZ_EXAMPLES": examples},
+            stdout=output,
+        )
+    session.log((kept / "recurrence.txt").read_text(encoding="utf-8"))
 
 
 @nox.session

@@ -7,9 +7,13 @@ from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
 
 
-def relative_rms(actual, expected) -> float:
-    error = (actual.double() - expected).square().mean().sqrt()
-    return (error / expected.square().mean().sqrt().clamp_min(1e-30)).item()
+def rms(x) -> float:
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def relative_rms(actual, expected, least: float = 1e-30) -> float:
+    """RMS of the difference over that of `expected`, or over `least` where that is more."""
+    return rms(actual.double() - expected) / max(rms(expected), least)
 
 
 def tuple_of(state):
@@ -21,8 +25,13 @@ def arguments(inputs, rule: str) -> list:
     return [inputs.q, inputs.k, inputs.v, inputs.log_decay, *extra]
 
 
-def example(name, length, magnitude, batch=2, query_heads=4, kv_heads=2, dim=16, seed=0, initial=True, spec=None):
-    """A gate's recurrence inputs, from keys up to about `magnitude`, and an initial state, in float64."""
+def example(
+    name, length, magnitude, batch=2, query_heads=4, kv_heads=2, dim=16, seed=0, initial=True, spec=None, valid=None
+):
+    """A gate's recurrence inputs, from keys up to about `magnitude`, and an initial state, in float64.
+
+    Positions where `valid` ([batch, length] bool) is false are padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     spec = spec or LayerSpec(gate=name, slots=8)
@@ -31,6 +40,8 @@ def example(name, length, magnitude, batch=2, query_heads=4, kv_heads=2, dim=16,
     k = random(batch, kv_heads, length, dim)
     k = k / k.abs().amax().clamp_min(1e-9) * magnitude if k.numel() else k
     inputs = gate.inputs(q, k, v, gate.pool(k, spec), spec)
+    if valid is not None:
+        inputs = inputs.masked(valid)
     if gate.rule == "slots":
         inputs.k = inputs.k / max(magnitude, 1)
     state = None

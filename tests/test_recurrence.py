@@ -3,16 +3,20 @@
 float64 to 1e-10. float32 to 1e-5: some hundred roundings of 2^-24, in sums over a chunk of 64 and exponents up to 15.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrence_examples import arguments, example, relative_rms, run, tuple_of
+from recurrence_examples import arguments, example, relative_rms, rms, run, tuple_of
 
 from liger_cli.templates import liger_recurrence as recurrence
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
 
+# The nox session `fuzz` asks for many more.
+FUZZ_EXAMPLES = int(os.environ.get("LIGER_FUZZ_EXAMPLES", "60"))
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 LENGTHS = (1, 2, 63, 64, 65, 200)
 
@@ -88,25 +92,49 @@ def test_masked_positions_change_nothing(name):
             assert relative_rms(a[row : row + 1], e) < 1e-10
 
 
-@settings(max_examples=40, deadline=None)
+def padding(kind: str, batch: int, length: int, seed: int):
+    """[batch, length] bool, false at padding, or None."""
+    if kind == "none":
+        return None
+    generator, place = torch.Generator().manual_seed(seed), torch.arange(length)
+    if kind == "anywhere":
+        return torch.rand(batch, length, generator=generator) > 0.4
+    kept = torch.randint(0, length + 1, (batch, 1), generator=generator)
+    return place >= length - kept if kind == "left" else place < kept
+
+
+@settings(max_examples=FUZZ_EXAMPLES, deadline=None)
 @given(
     name=st.sampled_from(sorted(GATES)),
     length=st.integers(1, 140),
-    magnitude=st.sampled_from([0.0, 1e-30, 1.0, 10.0, 100.0, 300.0]),
+    magnitude=st.sampled_from([0.0, 1e-40, 1e-30, 1.0, 10.0, 100.0, 300.0]),
     kv_heads=st.integers(1, 3),
     groups=st.integers(1, 3),
     dim=st.sampled_from([1, 2, 8, 24]),
     batch=st.integers(1, 2),
     seed=st.integers(0, 2**16),
     initial=st.booleans(),
+    pad=st.sampled_from(["none", "left", "right", "anywhere"]),
+    cut=st.floats(0, 1),
+    gradients=st.booleans(),
 )
-def test_fuzz(name, length, magnitude, kv_heads, groups, dim, batch, seed, initial):
-    """Any shape, length and magnitude: chunked = naive, in float64 and in float32."""
+def test_fuzz(name, length, magnitude, kv_heads, groups, dim, batch, seed, initial, pad, cut, gradients):
+    """Any shape, length, magnitude, state and padding, cut in two anywhere: chunked = naive, in float64 and float32."""
     rule, inputs, state = example(
-        name, length, magnitude, batch, kv_heads * groups, kv_heads, dim, seed, initial
+        name, length, magnitude, batch, kv_heads * groups, kv_heads, dim, seed, initial,
+        valid=padding(pad, batch, length, seed),
     )  # fmt: skip
-    expected = run("naive", rule, inputs, state, torch.float64)
+    expected = run("naive", rule, inputs, state, torch.float64, gradients)
     for dtype, tolerance in TOLERANCE.items():
-        for a, e in zip(run("chunk", rule, inputs, state, dtype), expected, strict=True):
+        values = 3 if rule == "slots" else 2
+        # A gradient may cancel out: its error is then one of the others' size.
+        least = max((0.1 * rms(e) for e in expected[values:]), default=0.0)
+        for index, (a, e) in enumerate(zip(run("chunk", rule, inputs, state, dtype, gradients), expected, strict=True)):
             assert a.isfinite().all()
+            assert relative_rms(a, e, max(least, 1e-30) if index >= values else 1e-30) < tolerance
+        middle = int(cut * length)
+        output, *final = run("chunk", rule, [x[:, :, :middle] for x in inputs], state, dtype)
+        then = tuple(final) if rule == "slots" else final[0]
+        rest, *final = run("chunk", rule, [x[:, :, middle:] for x in inputs], then, dtype)
+        for a, e in zip([torch.cat([output, rest], 2), *final], expected[: 1 + len(final)], strict=True):
             assert relative_rms(a, e) < tolerance

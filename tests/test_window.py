@@ -1,5 +1,7 @@
 """Window attention against whole rows of scores under an explicit band, in float64 to 1e-12 and in other dtypes."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +37,7 @@ def example(batch, kv_heads, groups, length, past, dim, seed=0, dtype=torch.floa
     return random(kv_heads * groups, length), random(kv_heads, past + length), random(kv_heads, past + length)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=int(os.environ.get("LIGER_FUZZ_EXAMPLES", "80")), deadline=None)
 @given(
     window=st.integers(1, 150),
     length=st.integers(1, 300),
@@ -49,7 +51,7 @@ def example(batch, kv_heads, groups, length, past, dim, seed=0, dtype=torch.floa
     piece=st.sampled_from([64, 100000]),
     seed=st.integers(0, 100),
 )
-def test_band(window, length, past, kv_heads, groups, batch, softcap, with_sink_logits, padded, piece, seed):
+def test_fuzz(window, length, past, kv_heads, groups, batch, softcap, with_sink_logits, padded, piece, seed):
     """Any window, length and past; soft-capped, with learned sink logits, padded; worked through in pieces or not."""
     q, k, v = example(batch, kv_heads, groups, length, past, 8, seed)
     logits = torch.linspace(-2, 2, q.shape[1], dtype=q.dtype) if with_sink_logits else None
