@@ -1,12 +1,16 @@
 """The results section of a model card, made anew from the folder's results file by every eval and bench."""
 
+import re
 import sys
 from pathlib import Path
 
+from liger_cli.errors import LigerError
+from liger_cli.escape import markdown, printable
 from liger_cli.plots import bench_plot, recall_plot
 from liger_cli.report import bench_notes, bench_tables, eval_notes, eval_tables
-from liger_cli.results import keep, read_results, rewrite_card
+from liger_cli.results import RESULTS, keep, read_results, rewrite_card, shown
 
+PLOT = re.compile(r"\w+\.png", re.ASCII)
 PLOTS = {"eval": recall_plot, "bench": bench_plot}
 
 
@@ -19,8 +23,9 @@ def keep_result(folder: Path, part: str, result: dict) -> list[str]:
         result["plots"] = PLOTS[part](result, folder)
         path = keep(folder, part, result)
         refresh_card(folder)
-    except OSError as error:
-        print(f"liger: the results could not be kept in {folder}: {error.strerror or error}", file=sys.stderr)
+    except (OSError, LigerError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(printable(f"liger: the results could not be kept in {folder}: {reason}"), file=sys.stderr)
         return []
     return [
         f"wrote {', '.join(str(folder / plot) for plot in result['plots']) or 'no plot'}, {path} and the model card"
@@ -28,8 +33,13 @@ def keep_result(folder: Path, part: str, result: dict) -> list[str]:
 
 
 def refresh_card(folder: Path) -> Path:
-    """Rewrite the section from `results.json`. Raises OSError where the folder cannot be written to."""
-    return rewrite_card(folder, section(read_results(folder), folder))
+    """Rewrite the section from `results.json`.
+
+    Raises:
+        OSError: the folder cannot be written to. LigerError: the results or the card are not as liger writes them.
+    """
+    results = read_results(folder)
+    return rewrite_card(folder, shown(lambda: section(results, folder), folder / RESULTS))
 
 
 def section(results: dict, folder: Path) -> str:
@@ -44,8 +54,8 @@ def section(results: dict, folder: Path) -> str:
         result = results[name]
         parts.append(f"### {title}")
         parts += [table.markdown() for table in tables(result)]
-        parts += notes(result)
-        parts += [f"![{title}]({plot})" for plot in result.get("plots", []) if plot.endswith(".png")]
+        parts += map(markdown, notes(result))
+        parts += [f"![{title}]({plot})" for plot in result.get("plots", []) if PLOT.fullmatch(plot)]
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
-        parts.append(f"Measured {result['created'][:16].replace('T', ' ')} UTC with {versions}.")
+        parts.append(markdown(f"Measured {result['created'][:16].replace('T', ' ')} UTC with {versions}."))
     return "\n\n".join(parts)

@@ -22,6 +22,7 @@ DEMO_DOCUMENTS = 1500
 END_OF_TEXT = "<|endoftext|>"
 TEXT_BLOCK = 1 << 24  # characters of a text file read at once
 ENCODED_BLOCK = 1 << 24  # characters tokenized at once, or 1,000 documents
+MAX_TURNS = 1000  # of a conversation
 TEXT_COLUMNS = ("text", "content")
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -208,10 +209,13 @@ def _local_rows(path: Path) -> Iterator[dict]:
         yield from datasets.load_dataset(
             LOADERS[path.suffix.lower()], data_files=str(path), split="train", streaming=True
         )
-    except (OSError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
     except Exception as error:  # each reader has its own kinds
-        raise LigerError(f"{path} cannot be read as {path.suffix.lower()[1:]}: {str(error)[:300]}") from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise LigerError(f"{path} cannot be read as {path.suffix.lower()[1:]}: {reason}") from None
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -266,8 +270,8 @@ def detect_layout(row: dict, name: str) -> str:
     if any(isinstance(row.get(column), str) for column in TEXT_COLUMNS):
         return "text"
     raise UsageError(
-        f"{name} has the columns {', '.join(row)}; liger knows messages, conversations, instruction + output, "
-        "prompt + completion, and text"
+        f"{name} has the columns {', '.join(map(str, row))[:300]}; liger knows messages, conversations, "
+        "instruction + output, prompt + completion, and text"
     )
 
 
@@ -317,9 +321,16 @@ def chat_segments(messages: list[dict], tokenizer) -> list[Segments]:
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template, which chat data needs; use Alpaca or plain-text data")
 
-    def render(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+    from jinja2 import TemplateError
 
+    def render(count: int, prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except (TemplateError, RecursionError, ArithmeticError, LookupError) as error:
+            raise ValueError(f"the tokenizer's chat template fails on it: {error}") from None
+
+    if len(messages) > MAX_TURNS:  # every assistant turn is rendered after all those before it
+        raise ValueError(f"{len(messages)} turns, more than {MAX_TURNS}")
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ValueError("no assistant turn")

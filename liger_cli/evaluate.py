@@ -20,11 +20,12 @@ from liger_cli.report import (
     sample_lines,
     sample_table,
 )
-from liger_cli.results import read_results, stamp
+from liger_cli.results import read_results, shown, stamp
 from liger_cli.samples import write_samples
 from liger_cli.scoring import batch_size_for, make_rows, read_texts, score
 from liger_cli.shipped.probes import DISTANCES, held_out_text
 from liger_cli.shipped.text import TEST_SEED
+from liger_cli.tokenizer import check_ids
 
 SEQ_LEN = 1024
 SHIPPED_CHARACTERS = 60_000
@@ -112,10 +113,11 @@ def run(
 
 def _compare(files: tuple[str, ...], output_format: str) -> dict:
     results = {name: read_results(Path(name)) for name in files}
+    where = Path(files[0] if len(files) == 1 else "one of the results files")
     if output_format == "json":
-        print(json.dumps(results, indent=2, allow_nan=False))
+        print(shown(lambda: json.dumps(results, indent=2, allow_nan=False), where))
     else:
-        print_tables(comparison_tables(results), output_format)
+        print_tables(shown(lambda: comparison_tables(results), where), output_format)
     return results
 
 
@@ -213,6 +215,7 @@ def _texts(text: str | None, documents: int = 0) -> list[str]:
 def _score(subject: Subject, parts, text: str | None, seq_len: int, batch_size: int | None) -> dict:
     name = "the shipped held-out text" if text is None else str(text)
     rows = make_rows(subject.tokenizer, _texts(text), seq_len)
+    check_ids(int(rows.ids.max()), subject.liger_model.config.vocab_size, subject.folder)
     size = batch_size_for(rows, subject.liger_model.config.vocab_size, batch_size)
     with progress("perplexity", -(-len(rows.ids) // size) * len(COLUMNS)) as step:
         found = score(subject, rows, batch_size=batch_size, agreement="agreement" in parts, step=step)

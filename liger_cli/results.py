@@ -1,16 +1,25 @@
 """What a measurement leaves behind: `results.json` in the model's folder, and a section of its model card."""
 
 import json
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from liger_cli.checkpoint import inside
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.escape import markdown
 from liger_cli.manifest import package_versions, utc_now
 from liger_cli.outputs import write_whole
+from liger_cli.untrusted import read_bytes, read_json
+
+T = TypeVar("T")
 
 RESULTS = "results.json"
 FORMAT = 1
+PARTS = ("eval", "bench")
 BEGIN, END = "<!-- results: written by liger, rewritten by every eval and bench -->", "<!-- end of results -->"
 CARD = "README.md"
 
@@ -27,15 +36,26 @@ def read_results(path: Path) -> dict:
         UsageError: it is not there. LigerError: liger did not write it.
     """
     path = path / RESULTS if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is not there; run `liger eval` or `liger bench` first") from None
-    except ValueError:
-        raise LigerError(f"{path} is not JSON") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not os.path.lexists(path):
+        raise UsageError(f"{path} is not there; run `liger eval` or `liger bench` first")
+    found = read_json(inside(path.parent.resolve(), path.name), LigerError)
+    if found.get("format") != FORMAT or not all(isinstance(found.get(part, {}), dict) for part in PARTS):
         raise LigerError(f"{path} is not a results file of this version of liger")
     return found
+
+
+def shown(make: Callable[[], T], path: Path) -> T:
+    """What `make` makes of a results file. Raises LigerError where a figure is missing or is no figure.
+
+    The tables look up hundreds of figures; a file that lacks one, or has a text in its place, was not written by liger.
+    """
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LigerError(
+            f"{path} is not as liger writes its results ({type(error).__name__}: {reason}); measure again"
+        ) from error
 
 
 def keep(folder: Path, part: str, result: dict) -> Path:
@@ -52,7 +72,8 @@ def keep(folder: Path, part: str, result: dict) -> Path:
     except (UsageError, LigerError):
         found = {"format": FORMAT}
     before = found.get(part)
-    if part == "eval" and before and before["model"]["fingerprint"] == result["model"]["fingerprint"]:
+    model = before.get("model") if before else None
+    if part == "eval" and isinstance(model, dict) and model.get("fingerprint") == result["model"]["fingerprint"]:
         result = {**{name: value for name, value in before.items() if name != "samples"}, **result}
     found[part] = result
     write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
@@ -63,10 +84,13 @@ def rewrite_card(folder: Path, section: str) -> Path:
     """Put the section into the folder's model card: in place of the last one, else at its end.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to. ModelError: the card is no plain file of the folder.
     """
     path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# {folder.name}\n"
+    if os.path.lexists(path):
+        text = read_bytes(inside(folder.resolve(), CARD)).decode("utf-8", "replace")
+    else:
+        text = f"# {markdown(folder.name)}\n"
     block = f"{BEGIN}\n\n{section.strip()}\n\n{END}"
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     text = pattern.sub(lambda _: block, text, count=1) if pattern.search(text) else f"{text.rstrip()}\n\n{block}\n"

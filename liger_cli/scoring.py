@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from liger_cli.columns import COLUMNS, Subject
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.untrusted import read_bytes
 
 LOGITS_BYTES = 512 << 20  # float32 logits of one batch at most, where the batch size is free
 FIRST_BUCKET = 64  # tokens; the next buckets double
@@ -38,16 +40,18 @@ def read_texts(path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"{path} is not a file; name a text or a .jsonl file")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_bytes(path, sys.maxsize, LigerError).decode("utf-8")
         if path.suffix == ".jsonl":
             texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
         else:
             texts = [content]
     except UnicodeDecodeError:
         raise LigerError(f"{path} is not UTF-8 text") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise LigerError(f"{path} has a line that is not a JSON object with a field `text`") from None
-    if not any(isinstance(text, str) and text.strip() for text in texts):
+    if not all(isinstance(text, str) for text in texts):
+        raise LigerError(f"{path} has a `text` that is no text")
+    if not any(text.strip() for text in texts):
         raise LigerError(f"{path} holds no text")
     return texts
 

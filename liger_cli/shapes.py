@@ -1,14 +1,14 @@
 """A model of random weights from a config alone, so that speed and memory are known before anything is downloaded."""
 
-import json
 from pathlib import Path
 
 from liger_cli.checkpoint import read_config, supported_family
-from liger_cli.columns import Subject, pick_device, pick_dtype
+from liger_cli.columns import DTYPES, Subject, pick_device, pick_dtype
 from liger_cli.errors import ModelError, SetupError, UsageError
 from liger_cli.families import FAMILIES
 from liger_cli.hub import HUB_ID
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, liger_block
+from liger_cli.untrusted import read_json
 
 
 def shapes_subject(name: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
@@ -38,7 +38,8 @@ def shapes_subject(name: str, *, device: str = "auto", dtype: str = "auto") -> S
         config = {**config, "liger": liger_block(specs), "model_type": f"liger_{family.model_type}"}
     config_class, model_class = model_classes(family)
     if torch_dtype == "auto":
-        torch_dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+        name_of = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        torch_dtype = getattr(torch, name_of) if name_of in DTYPES else torch.bfloat16
     try:
         with torch.device(device):
             model = model_class._from_config(config_class.from_dict(config), dtype=torch_dtype)
@@ -52,19 +53,13 @@ def _config(name: str) -> dict:
     if path.is_dir():
         return read_config(path.resolve())
     if path.is_file():
-        try:
-            config = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            raise ModelError(f"{path} is not JSON") from None
-        if not isinstance(config, dict):
-            raise ModelError(f"{path} is not a model's config")
-        return config
+        return read_json(path)
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{name} does not exist; give a config.json, a folder or a hub id")
     import huggingface_hub
 
     try:
-        return json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text("utf-8"))
+        return read_json(Path(huggingface_hub.hf_hub_download(name, "config.json")))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SetupError(f"the config of {name} could not be had from the hub ({reason}); give a config.json") from None

@@ -20,11 +20,13 @@ def read_bytes(path: Path, limit: int = MAX_JSON, error: type[LigerError] = Mode
         `error`: missing, unreadable, not a plain file, or larger than `limit`.
     """
     try:
-        plain = stat.S_ISREG(os.stat(path).st_mode)
+        plain, content = stat.S_ISREG(os.stat(path).st_mode), b""
         # Without O_NONBLOCK a pipe put there in between would wait for a writer.
         with open(path, "rb", opener=_open_at_once) as file:
-            plain = plain and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            content = file.read(limit + 1) if plain else b""
+            found = os.fstat(file.fileno())
+            plain = plain and stat.S_ISREG(found.st_mode)
+            if plain:
+                content = file.read(min(limit, found.st_size) + 1)
     except (OSError, ValueError) as reason:
         raise error(f"{path} cannot be read ({getattr(reason, 'strerror', None) or reason})") from None
     if not plain:

@@ -184,8 +184,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is not there"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(LigerError, match="not a results file"):
+    with pytest.raises(LigerError, match="not a results file|not a JSON object"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(LigerError, match="not JSON"):
+    with pytest.raises(LigerError, match="not valid JSON"):
         read_results(tmp_path)
