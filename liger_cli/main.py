@@ -95,6 +95,13 @@ def convert(
             "the base), or a list such as 3,11."
         ),
     ] = "none",
+    softmax_heads: Annotated[
+        str,
+        typer.Option(
+            help="Key/value heads kept as softmax inside Liger layers: none, auto:N or auto:2% (those that matter, "
+            "measured on the base), or layer:head such as 4:0,5:1."
+        ),
+    ] = "none",
     calibration_data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Text or .jsonl file to measure on; a shipped text by default."),
@@ -107,6 +114,9 @@ def convert(
         typer.Option("--experimental", help="Try a model type that `liger families` does not list; a gate decides."),
     ] = False,
     sinks: Annotated[int, typer.Option(help="First tokens that stay visible to the window.")] = DEFAULT.sinks,
+    kept: Annotated[
+        int, typer.Option(help="Tokens that stay visible to the window, chosen by a learned score for each head.")
+    ] = DEFAULT.kept,
     normalizer: Annotated[
         str, typer.Option(help=f"Denominator of the recurrent branch: {', '.join(NORMALIZERS)}.")
     ] = DEFAULT.normalizer,
@@ -174,6 +184,7 @@ def convert(
             "window": window,
             "mix": mix,
             "sinks": sinks,
+            "kept": kept,
             "normalizer": normalizer,
             "branch_scales": branch_scales,
             "feature_map": feature_map,
@@ -190,6 +201,7 @@ def convert(
             "layers": layer or [],
         },
         softmax_layers=softmax_layers,
+        softmax_heads=softmax_heads,
         calibration_data=calibration_data,
         linearize_local=linearize_local,
         experimental=experimental,
@@ -279,7 +291,8 @@ def finetune(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. (paper: 200)")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints. (paper: 100)")] = None,
     early_stop: Annotated[
-        int | None, typer.Option(help="Evaluations without improvement that end the run; the best is kept. (paper: 0, never)")
+        int | None,
+        typer.Option(help="Evaluations without improvement that end the run; the best is kept. (paper: 0, never)"),
     ] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more time. (paper: no)")] = None,
     load_in_4bit: Annotated[

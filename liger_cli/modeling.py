@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 from liger_cli.families import Family
@@ -19,6 +20,7 @@ MODULES = (
     "liger_fla",
     "liger_gates",
     "liger_heads",
+    "liger_kept",
     "liger_model",
     "liger_recurrence",
     "liger_window",
@@ -70,6 +72,21 @@ def model_classes(family: Family) -> tuple[type, type]:
     return getattr(module, f"Liger{family.prefix}Config"), getattr(module, f"Liger{family.prefix}ForCausalLM")
 
 
+def load_config(folder, family: Family | None = None):
+    """The config of a converted folder, as an instance of the family's Liger class. Raises ModelError."""
+    from liger_cli.checkpoint import read_config
+    from liger_cli.converted import converted_family
+    from liger_cli.errors import ModelError
+
+    path = Path(folder).resolve()
+    family = family or converted_family(read_config(path), folder)
+    try:
+        return model_classes(family)[0].from_pretrained(path)
+    except Exception as error:  # each check of the config classes has an exception of its own
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder}: config.json is refused by the model's code ({reason})") from error
+
+
 def load_model(folder, **kwargs):
     """Load a converted or merged folder with liger's own model code; the folder's code is not run.
 
@@ -85,10 +102,11 @@ def load_model(folder, **kwargs):
     from liger_cli.errors import LigerError, ModelError
 
     found = read_converted(folder)
-    config_class, model_class = model_classes(found.family)
+    _, model_class = model_classes(found.family)
     options = {**kwargs, "use_safetensors": True, "trust_remote_code": False}
+    config = load_config(folder, found.family)
     try:
-        return model_class.from_pretrained(found.folder, config=config_class.from_pretrained(found.folder), **options)
+        return model_class.from_pretrained(found.folder, config=config, **options)
     except (LigerError, OSError, MemoryError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a value in config.json that the family's classes refuse, each in a way of its own

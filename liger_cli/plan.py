@@ -77,7 +77,8 @@ class Plan:
         heads = sizes.num_key_value_heads - softmax_heads
         state = sum(math.prod(shape) for shape in shapes) * heads * STATE_BYTES
         window = min(spec.window, self._local_window(index) or spec.window)
-        cached = min(tokens, window - 1 + spec.sinks) if window else 0
+        kept = spec.kept if self._local_window(index) is None else 0
+        cached = min(tokens, window - 1 + spec.sinks + kept) if window else 0
         grown = self._base_cache(index, tokens)
         token_bytes = (cached * self._token_bytes() * heads + grown * softmax_heads) // sizes.num_key_value_heads
         return state + token_bytes

@@ -15,6 +15,7 @@ from .liger_branches import document_starts, mixed_attention, packed_attention
 from .liger_config import LayerSpec
 from .liger_extras import extra_tensors
 from .liger_gates import GATES
+from .liger_kept import keep_scores
 
 MODES = ("liger", "softmax", "window")
 
@@ -95,6 +96,11 @@ class LigerAttention:
             return 0.0
         return self.liger_spec.mix if self.liger_window > 0 else 1.0
 
+    @property
+    def liger_kept(self) -> int:
+        """Tokens kept by score: none in `window` mode, nor in a layer whose base never looked beyond its own window."""
+        return self.liger_spec.kept if self.liger_mode == "liger" and self.local_window is None else 0
+
     def forward(
         self,
         hidden_states,
@@ -127,9 +133,10 @@ class LigerAttention:
 
         plain_q, plain_k = self.without_positions(q, k)
         gate = self._gate_logits(hidden_states, plain_q, plain_k, v)
+        scores = keep_scores(plain_k, self.keep_score) if self.liger_kept else None
         if self.liger_spec.positions == "rope":
             plain_q, plain_k = rotated_q, rotated_k
-        branches = (*self._features(plain_q, plain_k), v, rotated_q, rotated_k, gate)
+        branches = (*self._features(plain_q, plain_k), v, rotated_q, rotated_k, gate, scores)
         settings = {
             "spec": self.liger_spec,
             "window": self.liger_window,

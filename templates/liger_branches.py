@@ -9,6 +9,7 @@ from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
 from .liger_heads import with_softmax_heads
+from .liger_kept import add_kept, empty_memory, kept_attention, remember
 from .liger_window import reach, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
@@ -18,7 +19,7 @@ CUDA_PIECE_SIZE = 16384
 
 
 def mixed_attention(
-    q, k, v, rotated_q, rotated_k, gate, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
+    q, k, v, rotated_q, rotated_k, gate, scores, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
     cache: LigerCacheLayer | None = None, scales=None, softcap=None, sink_logits=None, dropout: float = 0.0,
     within_window=None, local_window=None,
 ):  # fmt: skip
@@ -29,6 +30,7 @@ def mixed_attention(
         v: [B, Hkv, T, D].
         rotated_q: [B, Hq, T, D] and rotated_k: [B, Hkv, T, D], after RoPE, read by the window.
         gate: [B, Hkv, T, W], the gate's logits.
+        scores: [B, Hkv, T, 1], by which tokens are kept (see `liger_kept`), or None.
         spec: the layer's settings; `window` and `mix` are those in use.
         scales: coefficients of the recurrence and of the window, [Hq] each, in place of `mix` where both run.
         scaling, softcap, sink_logits, dropout: of the window, see `window_attention`.
@@ -41,18 +43,24 @@ def mixed_attention(
     """
     if spec.softmax_kv_heads:
         return with_softmax_heads(
-            mixed_attention, q, k, v, rotated_q, rotated_k, gate, spec, valid, cache, scales, sink_logits,
+            mixed_attention, q, k, v, rotated_q, rotated_k, gate, scores, spec, valid, cache, scales, sink_logits,
             within_window, local_window, window=window, mix=mix, scaling=scaling, softcap=softcap, dropout=dropout,
         )  # fmt: skip
     length = q.shape[2]
     past = 0 if cache is None else cache.get_seq_length()
     sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks) if spec.sinks and mix < 1 else None
+    memory = None
+    if scores is not None:
+        scores = scores.squeeze(-1)
+        scores = scores if valid is None else scores.masked_fill(~valid[:, None], -torch.inf)
+        memory = None if cache is None else cache.kept
+        scores = scores if cache is None else cache.update_scores(scores)
     keys, values, seen = (rotated_k, v, valid) if cache is None else cache.update(rotated_k, v, valid)
     states = None if cache is None else cache.states
     joint = spec.normalizer == "joint" and mix > 0
     whole = past == 0 and length <= window and within_window is not None and not joint
     size = CUDA_PIECE_SIZE if v.is_cuda else PIECE_SIZE
-    if torch.is_grad_enabled() or whole or mix == 0:
+    if torch.is_grad_enabled() or whole or (mix == 0 and scores is None):
         size = length
     output = v.new_empty(q.shape[0], length, q.shape[1], v.shape[-1]) if length > size else None
     before = keys.shape[2] - length
@@ -79,10 +87,17 @@ def mixed_attention(
                 softcap,
                 sink_logits,
                 None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
-                need_lse=joint,
+                need_lse=joint or scores is not None,
                 dropout=dropout,
                 backend=spec.backend,
             )
+            if scores is not None:
+                kept, kept_lse, memory = kept_attention(
+                    rotated_q[:, :, at], keys, values, scores, before + start, memory, window, spec.kept, scaling,
+                    softcap, dropout,
+                )  # fmt: skip
+                local, lse = add_kept(local, lse, kept, kept_lse)
+                lse = lse if joint else None
         piece = _combine(recurrent, total, local, lse, mix, scales).to(v.dtype).transpose(1, 2)
         if output is None:
             output = piece
@@ -90,6 +105,9 @@ def mixed_attention(
             output[:, at] = piece
     if cache is not None:
         cache.states = states
+        if scores is not None:
+            memory = empty_memory(keys, values, spec.kept) if memory is None else memory
+            cache.kept = remember(memory, keys, values, scores, keys.shape[2] - window)
     return output
 
 
@@ -111,7 +129,7 @@ def document_starts(position_ids, batch: int):
 def packed_attention(starts, *tensors, **settings):
     """`mixed_attention` of every document by itself: state and window begin anew where `starts` ([B, T]) is true.
 
-    `tensors` are the six of `mixed_attention`. Documents are taken out of the rows and run side by side, those of
+    `tensors` are those of `mixed_attention`. Documents are taken out of the rows and run side by side, those of
     similar length together, so that less than half of what is computed is padding. No cache, no other padding. Returns
     [B, T, Hq, D].
     """
@@ -119,7 +137,7 @@ def packed_attention(starts, *tensors, **settings):
     first = starts.flatten().nonzero().squeeze(1)
     lengths = torch.diff(first, append=first.new_tensor([batch * length]))
     buckets = torch.ceil(torch.log2(lengths.float()))
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
+    flat = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]
     places, outputs = [], []
     for bucket in buckets.unique():
         members = buckets == bucket
@@ -127,7 +145,7 @@ def packed_attention(starts, *tensors, **settings):
         inside = offsets < lengths[members, None]
         index = torch.where(inside, first[members, None] + offsets, 0)
         # Padding comes behind each document, where nothing looks.
-        output = mixed_attention(*(x[index].transpose(1, 2) for x in flat), **settings)
+        output = mixed_attention(*(None if x is None else x[index].transpose(1, 2) for x in flat), **settings)
         places.append(index[inside])
         outputs.append(output[inside])
     # The places are a permutation of the tokens; sorting them puts the outputs back in order.

@@ -17,6 +17,8 @@ class LigerCacheLayer(CacheLayerMixin):
         keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first.
         valid: [B, <= window - 1] bool, false at padding; None while no padding was seen.
         sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, slot of each, EMPTY where none.
+        kept: keys, values [B, Hkv, kept, D] and scores [B, Hkv, kept] of the kept tokens, oldest first; None before
+            the first update. window_scores: [B, Hkv, <= window - 1], scores of the tokens of `keys`, or None.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
         softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
             layer has none. softmax_valid: [B, S] bool, None while no padding was seen.
@@ -31,6 +33,7 @@ class LigerCacheLayer(CacheLayerMixin):
     TENSORS = (
         *("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions"),
         *("softmax_keys", "softmax_values", "softmax_valid"),
+        "window_scores",
     )
 
     def __init__(self, window: int, sinks: int = 0, local_window: int | None = None):
@@ -46,7 +49,7 @@ class LigerCacheLayer(CacheLayerMixin):
         self.keys = self.values = self.valid = None
         self.softmax_keys = self.softmax_values = self.softmax_valid = None
         self.sink_keys = self.sink_values = self.sink_positions = None
-        self.states = None
+        self.states = self.kept = self.window_scores = None
         self.cumulative_length = 0
         self.is_initialized = False
 
@@ -104,6 +107,13 @@ class LigerCacheLayer(CacheLayerMixin):
         )
         return self.sink_keys, self.sink_values, self.sink_positions
 
+    def update_scores(self, scores):
+        """Append the scores [B, Hkv, T] of T tokens. Returns those of all that `update` would return."""
+        if self.window_scores is not None:
+            scores = torch.cat([self.window_scores, scores], dim=2)
+        self.window_scores = scores[:, :, max(scores.shape[2] - max(self.window - 1, 0), 0) :].clone()
+        return scores
+
     def update_softmax_heads(self, key_states, value_states, valid=None):
         """Append T tokens to what the softmax heads keep. Call before `update`.
 
@@ -153,14 +163,17 @@ class LigerCacheLayer(CacheLayerMixin):
         """Every tensor held, by name, each with the batch first."""
         named = {name: getattr(self, name) for name in self.TENSORS}
         named |= {f"state_{index}": state for index, state in enumerate(self.states or ())}
+        named |= {f"kept_{index}": tensor for index, tensor in enumerate(self.kept or ())}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _map(self, function) -> None:
         for name, tensor in self.tensors().items():
-            if not name.startswith("state_"):
+            if not name.startswith(("state_", "kept_")):
                 setattr(self, name, function(tensor))
         if self.states is not None:
             self.states = tuple(function(state) for state in self.states)
+        if self.kept is not None:
+            self.kept = tuple(function(tensor) for tensor in self.kept)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the rows of the chosen beams, in their order."""

@@ -33,6 +33,8 @@ class LayerSpec:
         gate: name of a row of `liger_gates.GATES`.
         window: tokens of the softmax window, the token itself included; 0 runs the recurrent branch alone.
         sinks: number of first tokens that stay visible to the window.
+        kept: number of tokens that stay visible to the window after they have left it, chosen by a learned score for
+            each key/value head (see `liger_kept`); the score takes in first tokens, so there are no `sinks` beside it.
         mix: coefficient of the recurrent branch; the window's is 1 - mix (Liger, eq. 9).
         normalizer: `none` sums over the memory as the paper does, `running` divides by phi(q) . z,
             `joint` shares one denominator between the memory and the window, `group` normalises each head's output to
@@ -60,6 +62,7 @@ class LayerSpec:
     gate: str = "gla"
     window: int = 64
     sinks: int = 0
+    kept: int = 0
     mix: float = 0.5
     normalizer: str = "none"
     branch_scales: bool = False
@@ -82,6 +85,10 @@ class LayerSpec:
         _require(self.gate in GATES, "gate", self.gate, f"one of {', '.join(GATES)}")
         _require(_is_int(self.window) and self.window >= 0, "window", self.window, "a whole number, 0 or more")
         _require(_is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number, 0 or more")
+        _require(_is_int(self.kept) and self.kept >= 0, "kept", self.kept, "a whole number, 0 or more")
+        if self.kept:
+            _require(self.window > 0, "kept", self.kept, "0 where the window is 0")
+            _require(self.sinks == 0, "sinks", self.sinks, "0 where tokens are kept by their score")
         _require(_is_number(self.mix) and 0 <= self.mix <= 1, "mix", self.mix, "a number from 0 to 1")
         _require(self.normalizer in NORMALIZERS, "normalizer", self.normalizer, f"one of {', '.join(NORMALIZERS)}")
         _require(self.feature_map in FEATURE_MAPS, "feature_map", self.feature_map, f"one of {', '.join(FEATURE_MAPS)}")

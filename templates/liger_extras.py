@@ -12,6 +12,7 @@ from .liger_gates import GATES
 NAMES = (
     "grm_scale",
     "swa_scale",
+    "keep_score",
     "feature_q",
     "feature_k",
     "feature_q_bias",
@@ -42,6 +43,7 @@ def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: i
     """The extra tensors of a layer of these settings, by name.
 
     - `grm_scale`, `swa_scale` [Hq] (`branch_scales`): coefficients of the two branches, for each query head.
+    - `keep_score` [Hkv, D] (`kept`): weights of the score of a key; from zero, at which the latest tokens are kept.
     - `feature_q` [Hq, F, D], `feature_k` [Hkv, F, D] and their biases (`feature_params: learned`): a linear map before
       the feature map.
     - `gate_down` [R, D_model], `gate_up` [Hkv, W, R], `gate_bias` [Hkv, W] (`gate_params: learned`): a low-rank
@@ -53,6 +55,8 @@ def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: i
     if spec.branch_scales:
         found["grm_scale"] = Extra((num_heads,), float(spec.mix))
         found["swa_scale"] = Extra((num_heads,), float(1 - spec.mix))
+    if spec.kept:
+        found["keep_score"] = Extra((num_key_value_heads, head_dim))
     if spec.feature_params == "learned":
         width = spec.feature_dim or head_dim
         found["feature_q"] = Extra((num_heads, width, head_dim), "eye")

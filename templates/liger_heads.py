@@ -16,7 +16,7 @@ PIECE_SIZE = 1024
 
 
 def with_softmax_heads(
-    attention, q, k, v, rotated_q, rotated_k, gate, spec, valid=None, cache=None, scales=None, sink_logits=None,
+    attention, q, k, v, rotated_q, rotated_k, gate, scores, spec, valid=None, cache=None, scales=None, sink_logits=None,
     within_window=None, local_window=None, **settings,
 ):  # fmt: skip
     """`mixed_attention` for the key/value heads that are Liger's, full softmax attention for `spec.softmax_kv_heads`.
@@ -65,6 +65,7 @@ def with_softmax_heads(
         rotated_q[:, other_queries],
         rotated_k[:, others],
         gate[:, others],
+        None if scores is None else scores[:, others],
         spec=_without(spec),
         valid=valid,
         cache=cache,
@@ -117,12 +118,12 @@ def softmax_attention(
                 part, keys, values, attn_mask=seen, scale=scaling, dropout_p=dropout, enable_gqa=True
             )
         else:
-            piece = _explicit(part, keys, values, seen, scaling, softcap, sink_logits, dropout)
+            piece = masked_attention(part, keys, values, seen, scaling, softcap, sink_logits, dropout)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def _explicit(q, k, v, seen, scaling, softcap, sink_logits, dropout):
+def masked_attention(q, k, v, seen, scaling, softcap=None, sink_logits=None, dropout: float = 0.0):
     """Scores, softmax and sum spelt out: does what torch's attention cannot. seen: [B or 1, 1, T, S] bool."""
     q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, T, D]
     scores = (q @ k.unsqueeze(2).mT).float() * scaling

@@ -25,6 +25,10 @@ LEARNED = {
     "scales": {"branch_scales": True},
     "running scales": {"branch_scales": True, "normalizer": "running"},
     "joint scales": {"branch_scales": True, "normalizer": "joint"},
+    "kept": {"kept": 8},
+    "kept, window alone": {"kept": 8, "mix": 0.0},
+    "kept, joint": {"kept": 5, "normalizer": "joint", "branch_scales": True},
+    "kept, softmax head": {"kept": 8, "softmax_kv_heads": [1]},
     "scales, no window": {"branch_scales": True, "window": 0},
     "hedgehog": {"feature_map": "hedgehog", "feature_params": "learned", "normalizer": "joint", "positions": "rope"},
     "narrow features": {"feature_params": "learned", "feature_dim": 8},
@@ -55,7 +59,7 @@ def shaken(folder):
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in ("grm_scale", "swa_scale"):
             parameter.data.uniform_(0.2, 1.2)
-        elif name.rpartition(".")[2].startswith(("gate_", "feature_")):
+        elif name.rpartition(".")[2].startswith(("gate_", "feature_", "keep_")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 

@@ -37,7 +37,7 @@ def inputs(length: int, grad: bool = False):
 def liger(q, k, v, gate: str, cache=None):
     spec = LayerSpec(gate=gate)
     pooled = GATES[gate].pool(k, spec)
-    return mixed_attention(q, k, v, q, k, pooled, spec, window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
+    return mixed_attention(q, k, v, q, k, pooled, None, spec, window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
 
 
 def softmax(q, k, v):

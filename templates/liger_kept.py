@@ -1,0 +1,150 @@
+"""Kept tokens: of all that have left the window, the few with the highest learned score stay visible to it.
+
+A constant number of keys and values for each key/value head, chosen by a linear score of the key before its rotary
+embedding. A token is kept at time t if it left the window by then and fewer than `count` of the others that did have a
+higher score, or the same and a later place. So the choice depends on the text alone, not on how it is fed or padded.
+"""
+
+import torch
+
+# Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
+BLOCK = 64
+STEPS = 1024  # scores are rounded to 1 / STEPS: equal keys have to get equal scores in sums of any order
+
+
+def keep_scores(k, weight):
+    """Scores of keys. k [B, Hkv, T, D] before RoPE, weight [Hkv, D] -> [B, Hkv, T, 1] float32, with gradients."""
+    scores = k.float() @ weight.float().unsqueeze(-1)
+    return scores + ((scores.detach() * STEPS).round() / STEPS - scores.detach())
+
+
+def kept_attention(
+    q, keys, values, scores, first: int, memory, window: int, count: int, scaling: float, softcap=None,
+    dropout: float = 0.0,
+):  # fmt: skip
+    """Softmax attention over the kept tokens alone.
+
+    Args:
+        q: [B, Hq, T, D], the queries at `first`, `first + 1`, ... of the S tokens.
+        keys, values: [B, Hkv, S, D], after RoPE. scores: [B, Hkv, S], -inf at padding.
+        memory: keys, values and scores [B, Hkv, count, ...] of what was kept before, oldest first; None at the start.
+        window: a token leaves when it is `window` tokens old.
+    Returns:
+        o [B, Hq, T, D] float32, lse [B, Hq, T] (the lowest number where nothing is visible), and the new memory, which
+        holds what the last of these queries could see.
+    """
+    batch, kv_heads, _, dim = keys.shape
+    length = q.shape[2]
+    rows = min(length, BLOCK)
+    blocks = -(-length // rows)
+    entering = [_entering(x, first - window, length, blocks * rows) for x in (keys, values)]
+    entering_scores = _entering(scores.unsqueeze(-1), first - window, length, blocks * rows, -torch.inf).squeeze(-1)
+    if memory is None:
+        memory = empty_memory(keys, values, count)
+    pool = [torch.cat(pair, dim=2) for pair in zip(memory, (*entering, entering_scores), strict=True)]
+    before, index = _scan(pool[2].detach(), count, blocks, rows)
+
+    kept = before.flatten(2)
+    gather = lambda x: x.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))  # noqa: E731
+    candidates = [
+        torch.cat([gather(x).unflatten(2, (blocks, count)), new.unflatten(2, (blocks, rows))], dim=3)
+        for x, new in zip(pool[:2], entering, strict=True)
+    ]
+    kept_scores = pool[2].gather(2, kept).unflatten(2, (blocks, count))
+    new_scores = entering_scores.unflatten(2, (blocks, rows))
+    visible = _visible(kept_scores.detach(), new_scores.detach(), count)  # [B, Hkv, N, c, count + c]
+    bias = torch.cat([kept_scores, new_scores], dim=-1).unsqueeze(3)
+    bias = torch.where(bias.isfinite(), bias - bias.detach(), 0.0) if bias.requires_grad else None
+
+    groups = q.shape[1] // kv_heads
+    q = torch.nn.functional.pad(q, (0, 0, 0, blocks * rows - length)).float()
+    q = q.unflatten(1, (kv_heads, groups)).unflatten(3, (blocks, rows)).transpose(2, 3)  # [B, Hkv, N, G, c, D]
+    logits = (q.flatten(3, 4) @ candidates[0].float().mT).unflatten(3, (groups, rows)) * scaling
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    if bias is not None:
+        # Zero in value: it lets the score of a kept token learn how much the token is looked at.
+        logits = logits + bias.unsqueeze(3)
+    lowest = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(~visible.unsqueeze(3), lowest)
+    highest = logits.detach().amax(-1, keepdim=True)
+    weights = (logits - highest).exp().masked_fill(~visible.unsqueeze(3), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    some = total > 0
+    weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
+    output = (weights.flatten(3, 4) @ candidates[1].float()).unflatten(3, (groups, rows))
+    output = output / total.masked_fill(~some, 1.0)
+    lse = (total.masked_fill(~some, 1.0).log() + highest).masked_fill(~some, lowest)
+    output, lse = (x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length] for x in (output, lse))
+    return output, lse.squeeze(-1), tuple(_at(x, index.flip(2)) for x in pool)
+
+
+def add_kept(local, lse, kept, kept_lse):
+    """One softmax over the window and the kept tokens, from both of its parts. [B, H, T, D] and [B, H, T]"""
+    share = (kept_lse - lse).sigmoid().unsqueeze(-1)
+    return torch.lerp(local.float(), kept, share), torch.logaddexp(lse, kept_lse)
+
+
+def empty_memory(keys, values, count: int):
+    """Nothing kept yet: zeros that are never visible."""
+    batch, heads = keys.shape[:2]
+    nothing = torch.full((batch, heads, count), -torch.inf, device=keys.device)
+    return (
+        keys.new_zeros(batch, heads, count, keys.shape[-1]),
+        values.new_zeros(batch, heads, count, values.shape[-1]),
+        nothing,
+    )
+
+
+def remember(memory, keys, values, scores, place: int):
+    """The memory after the token at `place` has left the window, too; as it is where there is no such token."""
+    if place < 0:
+        return memory
+    new = (keys[:, :, place : place + 1], values[:, :, place : place + 1], scores[:, :, place : place + 1])
+    pool = [torch.cat(pair, dim=2) for pair in zip(memory, new, strict=True)]
+    _, index = _scan(pool[2], memory[2].shape[2], 1, 1)
+    return tuple(_at(x, index.flip(2)) for x in pool)
+
+
+def _entering(x, start: int, length: int, padded: int, fill: float = 0.0):
+    """The tokens that leave the window before each query: those from `start` on, `fill` where there is none."""
+    inside = x[:, :, max(start, 0) : max(start + length, 0)]
+    missing = min(max(-start, 0), length)
+    return torch.nn.functional.pad(inside, (0, 0, missing, padded - length), value=fill)
+
+
+def _scan(scores, count: int, blocks: int, rows: int):
+    """What is kept before each block and after the last: places in the pool, newest first.
+
+    Returns [B, H, N, count] and [B, H, count].
+    scores: [B, H, count + N * rows]: what was kept, oldest first, then what enters.
+    """
+    index = torch.arange(count - 1, -1, -1, device=scores.device).expand(*scores.shape[:2], count)
+    before = []
+    for block in range(blocks):
+        before.append(index)
+        last = count + (block + 1) * rows
+        new = torch.arange(last - 1, last - 1 - rows, -1, device=scores.device).expand(*scores.shape[:2], rows)
+        candidates = torch.cat([new, index], dim=2)
+        order = scores.gather(2, candidates).sort(dim=2, descending=True, stable=True).indices
+        index = candidates.gather(2, order[:, :, :count]).sort(dim=2, descending=True).values
+    return torch.stack(before, dim=2), index
+
+
+def _visible(kept, new, count: int):
+    """Which candidates each query of a block sees. kept [.., count], newest first, new [.., c] -> [.., c, count + c]"""
+    order = kept.sort(dim=-1, descending=True, stable=True).indices
+    beaten_before = torch.cat([order.argsort(-1), (kept.unsqueeze(-2) > new.unsqueeze(-1)).sum(-1)], dim=-1)
+    rows = new.shape[-1]
+    later = torch.ones(rows, rows, dtype=torch.bool, device=new.device).tril(-1)
+    newer, older = new.unsqueeze(-1), new.unsqueeze(-2)
+    beats = torch.cat([newer >= kept.unsqueeze(-2), (newer > older) | ((newer == older) & later)], dim=-1)
+    beaten = beaten_before.unsqueeze(-2) + beats.to(torch.int32).cumsum(-2)
+    left = torch.nn.functional.pad(later | later.new_ones(rows).diag(), (count, 0), value=True)
+    there = torch.cat([kept, new], dim=-1).isfinite().unsqueeze(-2)
+    return (beaten < count) & left & there
+
+
+def _at(x, index):
+    """Entries of x [B, H, S, ...] at index [B, H, n]."""
+    return x.gather(2, index) if x.ndim == 3 else x.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))

@@ -1,0 +1,126 @@
+"""Kept tokens: the choice against its definition, in pieces, with gradients, in models of several families.
+
+Tolerance 1e-5: float32 sums of a few hundred terms of size 1, taken in another order.
+"""
+
+import pytest
+import torch
+from test_extras import converted, shaken
+from test_model import close, in_pieces, tokens
+
+from liger_cli.convert import convert
+from liger_cli.templates.liger_kept import add_kept, keep_scores, kept_attention
+from liger_cli.templates.liger_window import window_attention
+
+WINDOW, COUNT, SCALING = 16, 8, 0.3
+
+
+def example(length=200, dim=8, dtype=torch.float32):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, dim, dtype=dtype) for heads in (4, 2, 2))
+    scores = (torch.randn(2, 2, length) * 4).round() / 4  # many equal ones
+    scores[0, :, :30] = -torch.inf  # padding
+    return q, k, v, scores
+
+
+def kept_at(scores, time: int) -> list[int]:
+    """The definition: places of the tokens kept for the query at `time`. scores [S]."""
+    left = [place for place in range(time - WINDOW + 1) if scores[place] > -torch.inf]
+    return sorted(left, key=lambda place: (-scores[place].item(), -place))[:COUNT]
+
+
+def test_definition():
+    q, k, v, scores = example()
+    output, lse, _ = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
+    for row, head, time in [(r, h, t) for r in (0, 1) for h in range(4) for t in range(0, 200, 3)]:
+        places = kept_at(scores[row, head // 2], time)
+        if not places:
+            assert lse[row, head, time] < -1e30 and not output[row, head, time].any()
+            continue
+        logits = k[row, head // 2, places] @ q[row, head, time] * SCALING
+        close(lse[row, head, time], logits.logsumexp(0), 1e-5)
+        close(output[row, head, time], logits.softmax(0) @ v[row, head // 2, places], 1e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 37, 64, 130])
+def test_pieces(piece):
+    """However the queries are cut, each sees the same tokens."""
+    q, k, v, scores = example()
+    whole, _, memory = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
+    parts, carried = [], None
+    for start in range(0, 200, piece):
+        part = q[:, :, start : start + piece]
+        output, _, carried = kept_attention(part, k, v, scores, start, carried, WINDOW, COUNT, SCALING)
+        parts.append(output)
+    close(torch.cat(parts, dim=2), whole, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(carried, memory, strict=True))
+
+
+def test_one_softmax_over_window_and_kept_tokens():
+    """With room for every token, window and kept tokens together are causal softmax attention."""
+    q, k, v, _ = example(length=100)
+    scores = torch.randn(2, 2, 100)
+    local, lse = window_attention(q, k, v, WINDOW, SCALING, need_lse=True)
+    kept, kept_lse, _ = kept_attention(q, k, v, scores, 0, None, WINDOW, 100, SCALING)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALING, is_causal=True, enable_gqa=True)
+    close(add_kept(local, lse, kept, kept_lse)[0], wanted, 1e-5)
+
+
+def test_gradients():
+    """Against numerical ones for q, k, v; the scores' are those of logits that the score were added to."""
+    q, k, v, scores = example(length=40, dim=3, dtype=torch.float64)
+    q, k, v = (x[:1].clone().requires_grad_() for x in (q, k, v))
+    run = lambda q, k, v: kept_attention(q, k, v, scores[1:], 0, None, WINDOW, COUNT, SCALING)[0]  # noqa: E731
+    # The attention itself runs in float32: steps of 1e-3, to 1e-2.
+    assert torch.autograd.gradcheck(run, (q, k, v), eps=1e-3, atol=1e-2, rtol=1e-2, fast_mode=True)
+    weight = torch.zeros(2, 3, requires_grad=True)
+    score = keep_scores(k[:, :, :, :3].float().detach(), weight).squeeze(-1)
+    output, lse, _ = kept_attention(q, k, v, score, 0, None, WINDOW, COUNT, SCALING)
+    output.square().sum().backward()
+    assert weight.grad.abs().sum() > 0 and weight.grad.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_scores_are_rounded_and_pass_gradients():
+    k = torch.randn(1, 2, 5, 4)
+    weight = torch.randn(2, 4, requires_grad=True)
+    scores = keep_scores(k, weight)
+    close(scores * 1024, (scores * 1024).round(), 1e-2)
+    close(scores.squeeze(-1), torch.einsum("bhtd,hd->bht", k, weight), 1e-3)
+    scores.sum().backward()
+    close(weight.grad, k.sum((0, 2)), 1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "gpt_oss", "olmo2"])
+@torch.no_grad()
+def test_families(tiny_base, tmp_path, model_type):
+    """Whole = in pieces = token by token; with room for all, the model is the base."""
+    base = tiny_base(model_type)
+    has_local = model_type in ("gemma2", "gpt_oss")
+    settings = {"window": 16, "kept": 100, "mix": 0.0}
+    convert(str(base), str(tmp_path / "all"), settings=settings, linearize_local=has_local)
+    model = shaken(tmp_path / "all")
+    ids = tokens(70, batch=2)
+    whole = model(ids).logits
+    close(in_pieces(model, ids, 1), whole)
+    close(in_pieces(model, ids, 23), whole)
+    local = [attention.local_window for attention in model.model.liger_attentions()]
+    model.set_attention_mode("softmax", [index for index, window in enumerate(local) if window is not None])
+    kept = model(ids).logits
+    model.set_attention_mode("softmax")
+    close(kept, model(ids).logits, 1e-4)
+
+
+@torch.no_grad()
+def test_generation_with_beams_and_padding(tiny_base, tmp_path):
+    """Beams reorder the memory: beam search is the same with the cache and without."""
+    model = shaken(converted(tiny_base(), tmp_path, kept=8))
+    ids = tokens(50, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :21] = 0
+    settings = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(ids, attention_mask=mask, **settings)
+    again = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(cached, again)
+    cache = model(ids, use_cache=True).past_key_values
+    assert cache.layers[0].kept[0].shape == (2, 2, 8, 16)
