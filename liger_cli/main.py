@@ -214,6 +214,21 @@ def convert(
 
 
 @app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A base, or any folder that liger made.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Hash the weights whole and compare them with the base's, byte by byte.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what FOLDER is, what made it, whether code and weights are as recorded (exit 1 if not)."""
+    from liger_cli import inspection as module
+
+    if code := module.run(folder, full=full, as_json=as_json):
+        raise typer.Exit(code)
+
+
+@app.command()
 def families(
     as_json: Json = False,
 ) -> None:

@@ -51,12 +51,12 @@ def _layers(report: dict) -> Table:
     for name in ("parameters", "bytes"):
         table.add_column(name, justify="right")
     layers = report["layers"]
-    for _, group in groupby(layers, key=_description):
+    for _, group in groupby(layers, key=describe):
         group = list(group)
         first, last = group[0]["layer"], group[-1]["layer"]
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
-            *_description(group[0]),
+            *describe(group[0]),
             f"{sum(layer['parameters'] for layer in group):,}",
             size(sum(layer["bytes"] for layer in group)),
         )
@@ -65,7 +65,8 @@ def _layers(report: dict) -> Table:
     return table
 
 
-def _description(layer: dict) -> tuple[str, str]:
+def describe(layer: dict) -> tuple[str, str]:
+    """What a layer is and its settings, in words; `layer` has the fields of `LayerSpec` that its kind has."""
     if layer["kind"] != "liger":
         return layer["kind"], "as in the base"
     default = LayerSpec()
