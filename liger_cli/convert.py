@@ -33,7 +33,7 @@ from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_ma
 from liger_cli.modeling import code_hashes, model_files
 from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place
 from liger_cli.plan import Plan, make_plan, read_mix
-from liger_cli.selection import automatic, selected_plan
+from liger_cli.selection import read_request, selected_plan
 from liger_cli.templates.liger_config import LigerConfigError, layer_specs, liger_block
 
 FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
@@ -46,6 +46,7 @@ def run(
     *,
     settings: dict | None = None,
     softmax_layers: str = "none",
+    softmax_heads: str = "none",
     calibration_data: str | None = None,
     linearize_local: bool = False,
     experimental: bool = False,
@@ -61,6 +62,7 @@ def run(
         output,
         settings=settings,
         softmax_layers=softmax_layers,
+        softmax_heads=softmax_heads,
         calibration_data=calibration_data,
         linearize_local=linearize_local,
         experimental=experimental,
@@ -92,6 +94,7 @@ def convert(
     *,
     settings: dict | None = None,
     softmax_layers: str = "none",
+    softmax_heads: str = "none",
     calibration_data: str | None = None,
     linearize_local: bool = False,
     experimental: bool = False,
@@ -108,6 +111,8 @@ def convert(
         settings: fields of `LayerSpec` for the Liger layers.
         softmax_layers: layers kept as softmax attention: `none`, `every:N`, `auto:N` (measured, which loads the base
             and torch; see `selection`), or a list such as `3,11`.
+        softmax_heads: key/value heads kept as softmax inside Liger layers: `none`, `auto:N` or `auto:2%` of all
+            (measured), or layers and heads such as `4:0,5:1`.
         calibration_data: a text or .jsonl file to measure on; a shipped text by default.
         linearize_local: linearize layers that are local in the base, too.
         experimental: try model types that no family describes; the identity gate on a tiny model decides.
@@ -128,10 +133,10 @@ def convert(
         settings["mix"] = read_mix(settings["mix"])
     if checkpoint.released_gate:
         settings = released.fixed_settings(settings, checkpoint.released_gate)
-    to_choose = automatic(softmax_layers)
-    if to_choose is None and calibration_data is not None:
+    request = read_request(softmax_layers, softmax_heads)
+    if not request.measured and calibration_data is not None:
         raise UsageError("--calibration-data is given, but nothing is measured; ask for --softmax-layers auto:N")
-    plan = make_plan(checkpoint, settings, "none" if to_choose else softmax_layers, linearize_local)
+    plan = make_plan(checkpoint, settings, "none" if request.layers else softmax_layers, linearize_local)
     if checkpoint.released_gate:
         about = released.notes(checkpoint.family.model_type, checkpoint.released_gate)
         plan = replace(plan, notes=plan.notes + about)
@@ -141,9 +146,7 @@ def convert(
     if checkpoint.family.model_type not in FAMILIES:
         result = run_gate(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
-    selection = None
-    if to_choose is not None:
-        plan, selection = selected_plan(plan, to_choose, calibration_data, dry_run)
+    plan, selection = selected_plan(plan, request, calibration_data, dry_run)
     report = _report(source, plan, target, dry_run) | ({"selection": selection} if selection else {})
     if not dry_run:
         report["link"] = _write(source, plan, target, link, force, selection)
@@ -229,9 +232,9 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, sel
             (folder / name).write_text(text, encoding="utf-8")
         manifest = _manifest(source, plan, how)
         if selection is not None:
-            from liger_cli.plots import layers_plot
+            from liger_cli.plots import selection_plots
 
-            manifest["selection"] = {**selection, "plots": layers_plot(selection, folder)}
+            manifest["selection"] = {**selection, "plots": selection_plots(selection, folder)}
         (folder / "README.md").write_text(model_card(source, plan, manifest), encoding="utf-8")
         write_manifest(folder, manifest)
     return how

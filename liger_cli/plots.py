@@ -80,11 +80,20 @@ def recall_plot(result: dict, folder: Path) -> list[str]:
     return _save(figure, folder, "recall")
 
 
-def layers_plot(selection: dict, folder: Path) -> list[str]:
-    """Two bar charts over the layers that `auto:N` measured; kept ones are coloured. Returns the files' names."""
-    layers = selection["layers"]
+def selection_plots(selection: dict, folder: Path) -> list[str]:
+    """What `auto:N` measured: bars over the layers, a heat map of layers by heads. Returns the files' names."""
+    names = []
+    if "softmax_layers" in selection:
+        names += _layers_plot(selection["softmax_layers"], folder)
+    if "softmax_heads" in selection:
+        names += _heads_plot(selection["softmax_heads"], folder)
+    return names
+
+
+def _layers_plot(found: dict, folder: Path) -> list[str]:
+    layers = found["layers"]
     places = range(len(layers))
-    colours = [KEPT if layer["layer"] in selection["chosen"] else NOT_KEPT for layer in layers]
+    colours = [KEPT if layer["layer"] in found["chosen"] else NOT_KEPT for layer in layers]
     figure, axes = _figure(1, 2, (max(7.0, 3.0 + 0.4 * len(layers)), 2.8))
     panels = (
         ("only_kept", "score", "gap to the base closed, %", "it alone kept as softmax", 100),
@@ -96,6 +105,41 @@ def layers_plot(selection: dict, folder: Path) -> list[str]:
         axis.set_xticks(places, [str(layer["layer"]) for layer in layers], fontsize=7)
         axis.grid(axis="y", alpha=0.3)
     return _save(figure, folder, "softmax_layers")
+
+
+def _heads_plot(found: dict, folder: Path) -> list[str]:
+    layers = sorted({entry["layer"] for entry in found["heads"]})
+    heads = sorted({entry["head"] for entry in found["heads"]})
+    by_place = {(entry["layer"], entry["head"]): entry for entry in found["heads"]}
+    figure, axes = _figure(1, 2, (max(7.0, 3.0 + 0.5 * len(layers)), 1.6 + 0.35 * len(heads)))
+    panels = (
+        ("reach beyond the window, %", lambda entry: 100 * entry["reach"]),
+        ("gap closed, it alone kept, %", lambda entry: 100 * entry["only_kept"]["score"]),
+    )
+    for axis, (title, value) in zip(axes[0], panels, strict=True):
+        known = [
+            [
+                value(by_place[layer, head]) if by_place[layer, head]["only_kept"] or "reach" in title else float("nan")
+                for layer in layers
+            ]
+            for head in heads
+        ]
+        image = axis.imshow(known, cmap="viridis", aspect="auto")
+        axis.set(title=title, xlabel="layer (kept: framed)", ylabel="key/value head")
+        axis.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
+        axis.set_yticks(range(len(heads)), [str(head) for head in heads], fontsize=7)
+        figure.colorbar(image, ax=axis, shrink=0.9)
+        for x, layer in enumerate(layers):
+            for y, head in enumerate(heads):
+                if f"{layer}:{head}" in found["chosen"]:
+                    axis.add_patch(_frame(x, y))
+    return _save(figure, folder, "softmax_heads")
+
+
+def _frame(x: int, y: int):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#d55e00", linewidth=2.5)
 
 
 def _figure(rows: int, columns: int, inches: tuple[float, float], **options):

@@ -1,8 +1,8 @@
-"""Measuring sets of kept layers on the base: one reading of the data for all sets, no reload, no file written."""
+"""Measuring what is kept on the base: one reading of the data for all sets, no reload, no file written."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.recall import Probe, make_probes
 from liger_cli.scoring import batch_size_for, make_rows, read_texts
-from liger_cli.selection import Figures, Kept
+from liger_cli.selection_choice import Figures, Kept
 from liger_cli.shipped.probes import held_out_text
 from liger_cli.shipped.text import VALIDATION_SEED
 
@@ -49,7 +49,7 @@ class Batch:
 
 @dataclass
 class Meter:
-    """Runs the base with any set of its layers kept as softmax, the other candidates as `stand_in`.
+    """Runs the base with any set of layers and heads kept as softmax, the other candidates as `stand_in`.
 
     Attributes:
         candidates: layers that can be linearized.
@@ -58,6 +58,7 @@ class Meter:
     """
 
     model: torch.nn.Module
+    plan: Plan
     candidates: list[int]
     batches: list[Batch]
     text: str
@@ -93,15 +94,10 @@ class Meter:
         self.none = by_mode[self.stand_in]
         self.seconds = time.perf_counter() - start
         expected = self.seconds / self.passes * passes
-        selection.say(f"measuring {len(self.candidates)} layers: {passes} passes over {self.tokens:,} tokens, about "
-                      f"{_duration(expected)}")  # fmt: skip
-
-    def references(self) -> dict[str, Figures]:
-        """Figures of the base and of no layer kept."""
-        return {"base": self.base, "none": self.none}
+        selection.say(f"measuring: at most {passes} passes over {self.tokens:,} tokens, about {_duration(expected)}")
 
     def measure(self, sets: Sequence[Kept]) -> list[Figures]:
-        """Figures of every set of kept layers."""
+        """Figures of every set that is kept."""
         start = time.perf_counter()
         found = self._figures([(kept, self.stand_in) for kept in sets])
         self.seconds += time.perf_counter() - start
@@ -123,9 +119,17 @@ class Meter:
         return {"passes": self.passes, "tokens": self.tokens, "seconds": self.seconds}
 
     def apply(self, kept: Kept, stand_in: str) -> None:
-        """Keep these layers as softmax, run the other candidates as `stand_in`."""
+        """Keep these layers and heads as softmax, run the rest of the candidates as `stand_in`."""
         self.model.set_attention_mode("softmax")
-        self.model.set_attention_mode(stand_in, [layer for layer in self.candidates if layer not in kept])
+        attentions = self.model.get_decoder().liger_attentions()
+        for layer in self.candidates:
+            spec = self.plan.specs[layer]
+            heads = {unit[1] for unit in kept if isinstance(unit, tuple) and unit[0] == layer}
+            heads |= set(spec.softmax_kv_heads)
+            if layer in kept or len(heads) == self.plan.checkpoint.geometry.num_key_value_heads:
+                continue
+            attentions[layer].liger_spec = replace(spec, softmax_kv_heads=tuple(sorted(heads)))
+            self.model.set_attention_mode(stand_in, [layer])
 
     def _figures(self, settings: list[tuple[Kept, str]], find_hard: bool = False) -> list[Figures]:
         everything = frozenset(self.candidates)
@@ -207,9 +211,9 @@ def open_meter(plan: Plan, data: str | None) -> Meter:
     """
     model = load_base(plan)
     tokenizer = load_tokenizer(plan.checkpoint.folder, model.config)
-    candidates = [index for index, spec in enumerate(plan.specs) if spec.kind == "liger"]
+    candidates = selection.liger_layers(plan)
     batches = text_batches(tokenizer, data, model.config) + probe_batches(tokenizer, plan)
-    return Meter(model, candidates, batches, text=data or "the shipped text")
+    return Meter(model, plan, candidates, batches, text=data or "the shipped text")
 
 
 def load_base(plan: Plan):

@@ -8,35 +8,74 @@ WIDTH = 24  # characters of a full bar
 
 
 def print_selection(report: dict, console: Console) -> None:
-    """Bars of every layer: what is lost without it and what is won back by it alone; then the steps and spacings."""
+    """Bars of every layer and of every measured head, and what the steps of the choice came to."""
+    if "softmax_layers" in report:
+        found = report["softmax_layers"]
+        console.print(_layers(found))
+        steps = [(f"auto, step {i + 1}: layer {step['layer']}", step) for i, step in enumerate(found["greedy"])]
+        steps += [(f"{one['name']}: layers {', '.join(map(str, one['layers']))}", one) for one in found["spacings"]]
+        console.print(_together(found, steps, "softmax layers"))
+    if "softmax_heads" in report:
+        found = report["softmax_heads"]
+        console.print(_heads(found))
+        steps = [(f"auto, + {', '.join(step['heads'])}", step) for step in found["greedy"]]
+        console.print(_together(found, steps, "softmax heads"))
+
+
+def _layers(found: dict) -> Table:
     table = Table(title="what each layer is worth", title_justify="left")
     for name in ("layer", "gap closed, it alone kept", "", "recall", "KL, it alone linearized", "", "recall", ""):
         table.add_column(name, justify="left" if "," in name else "right")
-    most = max(layer["only_linearized"]["kl_hard"] for layer in report["layers"]) or 1.0
-    for layer in report["layers"]:
+    most = max(layer["only_linearized"]["kl_hard"] for layer in found["layers"]) or 1.0
+    for layer in found["layers"]:
         kept, lost = layer["only_kept"], layer["only_linearized"]
         table.add_row(
             str(layer["layer"]),
-            Bar(1.0, 0.0, min(max(kept["score"], 0.0), 1.0), width=WIDTH),
+            _bar(kept["score"]),
             percent(kept["score"]),
             percent(kept["recall"]),
-            Bar(most, 0.0, lost["kl_hard"], width=WIDTH),
+            _bar(lost["kl_hard"] / most),
             f"{lost['kl_hard']:.3f}",
             percent(lost["recall"]),
-            "kept" if layer["layer"] in report["chosen"] else "",
+            "kept" if layer["layer"] in found["chosen"] else "",
         )
-    console.print(table)
-    lines = [("none kept", report["references"]["none"])]
-    lines += [(f"auto, step {i + 1}: layer {step['layer']}", step) for i, step in enumerate(report["greedy"])]
-    lines += [(f"{one['name']}: layers {', '.join(map(str, one['layers']))}", one) for one in report["spacings"]]
-    lines.append(("base", report["references"]["base"]))
-    steps = Table(title="together, untrained", title_justify="left")
-    for name in ("softmax kept", "KL", "KL, hard tokens", "recall", "gap closed"):
-        steps.add_column(name, justify="left" if name == "softmax kept" else "right")
+    return table
+
+
+def _heads(found: dict) -> Table:
+    """The shortlist, the farthest reach first."""
+    table = Table(title="what each key/value head is worth", title_justify="left")
+    for name in ("layer:head", "reach beyond the window", "", "gap closed, it alone kept", "", "recall", ""):
+        table.add_column(name, justify="left" if " " in name else "right")
+    measured = sorted((entry for entry in found["heads"] if entry["only_kept"]), key=lambda entry: -entry["reach"])
+    most = measured[0]["reach"] or 1.0
+    for entry in measured:
+        name, kept = f"{entry['layer']}:{entry['head']}", entry["only_kept"]
+        table.add_row(
+            name,
+            _bar(entry["reach"] / most),
+            percent(entry["reach"]),
+            _bar(kept["score"]),
+            percent(kept["score"]),
+            percent(kept["recall"]),
+            "kept" if name in found["chosen"] else "",
+        )
+    return table
+
+
+def _together(found: dict, steps: list[tuple[str, dict]], what: str) -> Table:
+    lines = [("nothing chosen yet", found["references"]["none"]), *steps, ("base", found["references"]["base"])]
+    table = Table(title=f"{what} together, untrained", title_justify="left")
+    for name in ("kept", "KL", "KL, hard tokens", "recall", "gap closed"):
+        table.add_column(name, justify="left" if name == "kept" else "right")
     for name, figures in lines:
         closed = percent(figures["score"]) if "score" in figures else ""
-        steps.add_row(name, f"{figures['kl']:.4f}", f"{figures['kl_hard']:.3f}", percent(figures["recall"]), closed)
-    console.print(steps)
+        table.add_row(name, f"{figures['kl']:.4f}", f"{figures['kl_hard']:.3f}", percent(figures["recall"]), closed)
+    return table
+
+
+def _bar(share: float) -> Bar:
+    return Bar(1.0, 0.0, min(max(share, 0.0), 1.0), width=WIDTH)
 
 
 def percent(share: float | None) -> str:
