@@ -1,0 +1,179 @@
+"""Liger attention: a gated recurrence and a softmax window over one set of projections (arXiv 2503.01496, section 3).
+
+A mixin in front of a family's own attention class. Parameter names, biases, norms, tied weights and parallel plans stay
+the family's; only `forward` is new. Any layer can be run as the family's own softmax attention at any time.
+"""
+
+import sys
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .liger_branches import document_starts, mixed_attention, packed_attention
+from .liger_config import LayerSpec
+
+MODES = ("liger", "softmax", "window")
+
+
+def pack_padding(attention_mask):
+    """Carry a [B, S] padding mask, or None, past the family's mask code: a 4-D mask is handed on as it is."""
+    if attention_mask is None:
+        return torch.ones(1, 1, 1, 0, dtype=torch.bool)
+    return attention_mask.bool()[:, None, None, :]
+
+
+def unpack_padding(attention_mask):
+    """The inverse of `pack_padding`; None where nothing is padded."""
+    if attention_mask is None or attention_mask.shape[-1] == 0:
+        return None
+    return attention_mask[:, 0, 0, :]
+
+
+class LigerAttention:
+    """Mixed in before the family's attention class by `liger_model.linearize`.
+
+    Attributes:
+        liger_spec: the layer's `LayerSpec`.
+        liger_mode: `liger`; `softmax` (the family's own attention); `window` (the recurrent branch off, the window's
+            coefficient 1: the control that shows what the recurrence is worth).
+    """
+
+    liger_spec: LayerSpec
+    liger_mode: str
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether this layer runs on a `LigerCacheLayer`."""
+        return self.liger_spec.kind == "liger" and self.liger_mode != "softmax"
+
+    @property
+    def local_window(self) -> int | None:
+        """The base's own sliding window in this layer, or None."""
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types is not None and layer_types[self.layer_idx] == "full_attention":
+            return None
+        return getattr(self.config, "sliding_window", None)
+
+    @property
+    def liger_window(self) -> int:
+        """The window in use: the layer's, but never more than the base's own."""
+        return min(self.liger_spec.window, self.local_window or self.liger_spec.window)
+
+    @property
+    def liger_mix(self) -> float:
+        """The recurrent branch's coefficient in use: 0 in `window` mode, 1 where there is no window branch."""
+        if self.liger_mode == "window":
+            return 0.0
+        return self.liger_spec.mix if self.liger_window > 0 else 1.0
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ):
+        """hidden_states [B, T, D_model] -> the same shape, and None for the attention weights of a Liger layer."""
+        padding = unpack_padding(attention_mask)
+        if not self.keeps_state:
+            mask = self._softmax_mask(hidden_states, padding, past_key_values, kwargs.get("position_ids"))
+            return super().forward(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        length = hidden_states.shape[1]
+        valid = None if padding is None else padding[:, -length:]
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        q, k, v = self.project(hidden_states)
+        rotated_q, rotated_k = self.rotate(q, k, position_embeddings, **kwargs)
+
+        def within_window(valid):
+            # The whole text lies in the window: the family's own attention, bit for bit.
+            mask = self._softmax_mask(hidden_states, valid, None, None)
+            return self._family_attention(rotated_q, rotated_k, v, mask, kwargs)
+
+        branches = (*self.without_positions(q, k), v, rotated_q, rotated_k)
+        settings = {
+            "spec": self.liger_spec,
+            "window": self.liger_window,
+            "mix": self.liger_mix,
+            "scaling": self.scaling,
+            "softcap": self._softcap(),
+            "dropout": self._dropout(),
+            "sink_logits": getattr(self, "sinks", None),
+        }
+        packed = padding is None and cache is None
+        starts = document_starts(kwargs.get("position_ids"), len(hidden_states)) if packed else None
+        if starts is not None:
+            output = packed_attention(starts, *branches, **settings)
+        else:
+            output = mixed_attention(*branches, **settings, valid=valid, cache=cache, within_window=within_window)
+        return self.project_output(output.flatten(2)), None
+
+    def project(self, hidden_states):
+        """Queries [B, Hq, T, D], keys and values [B, Hkv, T, D], normed where the family does, before RoPE."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q.view(shape)), self.k_norm(k.view(shape))
+        return self._heads(q, k, v)
+
+    def _heads(self, *projected):
+        """[B, T, H * D] or [B, T, H, D] -> [B, H, T, D], each."""
+        return tuple(x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in projected)
+
+    def rotate(self, q, k, position_embeddings, **kwargs):
+        """q and k after the family's own rotary embedding, as its attention function takes them."""
+        cos, sin = position_embeddings
+        return self._family_module().apply_rotary_pos_emb(q, k, cos, sin)
+
+    def without_positions(self, q, k):
+        """q and k of `project` as the recurrence takes them."""
+        return q, k
+
+    def project_output(self, output):
+        """[B, T, Hq * D] -> [B, T, D_model]"""
+        return self.o_proj(output)
+
+    def _family_module(self):
+        return sys.modules[self.liger_family_attention.__module__]
+
+    def _dropout(self) -> float:
+        """Of the window's softmax weights, as the family has it: in training only."""
+        return self.attention_dropout if self.training else 0.0
+
+    def _softcap(self):
+        return getattr(self, "attn_logit_softcapping", None)
+
+    def _family_attention(self, q, k, v, mask, kwargs):
+        """The family's attention function on rotated queries and keys. [B, Hq, T, D]"""
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self._family_module().eager_attention_forward
+        )
+        extra = {name: value for name, value in kwargs.items() if name not in ("position_ids", "use_cache")}
+        if self.local_window is not None:
+            extra["sliding_window"] = self.local_window
+        if self._softcap() is not None:
+            extra["softcap"] = self._softcap()
+        if hasattr(self, "sinks"):
+            extra["s_aux"] = self.sinks
+        output, _ = attend(self, q, k, v, mask, dropout=self._dropout(), scaling=self.scaling, **extra)
+        return output.transpose(1, 2)
+
+    def _softmax_mask(self, hidden_states, padding, past_key_values, position_ids):
+        """The mask that the family's model would have made for this layer."""
+        layer = None if past_key_values is None else Cache(layers=[past_key_values.layers[self.layer_idx]])
+        make = create_causal_mask if self.local_window is None else create_sliding_window_causal_mask
+        return make(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=padding,
+            past_key_values=layer,
+            position_ids=position_ids,
+        )

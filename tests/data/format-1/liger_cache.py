@@ -1,0 +1,195 @@
+"""The cache layer of a Liger attention layer, and how it gets into transformers' own caches.
+
+transformers builds its caches from the base's `layer_types`, which know nothing of Liger's window. So the model swaps
+its own layers in on first touch, in a DynamicCache or StaticCache alike; the memory of a layer is constant.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+
+class LigerCacheLayer(CacheLayerMixin):
+    """The last `window - 1` keys and values, the first `sinks` ones, and the recurrent states of one layer.
+
+    Attributes:
+        keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first.
+        valid: [B, <= window - 1] bool, false at padding; None while no padding was seen.
+        sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, slot of each, EMPTY where none.
+        states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
+    """
+
+    is_sliding = True
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    EMPTY = -(2**40)
+
+    def __init__(self, window: int, sinks: int = 0):
+        super().__init__()
+        self.window = window
+        self.sinks = sinks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the next update starts a new text."""
+        self.keys = self.values = self.valid = None
+        self.sink_keys = self.sink_values = self.sink_positions = None
+        self.states = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take shapes, dtype and device from the first keys. [B, Hkv, T, D]"""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        if self.sinks:
+            batch, heads, _, dim = key_states.shape
+            self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, dim)
+            self.sink_values = value_states.new_zeros(batch, heads, self.sinks, value_states.shape[-1])
+            self.sink_positions = torch.full((batch, self.sinks), self.EMPTY, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, valid=None):
+        """Append T tokens to the window.
+
+        Args:
+            key_states, value_states: [B, Hkv, T, D].
+            valid: [B, T] bool, false at padding, or None.
+        Returns:
+            keys and values [B, Hkv, P + T, D] and valid [B, P + T] or None: the P tokens kept so far, then the new.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.keys.shape[2]
+        if valid is not None or self.valid is not None:
+            batch, new = key_states.shape[0], key_states.shape[2]
+            ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=self.device)  # noqa: E731
+            before = self.valid if self.valid is not None else ones(past)
+            valid = torch.cat([before, valid if valid is not None else ones(new)], dim=1)
+        keys = torch.cat([self.keys, key_states], dim=2)
+        values = torch.cat([self.values, value_states], dim=2)
+        self.cumulative_length += key_states.shape[2]
+        first = max(keys.shape[2] - max(self.window - 1, 0), 0)
+        # A slice would keep the whole text's keys alive.
+        self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
+        self.valid = None if valid is None else valid[:, first:].clone()
+        return keys, values, valid
+
+    def update_sinks(self, key_states, value_states, valid=None):
+        """Fill free sink slots with the first tokens that are not padding. Call before `update`.
+
+        Returns:
+            sink keys and values [B, Hkv, N, D] and the slots [B, N] they came from (EMPTY where there is none).
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        positions = torch.arange(key_states.shape[2], device=self.device) + self.cumulative_length
+        self.sink_keys, self.sink_values, self.sink_positions = first_tokens(
+            torch.cat([self.sink_keys, key_states], dim=2),
+            torch.cat([self.sink_values, value_states], dim=2),
+            torch.cat([self.sink_positions, _positions(positions, valid, key_states.shape[0])], dim=1),
+            self.sinks,
+        )
+        return self.sink_keys, self.sink_values, self.sink_positions
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `update` would return."""
+        past = 0 if self.keys is None else self.keys.shape[2]
+        return past + query_length, self.cumulative_length - past
+
+    def get_max_length(self) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, *_args) -> None:
+        """Raises: a recurrent state cannot be rolled back."""
+        raise RuntimeError("the recurrent state of a Liger layer cannot be rolled back, so its cache cannot be cropped")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor held, by name, each with the batch first."""
+        named = {
+            name: getattr(self, name)
+            for name in ("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions")
+        }
+        named |= {f"state_{index}": state for index, state in enumerate(self.states or ())}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _map(self, function) -> None:
+        for name, tensor in self.tensors().items():
+            if not name.startswith("state_"):
+                setattr(self, name, function(tensor))
+        if self.states is not None:
+            self.states = tuple(function(state) for state in self.states)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep the rows of the chosen beams, in their order."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+def first_tokens(keys, values, positions, count: int):
+    """The first `count` tokens that are there. keys, values [B, Hkv, S, D]; positions [B, S], EMPTY for none."""
+    missing = positions < 0
+    order = missing.to(torch.int64).argsort(dim=1, stable=True)[:, :count]
+    index = order[:, None, :, None]
+    return (
+        keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3])),
+        values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3])),
+        positions.gather(1, order),
+    )
+
+
+def _positions(positions, valid, batch: int):
+    positions = positions[None].expand(batch, -1)
+    return positions if valid is None else positions.masked_fill(~valid, LigerCacheLayer.EMPTY)
+
+
+def cache_for(model_config) -> Cache:
+    """An empty dynamic cache with the layers that transformers would build for this config."""
+    return DynamicCache(config=model_config)
+
+
+def adapt_cache(cache: Cache, attentions) -> None:
+    """Make every layer of `cache` fit its attention layer: Liger's own, or the one transformers built.
+
+    Args:
+        cache: transformers' cache; its layers are replaced in place.
+        attentions: the model's attention modules, in order.
+    Raises:
+        ValueError: a layer was filled in the other attention mode.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < len(attentions):
+            cache.layers.append(cache.layer_class_to_replicate())
+    for index, attention in enumerate(attentions):
+        layer = cache.layers[index]
+        if isinstance(layer, LigerCacheLayer) == attention.keeps_state:
+            continue
+        if int(layer.get_seq_length()) > 0:
+            raise ValueError("this cache was filled in another attention mode; start with an empty one")
+        spec = attention.liger_spec
+        cache.layers[index] = (
+            LigerCacheLayer(attention.liger_window, spec.sinks) if attention.keeps_state else DynamicLayer()
+        )

@@ -1,0 +1,116 @@
+"""The model: the family's own, with its attention layers run by `LigerAttention` and a cache that fits them."""
+
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from .liger_attention import MODES, LigerAttention, pack_padding
+from .liger_cache import adapt_cache, cache_for
+from .liger_config import layer_specs
+from .liger_families import attention_mixin
+
+try:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError:  # a transformers without this private table has no need of an entry in it
+    _CAN_RECORD_REGISTRY = {}
+
+_CLASSES: dict[tuple[type, ...], type] = {}
+
+
+def _mixed(mixin: type, base: type) -> type:
+    """One class `Liger<Base>` for each pair, so that two models of a family share their classes."""
+    if (mixin, base) not in _CLASSES:
+        attributes = {"__module__": mixin.__module__, "liger_family_attention": base}
+        _CLASSES[mixin, base] = type(f"Liger{base.__name__}", (mixin, base), attributes)
+    return _CLASSES[mixin, base]
+
+
+def keep_weight_names(model_type: str, liger_model_type: str) -> None:
+    """Read and write weights under the names of the family's files, which for experts differ from those in memory."""
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(liger_model_type, mapping, overwrite=True)
+
+
+class LigerDecoder:
+    """Mixed in before the family's decoder (`Qwen3Model`, ...): brings the padding mask and the cache to the layers."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values: Cache | None = None,
+        inputs_embeds=None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As the family's; `attention_mask` is the [B, S] padding mask or None.
+
+        Raises:
+            ValueError: a mask that is not [B, S]. A recurrence has no pairs of positions to mask.
+        """
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
+            raise ValueError(
+                "a Liger model takes a padding mask of shape [batch, tokens], not a prepared attention mask"
+            )
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = cache_for(self.config)
+        if past_key_values is not None:
+            adapt_cache(past_key_values, self.liger_attentions())
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=pack_padding(attention_mask),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def liger_attentions(self) -> list[LigerAttention]:
+        """The attention modules in order."""
+        return [layer.self_attn for layer in self.layers]
+
+
+class LigerForCausalLM:
+    """Mixed in before the family's causal language model (`Qwen3ForCausalLM`, ...)."""
+
+    _is_stateful = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        decoder = self.get_decoder()
+        decoder.__class__ = _mixed(LigerDecoder, type(decoder))
+        # transformers notes by class name, when a model is built, what it can record (hidden states, router logits).
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
+        specs = layer_specs(getattr(config, "liger", None), config.num_hidden_layers)
+        for layer, spec in zip(decoder.layers, specs, strict=True):
+            attention = layer.self_attn
+            attention.__class__ = _mixed(attention_mixin(type(attention)), type(attention))
+            attention.liger_spec = spec
+            attention.liger_mode = "liger"
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds=None, attention_mask=None, *args, **kwargs):
+        """Static caches: hand the padding mask on; every layer makes its own mask from it."""
+        return attention_mask
+
+    def set_attention_mode(self, mode: str, layers: list[int] | None = None) -> None:
+        """Run Liger layers as `liger`, as the original `softmax` attention, or with the `window` alone. No reload.
+
+        Args:
+            mode: `liger`, `softmax` or `window`.
+            layers: 0-based indices; None means all. Layers that are not Liger's stay softmax in every mode.
+        Raises:
+            ValueError: an unknown mode or layer.
+        """
+        if mode not in MODES:
+            raise ValueError(f"attention mode is {mode!r}, but has to be one of {', '.join(MODES)}")
+        attentions = self.get_decoder().liger_attentions()
+        for index in range(len(attentions)) if layers is None else layers:
+            if not 0 <= index < len(attentions):
+                raise ValueError(f"there is no layer {index}; the model has {len(attentions)}")
+            attentions[index].liger_mode = mode

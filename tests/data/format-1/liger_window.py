@@ -1,0 +1,187 @@
+"""Sliding-window attention, block by block: time and memory O(T w), never a T x T mask.
+
+Queries are cut into blocks; a block of c queries attends to the key blocks that hold its own c tokens and the w - 1
+before them. The query heads of a group are stacked into the rows of a block, so keys are never repeated.
+"""
+
+from functools import lru_cache
+
+import torch
+
+# Queries worked through at a time when no gradient is wanted: their scores stay in the CPU's caches.
+PIECE_SIZE = 1024
+
+
+def window_attention(
+    q,
+    k,
+    v,
+    window: int,
+    scaling: float,
+    valid=None,
+    softcap=None,
+    sink_logits=None,
+    sinks=None,
+    need_lse: bool = False,
+    dropout: float = 0.0,
+):
+    """Causal softmax attention over the last `window` tokens, the token itself included (Liger, eq. 8).
+
+    Args:
+        q: [B, Hq, T, D], the last T of the S = P + T tokens whose keys are given.
+        k, v: [B, Hkv, S, D]; the P past tokens first.
+        window: tokens visible to a query, itself included; at least 1.
+        scaling: factor of the scores, the family's own.
+        valid: [B, S] bool, false at padding; None where there is none.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sink_logits: [Hq] learned logits that take part in the softmax's denominator only (GPT-OSS).
+        sinks: (keys, values, age) of the first tokens of the text, [B, Hkv, N, D] twice and [B, N] int: how far each
+            lies before query 0, hugely negative where the slot is empty. Visible once they have left the window.
+        dropout: probability of dropping a softmax weight.
+        need_lse: also return the log of the softmax's denominator, in float32 or better.
+    Returns:
+        o [B, Hq, T, D] in q's dtype, and lse [B, Hq, T] or None.
+    """
+    length, past = q.shape[2], k.shape[2] - q.shape[2]
+    if q.numel() == 0:
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32) if need_lse else None
+    block = _block(window)
+    back = reach(window) // block
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    piece = length if needs_grad else max(1, PIECE_SIZE // block)
+    outputs, denominators = [], []
+    for start, blocks, rows in _segments(length, past, block, back, piece):
+        last = past + start + blocks * rows
+        first = max(past + start - back * block, 0)
+        o, lse = _attend(
+            q[:, :, start : start + blocks * rows],
+            k[:, :, first:last],
+            v[:, :, first:last],
+            blocks,
+            window,
+            scaling,
+            None if valid is None else valid[:, first:last],
+            softcap,
+            sink_logits,
+            None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
+            need_lse,
+            dropout,
+        )
+        outputs.append(o)
+        denominators.append(lse)
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return o, torch.cat(denominators, dim=2) if need_lse else None
+
+
+def _block(window: int) -> int:
+    return min(max(window, 32), 128)
+
+
+def reach(window: int) -> int:
+    """Past tokens that whole blocks of queries are given: those the window sees, rounded up to blocks."""
+    return -(-(window - 1) // _block(window)) * _block(window)
+
+
+def _segments(length: int, past: int, block: int, back: int, piece: int):
+    """Cut T queries into (start, blocks, rows a block): whole blocks with all their past in batches of at most `piece`,
+    the blocks at the start of the text, which have less past, and the last, shorter one, alone."""
+    start = 0
+    while start < length and (past + start < back * block or length - start < block):
+        rows = min(block, length - start)
+        yield start, 1, rows
+        start += rows
+    while start < length:
+        blocks = min(piece, (length - start) // block)
+        if blocks == 0:
+            yield start, 1, length - start
+            return
+        yield start, blocks, block
+        start += blocks * block
+
+
+def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks, need_lse, dropout):
+    """Blocks of one size; the keys are those of the blocks and of what lies before the first of them."""
+    batch, kv_heads, _, dim = k.shape
+    groups, rows = q.shape[1] // kv_heads, q.shape[2] // blocks
+    back = (k.shape[2] - blocks * rows) // rows if blocks > 1 else 0
+    q = q.reshape(batch, kv_heads, groups, blocks, rows, dim).transpose(2, 3)
+    q = q.reshape(batch, kv_heads, blocks, groups * rows, dim)
+    k, v = (_with_past(x, blocks, back) for x in (k, v))
+    bias = _band(groups, rows, k.shape[3], window, q.dtype, q.device)
+    if valid is not None:
+        there = _with_past(valid[:, None, :, None], blocks, back)[..., 0].unsqueeze(3)
+        bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
+    if sinks is not None:
+        k, v, bias = _append_sinks(k, v, bias, sinks, groups, rows, window)
+    explicit = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    if explicit or softcap is not None or sink_logits is not None or need_lse:
+        o, lse = _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout)
+    else:
+        o, lse = _fused(q, k, v, bias, scaling, dropout), None
+    o = o.view(batch, kv_heads, blocks, groups, rows, dim).transpose(2, 3)
+    if lse is not None:
+        lse = lse.view(batch, kv_heads, blocks, groups, rows).transpose(2, 3).reshape(batch, -1, blocks * rows)
+    return o.reshape(batch, kv_heads * groups, blocks * rows, dim), lse
+
+
+def _with_past(x, blocks: int, back: int):
+    """Blocks of keys behind the `back` blocks before each. [B, H, (N + back) * c, D] -> [B, H, N, (1 + back) * c, D]"""
+    if blocks == 1:
+        return x.unsqueeze(2)
+    x = x.unflatten(2, (blocks + back, -1))
+    return torch.cat([x[:, :, first : first + blocks] for first in range(back + 1)], dim=3)
+
+
+@lru_cache(maxsize=256)
+def _band(groups: int, rows: int, keys: int, window: int, dtype, device):
+    """0 where a query may look, else the dtype's lowest; the queries are the last of the keys. [1, 1, 1, G * c, S]"""
+    with torch.inference_mode(False):
+        row = torch.arange(keys - rows, keys)[:, None]
+        column = torch.arange(keys)
+        hidden = (column > row) | (column <= row - window)
+        bias = torch.zeros(rows, keys, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        return bias.repeat(groups, 1)[None, None, None].to(device)
+
+
+def _append_sinks(k, v, bias, sinks, groups, rows, window):
+    sink_k, sink_v, age = sinks
+    batch, _, blocks = k.shape[:3]
+    query = torch.arange(blocks * rows, device=age.device).view(1, blocks, rows, 1)
+    hidden = (age[:, None, None, :] + query < window).repeat(1, 1, groups, 1).unsqueeze(1)
+    sink_bias = torch.zeros_like(hidden, dtype=bias.dtype).masked_fill(hidden, torch.finfo(bias.dtype).min)
+    k, v = (
+        torch.cat([x, sink.unsqueeze(2).expand(-1, -1, blocks, -1, -1)], dim=3)
+        for x, sink in ((k, sink_k), (v, sink_v))
+    )
+    return k, v, torch.cat([bias.expand(batch, 1, blocks, *bias.shape[3:]), sink_bias], dim=4)
+
+
+def _fused(q, k, v, bias, scaling, dropout):
+    """torch's attention, with the blocks as a batch."""
+    shape = q.shape
+    bias = bias.expand(shape[0], 1, shape[2], shape[3], k.shape[3])
+    q, k, v, bias = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, bias))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, dropout_p=dropout)
+    return o.unflatten(0, (shape[0], shape[2])).transpose(1, 2).reshape(shape)
+
+
+def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout):
+    """Scores, softmax and sum spelt out: does what torch's attention cannot, and is faster in float32 on a CPU."""
+    shape = (*q.shape[:-1], k.shape[-2])
+    if softcap is None:
+        bias = bias.expand(shape).reshape(-1, *shape[3:]) if bias.shape[0] * bias.shape[2] > 1 else bias.view(shape[3:])
+        scores = torch.baddbmm(bias, q.flatten(0, 2), k.flatten(0, 2).transpose(-1, -2), alpha=scaling).view(shape)
+    else:
+        scores = (q @ k.transpose(-1, -2)) * (scaling / softcap)
+        scores = scores.tanh() * softcap + bias
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    lse = scores.to(exact).logsumexp(-1) if need_lse or sink_logits is not None else None
+    weights = scores.softmax(-1, dtype=exact)
+    if sink_logits is not None:
+        logits = sink_logits.to(exact).view(1, k.shape[1], 1, groups, 1)
+        logits = logits.expand(-1, -1, -1, -1, shape[3] // groups).reshape(1, k.shape[1], 1, -1)
+        weights = weights * (lse - logits).sigmoid().unsqueeze(-1)
+        lse = torch.logaddexp(lse, logits)
+    if dropout > 0:
+        weights = torch.nn.functional.dropout(weights, dropout)
+    return weights.to(v.dtype) @ v, lse
