@@ -4,7 +4,6 @@ No tensor is loaded and neither torch nor transformers is imported, so it costs 
 """
 
 import json
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -12,7 +11,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from liger_cli import released
+from liger_cli import __version__, released
 from liger_cli.checkpoint import (
     INDEX,
     Checkpoint,
@@ -31,10 +30,10 @@ from liger_cli.families import FAMILIES
 from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.modeling import code_hashes, model_files
-from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place
+from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place, place_tree
 from liger_cli.plan import Plan, make_plan, read_mix
 from liger_cli.selection import read_request, selected_plan
-from liger_cli.templates.liger_config import LigerConfigError, layer_specs, liger_block
+from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs, liger_block
 
 FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
 MADE_BY_LIGER = ("config.json", "README.md", MANIFEST)
@@ -170,14 +169,17 @@ def refresh(folder: str, dry_run: bool = False) -> dict:
         raise UsageError(f"{folder} is not a converted or merged folder of liger's, so there is nothing to refresh")
     config = read_config(target)
     family = family_of(str(config.get("model_type")).removeprefix("liger_"))
+    block = config.get("liger")
+    if isinstance(block, dict) and block.get("format") != FORMAT:
+        raise ModelError(f"{folder}: its format is {block.get('format')!r}, which liger {__version__} cannot renew")
     try:
-        layer_specs(config.get("liger"), Geometry.of(family.with_defaults(config)).num_hidden_layers)
+        layer_specs(block, Geometry.of(family.with_defaults(config)).num_hidden_layers)
     except LigerConfigError as error:
         raise ModelError(f"{folder}: {error}") from None
     own_files(target)
     if not dry_run:
         with atomic_folder(target, force=True) as new:
-            shutil.copytree(target, new, copy_function=os.link, dirs_exist_ok=True)
+            place_tree(target, new)
             for name, text in model_files(family).items():
                 _replace(new / name, text)
             (new / MANIFEST).unlink()

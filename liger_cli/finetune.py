@@ -17,7 +17,7 @@ from liger_cli.checkpoint import read_config, read_json
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.folders import resolve_model
 from liger_cli.manifest import new_manifest, write_manifest
-from liger_cli.outputs import atomic_folder, check_output, claimed_folder, unchanged, write_whole
+from liger_cli.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
 from liger_cli.recipes import Recipe, load_recipe, override, recipe_from
 from liger_cli.train_plan import (
     Base,
@@ -350,7 +350,7 @@ def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Pa
         "run; `liger merge` makes a model of its own of it.\n"
     )
     with atomic_folder(target, force) as folder:
-        shutil.copytree(partial, folder, copy_function=os.link, dirs_exist_ok=True)
+        place_tree(partial, folder)
         for name in (RUN, "README.md"):
             (folder / name).unlink(missing_ok=True)
         (folder / "README.md").write_text(card, encoding="utf-8")

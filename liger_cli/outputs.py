@@ -172,6 +172,12 @@ def place(source: Path, target: Path, link: str) -> str:
     return "copy"
 
 
+def place_tree(source: Path, target: Path) -> None:
+    """Every file of a folder, at any depth, put into another one as `place` does with `auto`. Raises OSError."""
+    put = lambda one, to: place(Path(one), Path(to), "auto")  # noqa: E731
+    shutil.copytree(source, target, copy_function=put, dirs_exist_ok=True)
+
+
 def _reflink(source: Path, target: Path) -> bool:
     with open(source, "rb") as reader, open(target, "xb") as writer, suppress(OSError):
         fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
