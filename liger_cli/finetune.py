@@ -6,6 +6,7 @@ on with `resume` from its last complete checkpoint.
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -13,12 +14,17 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from liger_cli.checkpoint import read_config, read_json
+from liger_cli.checkpoint import fingerprint, read_json, read_shard
 from liger_cli.errors import LigerError, ModelError, UsageError
+from liger_cli.escape import code_span, markdown, yaml_string
 from liger_cli.folders import resolve_model
 from liger_cli.manifest import new_manifest, write_manifest
+from liger_cli.merge import ADAPTER_WEIGHTS
+from liger_cli.modeling import load_config
 from liger_cli.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
 from liger_cli.recipes import Recipe, load_recipe, override, recipe_from
+from liger_cli.tokenizer import check_ids
+from liger_cli.tokenizer import load_tokenizer as tokenizer_of
 from liger_cli.train_plan import (
     Base,
     check_memory,
@@ -27,6 +33,7 @@ from liger_cli.train_plan import (
     lora_modules,
     make_plan,
     read_base,
+    trained_extras,
     training_dtype,
 )
 
@@ -136,7 +143,7 @@ def finetune(
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     modules = lora_modules(base, recipe)
     tokenizer = load_tokenizer(base.folder)
-    loaded, schedule = load_schedule(recipe, data, tokenizer)
+    loaded, schedule = load_schedule(base, recipe, data, tokenizer)
     plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
     if not quiet and _main_process():
         print_plan(plan)
@@ -167,7 +174,7 @@ def finetune(
     return report
 
 
-def load_schedule(recipe: Recipe, data: str, tokenizer):
+def load_schedule(base: Base, recipe: Recipe, data: str, tokenizer):
     """The data, in memory or streamed, and the micro-batches of the whole run. Raises as `data.load_data`."""
     from liger_cli.data import load_data
     from liger_cli.packing import Schedule
@@ -178,22 +185,14 @@ def load_schedule(recipe: Recipe, data: str, tokenizer):
         stream = open_stream(data, tokenizer, recipe.seq_len, recipe.held_out)
         return stream, StreamSchedule(stream, *rows, recipe.max_steps)
     loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)
+    largest = max(int(example.input_ids.max()) for example in (*loaded.train, *loaded.held_out))
+    check_ids(largest, base.geometry.vocab_size, base.folder)
     return loaded, Schedule(loaded.train, *rows, recipe.epochs, recipe.max_steps)
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer; no code of the folder is run. Raises ModelError."""
-    from transformers import AutoTokenizer
-
-    from liger_cli.experimental import family_of
-    from liger_cli.modeling import model_classes
-
-    family = family_of(read_config(folder)["model_type"].removeprefix("liger_"))
-    try:
-        config = model_classes(family)[0].from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({str(error)[:200]})") from None
+    """The tokenizer of a folder that liger made; no code of the folder is run. Raises ModelError."""
+    return tokenizer_of(folder, load_config(folder))
 
 
 def _train(
@@ -247,7 +246,10 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
     with view:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except pickle.UnpicklingError as error:  # torch loads tensors and plain values only (weights_only)
+            raise LigerError(f"the checkpoint {last} is broken or holds more than tensors; remove it") from error
         last_step = [one for one in trainer.state.log_history if one["step"] == trainer.state.global_step]
         if loaded.held_out and not any("eval_loss" in one for one in last_step):
             trainer.evaluate()
@@ -284,6 +286,7 @@ def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    from liger_cli.extra_training import set_trained
     from liger_cli.modeling import load_model
     from liger_cli.objectives import TrainedModel
 
@@ -316,6 +319,11 @@ def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str):
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(base.folder)
     adapted.__class__ = TrainedModel
+    adapted.train_extra = bool(trained_extras(base, recipe))
+    if adapted.train_extra:
+        # What any stage trains has to be the optimizer's from the start; each stage then switches the rest off.
+        ways = {stage.train for stage in recipe.stages}
+        set_trained(adapted, ways.pop() if len(ways) == 1 else "both")
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return adapted
@@ -344,17 +352,19 @@ def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Pa
         result={name: value for name, value in report.items() if name not in ("recipe", "dry_run")},
     )
     card = (
-        f"---\nlibrary_name: peft\nbase_model: {base.folder.name}\ntags: [liger, lora]\n---\n# {target.name}\n\n"
-        f"A LoRA adapter for the Liger model `{base.folder.name}`, trained with the recipe `{recipe.name}` "
-        f"(recipe.yaml) on `{settings['data']}` for {report['steps_done']} steps. log.jsonl and loss.png show the "
-        "run; `liger merge` makes a model of its own of it.\n"
+        f"---\nlibrary_name: peft\nbase_model: {yaml_string(base.folder.name)}\ntags: [liger, lora]\n---\n"
+        f"# {markdown(target.name)}\n\n"
+        f"A LoRA adapter for the Liger model {code_span(base.folder.name)}, trained with the recipe "
+        f"{code_span(recipe.name)} (recipe.yaml) on {code_span(settings['data'])} for {report['steps_done']} steps. "
+        "log.jsonl and loss.png show the run; `liger merge` makes a model of its own of it.\n"
     )
     with atomic_folder(target, force) as folder:
         place_tree(partial, folder)
         for name in (RUN, "README.md"):
             (folder / name).unlink(missing_ok=True)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        write_manifest(folder, manifest)
+        written = fingerprint((read_shard(folder.resolve(), ADAPTER_WEIGHTS),))
+        write_manifest(folder, {**manifest, "written": written})
     (partial / RUN).unlink()  # from here on it is no unfinished run, even if what follows is killed
     shutil.rmtree(partial, ignore_errors=True)
 

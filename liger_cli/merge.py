@@ -20,6 +20,7 @@ from liger_cli.folders import resolve_model
 from liger_cli.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
 from liger_cli.modeling import code_hashes, model_files
 from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place, unchanged
+from liger_cli.templates.liger_extras import NAMES
 from liger_cli.untrusted import read_bytes, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -47,6 +48,7 @@ class Adapter:
         scales: name of the weight in the base -> alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
         transposed: the weights are stored [in, out] (`fan_in_fan_out`).
         ranks: name of the weight in the base -> rank of its update.
+        replaced: names of the extra tensors (`templates.liger_extras`) that were trained as a whole.
     """
 
     folder: Path
@@ -55,6 +57,12 @@ class Adapter:
     scales: dict[str, float]
     transposed: bool
     ranks: dict[str, int]
+    replaced: frozenset[str] = frozenset()
+
+    @property
+    def trained(self) -> set[str]:
+        """Every tensor of the base that the adapter changes."""
+        return set(self.scales) | self.replaced
 
 
 def run(
@@ -129,8 +137,9 @@ def read_adapter(folder: Path) -> Adapter:
     if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         raise ModelError(f"{folder} lacks {ADAPTER_WEIGHTS}; an adapter in any other format is never opened")
     tensors = _adapter_tensors(folder)
+    replaced = {name for name in tensors if is_extra(name)}
     scales, ranks = {}, {}
-    for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+    for module in sorted({name.rpartition(".lora_")[0] for name in tensors if name not in replaced}):
         pair = [tensors.get(f"{module}.lora_{side}.weight") for side in "AB"]
         if None in pair:
             raise ModelError(f"{folder}: {module} lacks one of its two LoRA matrices")
@@ -139,7 +148,8 @@ def read_adapter(folder: Path) -> Adapter:
             raise ModelError(f"{folder}: the LoRA matrices of {module} are {list(a)} and {list(b)}, which do not fit")
         name = f"{module.removeprefix(PREFIX)}.weight"
         scales[name], ranks[name] = _scale(folder, config, module, a[0]), a[0]
-    return Adapter(folder, read_manifest(folder), config, scales, bool(config.get("fan_in_fan_out")), ranks)
+    whole = frozenset(name.removeprefix(PREFIX) for name in replaced)
+    return Adapter(folder, read_manifest(folder), config, scales, bool(config.get("fan_in_fan_out")), ranks, whole)
 
 
 def peft_config(adapter: Adapter):
@@ -196,7 +206,11 @@ def merge(
     force: bool = False,
 ) -> dict:
     """Write the merged folder; parameters as for `run`, `found` is the fingerprint of `shards`."""
-    trained = {name for adapter in adapters for name in adapter.scales}
+    trained = {name for adapter in adapters for name in adapter.trained}
+    for name in trained:
+        owners = [str(adapter.folder) for adapter in adapters if name in adapter.replaced]
+        if len(owners) > 1:
+            raise UsageError(f"{owners[0]} and {owners[1]} both hold all of {name}, which cannot be added; merge one")
     ways, linked = set(), 0
     family = read_converted(model).family
     with atomic_folder(target, force) as folder:
@@ -228,7 +242,8 @@ def merge(
         if len(shards) > 1 or (model / INDEX).is_file():
             _write_index(folder, shards)
         _write_config(model, folder, dtype, window_only(adapters))
-        manifest = _manifest(adapters, model, found, dtype, sorted(ways)) | {"code": code_hashes(family)}
+        manifest = _manifest(adapters, model, found, dtype, sorted(ways))
+        manifest |= {"code": code_hashes(family), "written": fingerprint(read_weights(folder))}
         (folder / "README.md").write_text(_card(adapters, model, target), encoding="utf-8")
         write_manifest(folder, manifest)
     return {
@@ -266,7 +281,7 @@ def write_shard(shard: Shard, target: Path, adapters: list[Adapter], dtype: str 
         writer.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:
             first, last = layout[name]["data_offsets"]
-            touched = [adapter for adapter in adapters if name in adapter.scales]
+            touched = [adapter for adapter in adapters if name in adapter.trained]
             reader.seek(start + first)
             if touched or header[name]["dtype"] != shard.tensors[name].dtype:
                 _write_merged(shard, name, touched, header[name]["dtype"], reader, writer)
@@ -285,7 +300,7 @@ def _write_merged(shard: Shard, name: str, adapters: list[Adapter], kind: str, r
     names = {value: key for key, value in DTYPES.items()}
     merged = torch.frombuffer(content, dtype=getattr(torch, names[tensor.dtype])).view(tensor.shape).float()
     for adapter in adapters:
-        merged += delta(adapter, name)
+        merged = whole_tensor(adapter, name) if name in adapter.replaced else merged + delta(adapter, name)
     if not torch.isfinite(merged).all():
         raise ModelError(f"{name} is not finite once merged; the adapter is broken")
     merged = merged.to(getattr(torch, names[kind])).contiguous()
@@ -304,6 +319,14 @@ def delta(adapter: Adapter, name: str):
     return update.T if adapter.transposed else update
 
 
+def whole_tensor(adapter: Adapter, name: str):
+    """The extra tensor `name` as the adapter trained it, in float32."""
+    from safetensors import safe_open
+
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        return file.get_tensor(PREFIX + name).float()
+
+
 def check_fits(adapter: Adapter, model: Path, shards: tuple[Shard, ...], found: dict) -> None:
     """Raises ModelError where the adapter was trained on other weights, or names tensors that are not there."""
     wanted = (adapter.manifest or {}).get("fingerprint", {}).get("digest")
@@ -320,6 +343,10 @@ def check_shapes(adapter: Adapter, model: Path, shards: tuple[Shard, ...]) -> No
     shapes = {
         name: tensor.shape for shard_ in _adapter_shards(adapter.folder) for name, tensor in shard_.tensors.items()
     }
+    for name in adapter.replaced:
+        shape = shapes[PREFIX + name]
+        if name not in tensors or tensors[name].shape != shape:
+            raise ModelError(f"{adapter.folder} trains {name} {list(shape)}, which {model} does not have")
     for name in adapter.scales:
         module = PREFIX + name.removesuffix(".weight")
         if name not in tensors:
@@ -339,11 +366,17 @@ def _adapter_shards(folder: Path) -> tuple[Shard, ...]:
 def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
     names = {name: tensor for shard in _adapter_shards(folder) for name, tensor in shard.tensors.items()}
     for name in names:
-        if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        lora = name.endswith((".lora_A.weight", ".lora_B.weight"))
+        if not name.startswith(PREFIX) or not (lora or is_extra(name)):
             raise ModelError(f"{folder} holds {name}, which is not LoRA of a linear layer; use PEFT's merge_and_unload")
     if not names:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is empty")
     return names
+
+
+def is_extra(name: str) -> bool:
+    """Whether a tensor is one that liger added to the model, trained as a whole and not by LoRA."""
+    return name.rpartition(".")[2] in NAMES
 
 
 def _scale(folder: Path, config: dict, module: str, rank: int) -> float:

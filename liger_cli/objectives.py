@@ -15,6 +15,7 @@ from peft import PeftModelForCausalLM
 from torch.utils.checkpoint import checkpoint
 
 from liger_cli.data import IGNORED
+from liger_cli.extra_training import save_beside_lora
 from liger_cli.recipes import Stage
 
 CHUNK_ELEMENTS = 1 << 25  # logits at a time: 128 MiB in float32
@@ -27,13 +28,21 @@ class TrainedModel(PeftModelForCausalLM):
 
     Attributes:
         stage: the stage in force.
+        train_extra: whether some stage trains the extra parameters, so that they are saved.
     """
 
     stage: Stage
+    train_extra = False
 
     def forward(self, input_ids, labels, lengths, position_ids=None):
         """A batch of `packing.Collator` -> `{"loss": sum over tokens}`, a float32 scalar."""
         return {"loss": objective_sum(self, self.stage, input_ids, labels, lengths, position_ids)}
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """As PEFT's, with the trained extra parameters in the adapter's file."""
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if self.train_extra and kwargs.get("is_main_process", True):
+            save_beside_lora(self, save_directory, state_dict)
 
     def logits_model(self):
         """The causal language model under the adapter."""
@@ -138,13 +147,16 @@ def teacher(model: TrainedModel) -> Iterator[None]:
     """The original model: LoRA off, every Liger layer run as softmax attention. The modes are restored."""
     base = model.logits_model()
     modes = [module.liger_mode for module in base.get_decoder().liger_attentions()]
-    with model.disable_adapter():
-        base.set_attention_mode("softmax")
-        try:
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            base.set_attention_mode("softmax")
             yield
-        finally:
-            for module, mode in zip(base.get_decoder().liger_attentions(), modes, strict=True):
-                module.liger_mode = mode
+    finally:
+        for module, mode in zip(base.get_decoder().liger_attentions(), modes, strict=True):
+            module.liger_mode = mode
+        for parameter, wanted in trained:  # PEFT lets gradients reach LoRA again, whether they had or not
+            parameter.requires_grad_(wanted)
 
 
 @contextmanager

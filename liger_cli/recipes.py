@@ -10,6 +10,7 @@ from liger_cli.errors import UsageError
 from liger_cli.untrusted import read_bytes
 
 OBJECTIVES = ("ce", "distill", "transfer")
+TRAINED = ("lora", "extra", "both")
 ATTENTIONS = ("liger", "window")
 MAX_BYTES = 64 << 10  # of a recipe's file
 LIMIT = 1 << 20  # of every number that decides how much is computed or kept
@@ -31,6 +32,8 @@ class Stage:
         window_dropout: probability, per Liger layer and micro-batch, of training on the recurrent branch alone: a
             number, or several that it passes through at even distances, linearly from the stage's first step to its
             last (`[0.9, 0.5, 0]`).
+        train: `lora`, `extra` (the parameters that liger added: learned gates, feature maps, branch coefficients), or
+            `both`, which is LoRA alone where the model has no others.
     """
 
     objective: str = "ce"
@@ -39,6 +42,7 @@ class Stage:
     ce_weight: float = 0.0
     temperature: float = 1.0
     window_dropout: float | tuple[float, ...] = 0.0
+    train: str = "both"
 
     def __post_init__(self):
         _require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
@@ -46,6 +50,7 @@ class Stage:
         _require(_number(self.lr) and 0 < self.lr < 10, "lr", self.lr, "a positive number below 10")
         _require(_number(self.ce_weight) and self.ce_weight >= 0, "ce_weight", self.ce_weight, "0 or more")
         _require(_number(self.temperature) and self.temperature > 0, "temperature", self.temperature, "positive")
+        _require(self.train in TRAINED, "train", self.train, f"one of {', '.join(TRAINED)}")
         if isinstance(self.window_dropout, list):
             object.__setattr__(self, "window_dropout", tuple(self.window_dropout))
         values = self.window_dropout if isinstance(self.window_dropout, tuple) else (self.window_dropout,)

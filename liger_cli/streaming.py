@@ -20,35 +20,35 @@ class Stream:
 
     Attributes:
         sources: with weights, which are shares of the examples.
-        held_out: for each source how many of its first examples are left out of training.
-        kept: those examples.
+        skipped: for each source how many of its first examples are left out of training.
+        held_out: those examples.
         report: one dict a source, as in `data.Data`; what only a whole pass could count is None.
     """
 
     sources: list[Source]
     tokenizer: object
     seq_len: int
-    held_out: list[int]
-    kept: list[Example]
+    skipped: list[int]
+    held_out: list[Example]
     report: list[dict]
 
     def examples(self, seed: int) -> Iterator[Example]:
         """Training examples without end. Raises LigerError: a source has none."""
-        parts = [self._again(*pair) for pair in zip(self.sources, self.held_out, strict=True)]
+        parts = [self._again(*pair) for pair in zip(self.sources, self.skipped, strict=True)]
         if len(parts) == 1:
             yield from parts[0]
         rng, weights = Random(seed), [source.weight for source in self.sources]
         while True:
             yield next(rng.choices(parts, weights)[0])
 
-    def _again(self, source: Source, held_out: int) -> Iterator[Example]:
+    def _again(self, source: Source, skipped: int) -> Iterator[Example]:
         while True:
             found = False
-            for example in islice(_examples(source.name, self.tokenizer, self.seq_len), held_out, None):
+            for example in islice(_examples(source.name, self.tokenizer, self.seq_len), skipped, None):
                 found = True
                 yield example
             if not found:
-                raise nothing_to_learn(f"{source.name} (beyond the {held_out} held out)", self.seq_len)
+                raise nothing_to_learn(f"{source.name} (beyond the {skipped} held out)", self.seq_len)
 
 
 def _examples(name: str, tokenizer, seq_len: int) -> Iterator[Example]:

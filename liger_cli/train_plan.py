@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from liger_cli.checkpoint import Geometry, Shard, fingerprint, layer_index, read_config, read_weights
+from liger_cli.checkpoint import Geometry, Shard, fingerprint, layer_index, read_config
+from liger_cli.converted import read_converted
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.manifest import read_manifest
 from liger_cli.memory import available
+from liger_cli.merge import is_extra
 from liger_cli.recipes import Recipe
-from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs
+from liger_cli.templates.liger_config import LayerSpec
 
 MEMORY_SHARE = 0.95  # of what is free; the estimate is one
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,13 +45,11 @@ def read_base(folder: Path) -> Base:
     config = read_config(folder.resolve())
     if "liger" not in config:
         raise ModelError(f"{folder} is not linearized; run `liger convert {folder}` first")
-    geometry = Geometry.of(config)
-    try:
-        specs = layer_specs(config["liger"], geometry.num_hidden_layers)
-    except LigerConfigError as error:
-        raise ModelError(f"{folder}: {error}") from None
-    shards = read_weights(folder)
-    return Base(folder.resolve(), config, geometry, specs, shards, manifest or {}, fingerprint(shards))
+    found = read_converted(folder)
+    shards = found.checkpoint.shards
+    return Base(
+        found.folder, config, found.checkpoint.geometry, list(found.specs), shards, manifest or {}, fingerprint(shards)
+    )
 
 
 def check_setup(recipe: Recipe, report_to: str, fsdp: bool) -> None:
@@ -63,18 +63,20 @@ def check_setup(recipe: Recipe, report_to: str, fsdp: bool) -> None:
             raise UsageError(f"--report-to is {report_to!r}, but has to be none, {' or '.join(TRACKERS)}")
         if not any(find_spec(name) for name in TRACKERS[report_to]):
             raise SetupError(f"--report-to {report_to} needs the package {report_to}; pip install {report_to}")
+    if fsdp:
+        if recipe.load_in_4bit:
+            raise UsageError("--fsdp shards the weights and --load-in-4bit cannot be sharded; choose one of them")
+        if len({stage.train for stage in recipe.stages}) > 1:
+            raise UsageError("--fsdp cannot change what is trained from stage to stage; run the stages one by one")
+        if device() != "cuda":
+            raise SetupError("--fsdp needs CUDA devices and there are none: accelerate would run plain DDP instead")
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise UsageError("--fsdp shards the weights over several processes; give --processes 2 or more")
     if recipe.load_in_4bit:
         if device() != "cuda":
             raise SetupError("a 4-bit base (--load-in-4bit) needs a CUDA device and there is none; leave it out")
         if not find_spec("bitsandbytes"):
             raise SetupError("a 4-bit base (--load-in-4bit) needs the package bitsandbytes; pip install bitsandbytes")
-    if fsdp:
-        if recipe.load_in_4bit:
-            raise UsageError("--fsdp shards the weights and --load-in-4bit cannot be sharded; choose one of them")
-        if device() != "cuda":
-            raise SetupError("--fsdp needs CUDA devices and there are none: accelerate would run plain DDP instead")
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            raise UsageError("--fsdp shards the weights over several processes; give --processes 2 or more")
 
 
 def lora_modules(base: Base, recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -106,6 +108,18 @@ def _fused(targets: tuple[str, ...], tensors) -> tuple[str, ...]:
     return ("qkv_proj", *(name for name in targets if name not in split))
 
 
+def trained_extras(base: Base, recipe: Recipe) -> int:
+    """How many extra parameters the recipe trains. Raises UsageError: a stage trains those only and there are none."""
+    extras = sum(tensor.numel for shard in base.shards for name, tensor in shard.tensors.items() if is_extra(name))
+    ways = {stage.train for stage in recipe.stages}
+    if "extra" in ways and not extras:
+        raise UsageError(
+            f"the recipe {recipe.name} has a stage that trains extra parameters only, and {base.folder.name} has none; "
+            "convert with --feature-params learned, --gate-params learned or --branch-scales"
+        )
+    return extras if ways != {"lora"} else 0
+
+
 def layer_of(name: str) -> int | None:
     """The layer that a tensor or module of this name belongs to."""
     match = layer_index(name)
@@ -115,7 +129,9 @@ def layer_of(name: str) -> int | None:
 def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> dict:
     """What is printed before the run, and reported after it."""
     tokens, padding = schedule.tokens()
-    trainable = sum(recipe.lora_rank * (rows + columns) for rows, columns in modules.values())
+    extras = trained_extras(base, recipe)
+    lora = 0 if {stage.train for stage in recipe.stages} == {"extra"} else recipe.lora_rank
+    trainable = sum(lora * (rows + columns) for rows, columns in modules.values()) + extras
     streamed = schedule.per_epoch is None
     return {
         "model": str(base.folder),
@@ -129,6 +145,7 @@ def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> d
         "train_examples": None if streamed else len(loaded.train),
         "parameters": base.parameters,
         "trainable_parameters": trainable,
+        "trainable_extra_parameters": extras,
         "tokens": tokens,
         "padding_tokens": padding,
         "steps": schedule.steps,

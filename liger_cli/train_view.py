@@ -4,6 +4,8 @@ import sys
 import time
 from pathlib import Path
 
+from liger_cli.escape import printable
+
 SMOOTHING = 0.9
 LINES = 20  # progress lines of a run that is not on a terminal
 ETA_AFTER = 20  # steps
@@ -11,7 +13,7 @@ ETA_AFTER = 20  # steps
 
 def print_plan(plan: dict) -> None:
     """The plan before anything is loaded, on stderr."""
-    say = lambda text: print(f"liger: {text}", file=sys.stderr)  # noqa: E731
+    say = lambda text: print(f"liger: {printable(text)}", file=sys.stderr)  # noqa: E731
     for source in plan["sources"]:
         if source["examples"] is None:
             notes = [f"streamed, the first {source['held_out']} examples held out"]
@@ -33,8 +35,10 @@ def print_plan(plan: dict) -> None:
         f"recipe {plan['recipe']} ({' then '.join(plan['objectives'])}): {plan['steps']:,} steps of "
         f"{plan['batch_size']} x {plan['seq_len']} tokens, {length}"
     )
+    extra = plan["trainable_extra_parameters"]
+    beside = f", {extra:,} of them liger's own" if extra else ""
     say(
-        f"trainable {plan['trainable_parameters']:,} of {plan['parameters']:,} parameters ({share:.3%}); about "
+        f"trainable {plan['trainable_parameters']:,} of {plan['parameters']:,} parameters ({share:.3%}{beside}); about "
         f"{_size(plan['memory_estimate_bytes'])} of memory (estimate) on the {plan['device']} in {plan['dtype']}"
         + (" over 4-bit weights" if plan["load_in_4bit"] else "")
     )
@@ -127,7 +131,8 @@ def write_plot(records: list[dict], path: Path, recipe) -> None:
     held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", label="held-out cross-entropy")
-    axes.set(xlabel="optimizer step", ylabel="loss per token", title=f"recipe {recipe.name}")
+    axes.set(xlabel="optimizer step", ylabel="loss per token", title="")
+    axes.set_title(printable(f"recipe {recipe.name}")[:100], parse_math=False)
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from liger_cli.data import Example
 from liger_cli.errors import LigerError, SetupError, write_errno
+from liger_cli.extra_training import set_trained
 from liger_cli.finite import first_non_finite
 from liger_cli.objectives import TrainedModel, counts, window_dropout
 from liger_cli.packing import Collator, Schedule, make_rows
@@ -121,8 +122,10 @@ class LigerTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and their tokens over all processes: [predicted, all]."""
-        self.model.stage = self.recipe.stages[self.stage_index(self.state.global_step)]
-        self._accumulated = 0
+        stage = self.recipe.stages[self.stage_index(self.state.global_step)]
+        self.model.stage, self._accumulated = stage, 0
+        if self.model.train_extra:
+            set_trained(self.model, stage.train)
         batches = list(islice(epoch_iterator, num_batches))
         totals = torch.tensor([counts(batch["labels"], batch["lengths"]) for batch in batches], device=device).sum(0)
         if self.args.world_size > 1:

@@ -39,7 +39,7 @@ def test_a_pass_holds_every_example_once_but_the_held_out(corpus, tokenizer):
     loaded = load_data(str(corpus), tokenizer, 48, held_out=20)
     stream = open_stream(str(corpus), tokenizer, 48, held_out=20)
     same = lambda one, other: contents([one]) == contents([other])  # noqa: E731
-    assert same(stream.kept, loaded.held_out)
+    assert same(stream.held_out, loaded.held_out)
     twice = list(islice(stream.examples(0), 2 * len(loaded.train)))
     assert same(twice[: len(loaded.train)], loaded.train) and same(twice[len(loaded.train) :], loaded.train)
 
@@ -90,7 +90,7 @@ def test_a_stream_without_enough_is_one_sentence(tmp_path, corpus, tokenizer):
     path.write_text("".join(json.dumps(row) + "\n" for row in [whole, whole, {**whole, "instruction": "w5 " * 99}]))
     stream = open_stream(str(path), tokenizer, 48, 1)
     assert len(list(islice(stream.examples(0), 10))) == 10
-    stream.held_out[0] = 2
+    stream.skipped[0] = 2
     with pytest.raises(LigerError, match="anything to learn"):
         next(stream.examples(0))
 
