@@ -1,6 +1,7 @@
 """Held-out evaluation of any causal language model: recall over a chosen distance, and perplexity."""
 
 import math
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,9 @@ def _probe(tokenizer, distance: int, pairs: int, rng: Random, start: list[int]) 
         tail = encode(f"{fact.tail}.")
         later = [token for other in facts[asked + 1 :] for token in encode(f" {other.statement}")]
         question = encode(f" {fact.question} {fact.prefix}")
-        filler = _fill(story, encode, distance - len(tail) - len(later) - len(question))
+        filler = fill(
+            lambda story=story: encode(f" {story.sentence()}"), distance - len(tail) - len(later) - len(question)
+        )
         if filler is None:
             continue
         before = "".join(f" {other.statement}" for other in facts[:asked])
@@ -62,20 +65,20 @@ def _probe(tokenizer, distance: int, pairs: int, rng: Random, start: list[int]) 
     raise ValueError(f"no probe with {pairs} facts fits into a distance of {distance} tokens")
 
 
-def _fill(story: Story, encode, room: int) -> list[int] | None:
-    """Sentences of the story that take exactly `room` tokens, or None."""
+def fill(write: Callable[[], list[int]], room: int) -> list[int] | None:
+    """Pieces of filler that take exactly `room` tokens, or None; `write` makes the tokens of the next piece."""
     if room <= 0:
         return [] if room == 0 else None
     filler: list[int] = []
     while room >= 32:
-        sentence = encode(f" {story.sentence()}")
-        filler += sentence
-        room -= len(sentence)
+        piece = write()
+        filler += piece
+        room -= len(piece)
     sums: dict[int, list[int]] = {0: []}
     for _ in range(40):
-        sentence = encode(f" {story.sentence()}")
+        piece = write()
         for total, tokens in list(sums.items()):
-            sums.setdefault(total + len(sentence), tokens + sentence)
+            sums.setdefault(total + len(piece), tokens + piece)
         if room in sums:
             return filler + sums[room]
     return None
@@ -89,6 +92,7 @@ def evaluate_recall(
     seed: int = TEST_SEED,
     batch_size: int = 16,
     pairs: int = 4,
+    probe: Callable[..., list[Probe]] = recall_probe,
 ) -> dict[int, float]:
     """Share of recall probes answered exactly, by distance in tokens.
 
@@ -99,10 +103,11 @@ def evaluate_recall(
         model: a causal language model that takes `input_ids` [B, T] and `logits_to_keep`, on any device.
         distances, count, seed, pairs: see `recall_probe`; `count` probes for each distance.
         batch_size: sequences a pass.
+        probe: makes the probes; `recall_probe`, or that of another text (`liger_cli.study.sources`).
     """
     accuracy = {}
     for distance in distances:
-        probes = recall_probe(tokenizer, distance, count, seed, pairs)
+        probes = probe(tokenizer, distance, count, seed, pairs)
         right = sum(
             _answered(model, probes[index : index + batch_size], tokenizer) for index in range(0, count, batch_size)
         )

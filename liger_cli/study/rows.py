@@ -1,0 +1,201 @@
+"""The rows of the study's table, as data: what is converted how, trained by what, and held against which control."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+from liger_cli.errors import UsageError
+from liger_cli.study.subjects import StudyBase
+from liger_cli.templates.liger_gates import GATES
+
+WINDOW = 64
+WINDOW_ONLY = "window-only"
+DOCUMENTS, INSTRUCTIONS = "documents", "instructions"
+# The same for every recipe: what a step sees, how often it is interrupted.
+COMMON = {
+    "seq_len": 512,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "held_out": 16,
+    "eval_steps": 1 << 20,
+    "save_steps": 1 << 20,
+    "early_stop": 0,
+    "streaming": False,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        name: what it is called there.
+        convert: options of `liger convert`.
+        recipe: of `liger finetune`; None for an untrained row.
+        changes: fields of the recipe that differ from the shipped one's.
+        column: what is measured: `base`, `model` or `window_only` (see `columns`).
+        control: the row that is trained identically but for its recurrent branch, which is off; None for controls.
+        group: what the row is about.
+    """
+
+    name: str
+    convert: tuple[str, ...] = ()
+    recipe: str | None = None
+    changes: dict = field(default_factory=dict)
+    column: str = "model"
+    control: str | None = WINDOW_ONLY
+    group: str = "untrained"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A row on one base with one budget and seed: what is computed at once and kept in a file of its own.
+
+    Attributes:
+        budget: training tokens; 0 for an untrained row.
+        mixture: kind of training data.
+    """
+
+    row: Row
+    base: str
+    budget: int = 0
+    seed: int = 0
+    mixture: str = DOCUMENTS
+
+    @property
+    def name(self) -> str:
+        """Its file's name, without the folder of the base."""
+        if not self.budget:
+            return self.row.name
+        other = "" if self.mixture == DOCUMENTS else f"-{self.mixture}"
+        return f"{self.row.name}-{show_tokens(self.budget)}{other}-seed{self.seed}"
+
+
+LOLCATS = (
+    *("--gate", "none", "--feature-map", "hedgehog", "--feature-params", "learned"),
+    *("--positions", "rope", "--normalizer", "joint", "--mix", "0.9"),
+)
+SUPRA = (
+    *("--gate", "retnet", "--feature-map", "relu", "--feature-params", "learned"),
+    *("--positions", "rope", "--normalizer", "group", "--window", "0"),
+)
+CALIBRATED = ("--normalizer", "running", "--branch-scales", "--calibrate")
+
+FIRST = (
+    Row("base", column="base", control=None, group="control"),
+    Row(WINDOW_ONLY, ("--mix", "0"), control=None, group="control"),
+    Row("window-only-sinks4", ("--mix", "0", "--sinks", "4"), control=None, group="control"),
+    Row("gla", ("--gate", "gla")),
+    Row("gla-running", ("--gate", "gla", "--normalizer", "running")),
+    Row("gla-running-mix0.1", ("--gate", "gla", "--normalizer", "running", "--mix", "0.1")),
+    Row("gla-joint", ("--gate", "gla", "--normalizer", "joint")),
+    Row("gla-calibrated", ("--gate", "gla", *CALIBRATED)),
+    Row("gdn-calibrated", ("--gate", "gdn", "--branch-scales", "--calibrate")),
+    Row("layers-auto1", ("--mix", "0", "--softmax-layers", "auto:1"), group="softmax kept"),
+    Row("layers-auto2", ("--mix", "0", "--softmax-layers", "auto:2"), group="softmax kept"),
+    Row("heads-auto1", ("--mix", "0", "--softmax-heads", "auto:1"), group="softmax kept"),
+    Row("heads-auto2", ("--mix", "0", "--softmax-heads", "auto:2"), group="softmax kept"),
+)
+GATE_ROWS = tuple(Row(gate, ("--gate", gate)) for gate in GATES if gate not in ("gla", "retnet"))
+
+
+def _window(recipe: str, name: str, changes: dict | None = None, convert: tuple[str, ...] = ()) -> Row:
+    changes = {**(changes or {}), "attention": "window"}
+    return Row(name, convert, recipe, changes, column="window_only", control=None, group="trained control")
+
+
+# KL alone, as the demo trains: enough for a few hundred thousand tokens.
+KL = {"stages": [{"objective": "distill", "lr": 3e-3}], "schedule": "cosine", "warmup": 0.05}
+TRAINED = (
+    _window("window-only", "window-only-trained"),
+    Row("paper", ("--gate", "gla"), "paper", control="window-only-trained", group="trained"),
+    _window("distill", "window-only-kl", KL),
+    Row("kl", ("--gate", "gla"), "distill", KL, control="window-only-kl", group="trained"),
+    Row("best", (), "best", control="window-only-kl", group="trained"),
+    Row("lolcats", LOLCATS, "lolcats", control="window-only-trained", group="trained"),
+    Row("supra", SUPRA, "supra", control="window-only-trained", group="trained"),
+    Row("distill", ("--gate", "gla"), "distill", control="window-only-kl", group="trained"),
+    Row(
+        "kl-running", ("--gate", "gla", "--normalizer", "running", "--branch-scales"), "distill", KL,
+        control="window-only-kl", group="trained",
+    ),
+    Row("paper-layers-auto1", ("--softmax-layers", "auto:1"), "paper", control="window-only-trained", group="trained"),
+    Row("kl-heads-auto1", ("--softmax-heads", "auto:1"), "distill", KL, control="window-only-kl", group="trained"),
+)  # fmt: skip
+FEW = ("window-only-trained", "paper", "window-only-kl", "kl", "best")  # longer runs, and the second mixture
+
+
+def base_rows(base: StudyBase) -> tuple[Row, ...]:
+    """Rows that depend on how many layers there are: every place of one softmax layer, and every spacing."""
+    count = base.layers
+    window = ("--mix", "0")
+    spaced = [every for every in (2, 3, 4, count) if every <= count]
+    return tuple(
+        Row(f"layers-every{every}", (*window, "--softmax-layers", f"every:{every}"), group="softmax kept")
+        for every in sorted(set(spaced), reverse=True)
+    ) + tuple(
+        Row(f"layer-{layer}", (*window, "--softmax-layers", str(layer)), group="softmax kept") for layer in range(count)
+    )
+
+
+def planned(
+    bases: list[StudyBase], budgets: list[int], seeds: int, only: tuple[str, ...] = (), large: int | None = None
+) -> list[Unit]:
+    """Every unit of the study, the most telling first.
+
+    Args:
+        budgets: training tokens of the trained rows.
+        seeds: repetitions of a trained row.
+        only: patterns of row names or groups; their controls come with them.
+        large: training tokens of one more run of `FEW`.
+    Raises:
+        UsageError: `only` fits no row.
+    """
+    units = [unit for unit in _ordered(bases, budgets, seeds, large)]
+    if not only:
+        return units
+    wanted = {unit.row.name for unit in units if any(fnmatch(text, one) for one in only for text in _texts(unit.row))}
+    if not wanted:
+        names = dict.fromkeys(unit.row.name for unit in units)
+        raise UsageError(f"--only {','.join(only)} fits no row; the rows are {', '.join(names)}")
+    wanted |= {unit.row.control for unit in units if unit.row.name in wanted} | {"base", WINDOW_ONLY}
+    return [unit for unit in units if unit.row.name in wanted]
+
+
+def _texts(row: Row) -> tuple[str, str]:
+    return row.name, row.group
+
+
+def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int | None) -> Iterator[Unit]:
+    yield from (Unit(row, base.name) for row in FIRST for base in bases)
+    for seed in range(seeds):
+        for budget in budgets:
+            yield from (Unit(row, base.name, budget, seed) for row in TRAINED for base in bases)
+        if seed == 0:
+            yield from (Unit(row, base.name) for base in bases for row in (*GATE_ROWS, *base_rows(base)))
+    few = [row for row in TRAINED if row.name in FEW]
+    if budgets:
+        yield from (Unit(row, base.name, max(budgets), 0, INSTRUCTIONS) for row in few for base in bases)
+    if large:
+        yield from (Unit(row, base.name, large, 0) for row in few for base in bases)
+
+
+def parse_tokens(text: str) -> int:
+    """`0.5M` or `100k` or `4096` as tokens. Raises UsageError."""
+    units = {"k": 1_000, "m": 1_000_000}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        tokens = round(float(number) * unit)
+    except (ValueError, OverflowError):
+        tokens = 0
+    if tokens < 1:
+        raise UsageError(f"{text!r} is no number of tokens; write 0.5M, 100k or 4096")
+    return tokens
+
+
+def show_tokens(tokens: int) -> str:
+    """As `parse_tokens` reads it."""
+    for unit, size in (("M", 1_000_000), ("k", 1_000)):
+        if tokens >= size / 10 and tokens * 10 % size == 0:
+            return f"{tokens / size:g}{unit}"
+    return str(tokens)

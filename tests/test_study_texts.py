@@ -1,0 +1,193 @@
+"""The study's texts and frozen bases: generators, probes, records, and recall as recorded."""
+
+import json
+import re
+from itertools import islice
+
+import pytest
+
+from liger_cli.errors import SetupError, UsageError
+from liger_cli.shipped.probes import evaluate_recall
+from liger_cli.shipped.text import TEST_SEED, TRAIN_SEED, VALIDATION_SEED
+from liger_cli.study import base_folders, text_console, text_files
+from liger_cli.study.base_folders import BASES, study_base
+from liger_cli.study.sources import CONSOLE, MIXED, SOURCES, source
+
+FROZEN = [name for name in BASES if name != "stories" and (BASES[name].folder / "config.json").is_file()]
+TRAINED = list(SOURCES)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    from transformers import AutoTokenizer
+
+    return {name: AutoTokenizer.from_pretrained(BASES[name].folder) for name in ("stories", *FROZEN)}
+
+
+def tokenizer_of(tokenizers, name):
+    if name not in tokenizers:
+        pytest.skip(f"the {name} base is not frozen yet")
+    return tokenizers[name]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_generator_is_deterministic_and_seeds_differ(name):
+    for kind in SOURCES[name].kinds:
+        first, again, other = (
+            set(islice(SOURCES[name].documents(seed, (kind,)), 30)) for seed in (5, 5, VALIDATION_SEED)
+        )
+        assert first == again, kind
+        assert not first & other, kind
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(ValueError, match="poem"):
+        next(CONSOLE.documents(0, ("poem",)))
+    with pytest.raises(ValueError, match="poem"):
+        next(MIXED.documents(0, ("poem", "log")))
+    with pytest.raises(UsageError, match="'novel'; choose from stories, console, mixed"):
+        source("novel")
+    with pytest.raises(UsageError, match="'fourth'"):
+        study_base("fourth")
+
+
+def test_missing_base_is_a_sentence(tmp_path, monkeypatch):
+    missing = base_folders.StudyBase("console", tmp_path, CONSOLE, 512)
+    monkeypatch.setitem(base_folders.BASES, "console", missing)
+    with pytest.raises(SetupError, match="train it with python -m liger_cli.study.train_bases console"):
+        study_base("console")
+
+
+def test_documents_keep_to_the_length_asked_for():
+    for kind in CONSOLE.kinds:
+        for text in islice(CONSOLE.documents(3, (kind,), min_words=150, max_words=150), 20):
+            assert 75 <= len(text.split()) <= 225, (kind, text)
+
+
+def test_every_question_of_a_console_document_is_answered_by_its_settings():
+    for kind in ("recall", "drill"):
+        for text in islice(CONSOLE.documents(8, (kind,)), 30):
+            made = set(re.findall(r"^(?:set|bind|pin|-) (.+)$", text, re.MULTILINE))
+            # Questions for a counter are answered by its last total.
+            asked = [line for line in re.findall(r"^\? (.+)$", text, re.MULTILINE) if line not in made]
+            lines = text.splitlines()
+            for line in asked:
+                key = line.split()[0]
+                before = lines[: lines.index(f"? {line}")]
+                totals = [other for other in before if re.fullmatch(rf"(add|sub) \d {key} = \d+", other)]
+                assert totals and totals[-1].endswith(line), (line, text)
+
+
+def test_running_totals_and_the_stack_are_right():
+    for text in islice(CONSOLE.documents(4, ("log",), 200, 260), 20):
+        totals, stack = {}, []
+        for line in text.splitlines():
+            word, *rest = line.split()
+            if word in ("add", "sub"):
+                step, key, _, total = rest
+                change = int(step) if word == "add" else -int(step)
+                assert key not in totals or totals[key] + change == int(total), text
+                totals[key] = int(total)
+            elif word == "push":
+                stack.append(rest[0])
+            elif word == "pop":
+                assert stack.pop() == rest[0], text
+
+
+def test_a_copied_block_is_copied_exactly():
+    for text in islice(CONSOLE.documents(2, ("copy",)), 20):
+        first, second = re.findall(r"(?:begin|again)\n(.*?)^end$", text, re.MULTILINE | re.DOTALL)
+        assert first == second
+
+
+def test_settings_have_distinct_keys_and_values():
+    from random import Random
+
+    settings = text_console.sample_settings(Random(0), 16, list(text_console.KEYS))
+    assert len({one.prefix for one in settings}) == len({one.value for one in settings}) == 16
+    with pytest.raises(ValueError, match="17"):
+        text_console.sample_settings(Random(0), 17, list(text_console.KEYS))
+
+
+@pytest.mark.parametrize("pairs", (1, 4, 16))
+@pytest.mark.parametrize("name", ("console", "mixed"))
+def test_probe_distance_is_exact(tokenizers, name, pairs):
+    tokenizer = tokenizer_of(tokenizers, name)
+    for distance in (16, 64, 384):
+        probes = SOURCES[name].recall_probe(tokenizer, distance, 6, pairs=pairs)
+        assert len(probes) == 6
+        assert probes == SOURCES[name].recall_probe(tokenizer, distance, 6, pairs=pairs)
+        for prompt, answer in probes:
+            end = len(prompt) - distance
+            assert prompt[end - len(answer) : end] == answer
+            assert tokenizer(tokenizer.decode(prompt), add_special_tokens=False)["input_ids"] == prompt
+
+
+def test_copy_probe_distance_is_exact(tokenizers):
+    tokenizer = tokenizer_of(tokenizers, "console")
+    for distance in (16, 100):
+        for prompt, answer in text_console.copy_probe(tokenizer, distance, 5):
+            end = len(prompt) - distance
+            assert prompt[end - len(answer) : end] == answer and len(answer) == 8
+
+
+def test_probe_too_short_for_a_question(tokenizers):
+    with pytest.raises(ValueError, match="distance of 2 tokens"):
+        CONSOLE.recall_probe(tokenizer_of(tokenizers, "console"), 2, 1)
+
+
+def test_answers_are_what_follows_a_question():
+    from liger_cli.shipped.trainer import answer_mask, train_tokenizer
+
+    text = "set port = jade 42\nturn pump on\n? port = jade 42\nagain\nturn pump on\nend\npush jade\n"
+    for source_ in (CONSOLE, MIXED):
+        tokenizer = train_tokenizer(source_, 1100, num_documents=200)
+        import torch
+
+        rows = torch.tensor([tokenizer(text)["input_ids"]])
+        mask = answer_mask(source_, tokenizer, rows)[:, :-1]
+        assert tokenizer.decode(rows[:, 1:][mask]) == " port = jade 42\n\nturn pump on\nend"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_rows_are_read_by_finetune(name, tokenizers, tmp_path, monkeypatch):
+    from liger_cli.data import load_data
+
+    tokenizer = tokenizers["stories"]
+    for flags, layout in ([], "text"), (["--instructions"], "alpaca"):
+        path = tmp_path / f"{layout}.jsonl"
+        monkeypatch.setattr("sys.argv", ["text_files", name, str(path), "--documents", "20", *flags])
+        text_files.main()
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert rows == text_files.training_rows(SOURCES[name], 20, bool(flags))
+        data = load_data(str(path), tokenizer, 512)
+        assert data.report[0]["layout"] == layout and len(data.train) + len(data.held_out) >= 20
+
+
+def test_training_rows_take_no_held_out_seed():
+    with pytest.raises(ValueError, match="held out"):
+        text_files.training_rows(CONSOLE, 1, seed=TEST_SEED)
+    assert TRAIN_SEED <= text_files.DATA_SEED < VALIDATION_SEED
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_base_recalls_what_its_card_says(name, tokenizers):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = study_base(name)
+    assert sum(path.stat().st_size for path in base.folder.rglob("*")) <= 4 * 2**20
+    config = json.loads((base.folder / "config.json").read_text())
+    shipped = json.loads((BASES["stories"].folder / "config.json").read_text())
+    assert config["model_type"] != shipped["model_type"]
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+    recorded = base.evaluation()["recall_by_pairs"]
+    card = (base.folder / "README.md").read_text()
+    for pairs, distance in ((4, 64), (16, 384)):
+        share = recorded[str(pairs)][str(distance)]
+        assert share >= 0.9 and f"{share:.3f}" in card
+        found = evaluate_recall(
+            model, tokenizers[name], (distance,), 32, TEST_SEED, pairs=pairs, probe=base.source.recall_probe
+        )
+        # 32 of the 200 recorded probes: three binomial standard deviations below.
+        assert found[distance] >= share - 3 * (max(share * (1 - share), 0.01) / 32) ** 0.5
