@@ -139,7 +139,7 @@ def _heads_plot(found: dict, folder: Path) -> list[str]:
 def _frame(x: int, y: int):
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#d55e00", linewidth=2.5)
+    return Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="#d55e00", linewidth=2.5)
 
 
 def _figure(rows: int, columns: int, inches: tuple[float, float], **options):

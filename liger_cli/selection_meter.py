@@ -81,7 +81,9 @@ class Meter:
         """
         start = time.perf_counter()
         first = self._figures([(frozenset(), mode) for mode in STAND_INS], find_hard=True)
-        if self.base.recall is not None and self.base.recall < selection.RECALL_NEEDED:
+        if self.base.recall is None:
+            self.recall_note = "no recall probe fits this base and window: the choice rests on the KL divergence alone"
+        elif self.base.recall < selection.RECALL_NEEDED:
             self.recall_note = (
                 f"the base answers {100 * self.base.recall:.0f} % of the recall probes, too few to measure by: the "
                 "choice rests on the KL divergence alone"

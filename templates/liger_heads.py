@@ -29,8 +29,7 @@ def with_softmax_heads(
     """
     batch, heads, length, dim = rotated_q.shape
     groups = heads // k.shape[1]
-    chosen, others = (index.to(q.device) for index in _indices(spec.softmax_kv_heads, k.shape[1]))
-    chosen_queries, other_queries = (_query_heads(index, groups) for index in (chosen, others))
+    chosen, others, chosen_queries, other_queries = _indices(spec.softmax_kv_heads, k.shape[1], groups, q.device)
     family = None
     if within_window is not None:
         once: list = []
@@ -144,16 +143,13 @@ def _causal(length: int, total: int, device):
 
 
 @lru_cache(maxsize=256)
-def _indices(chosen: tuple[int, ...], count: int):
-    """Indices of the chosen heads and of the others."""
+def _indices(chosen: tuple[int, ...], count: int, groups: int, device):
+    """The chosen key/value heads and the others, then the query heads of both. Kept, since copying waits for a GPU."""
     with torch.inference_mode(False):
         others = [head for head in range(count) if head not in chosen]
-        return torch.tensor(chosen), torch.tensor(others)
-
-
-def _query_heads(kv_heads, groups: int):
-    """The query heads of these key/value heads."""
-    return (kv_heads[:, None] * groups + torch.arange(groups, device=kv_heads.device)).flatten()
+        kv_heads = [torch.tensor(heads, device=device) for heads in (chosen, others)]
+        offsets = torch.arange(groups, device=device)
+        return *kv_heads, *((heads[:, None] * groups + offsets).flatten() for heads in kv_heads)
 
 
 @lru_cache(maxsize=256)

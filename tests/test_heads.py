@@ -11,8 +11,10 @@ from test_families import folder_of, implementations, load_base  # noqa: F401 (a
 from test_model import close, in_pieces, linearized, tokens
 from transformers import DynamicCache
 
+from liger_cli.checkpoint import read_checkpoint
 from liger_cli.contest import cache_bytes
 from liger_cli.modeling import load_model
+from liger_cli.plan import make_plan
 from liger_cli.templates import liger_heads
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block
@@ -244,6 +246,19 @@ def test_only_the_softmax_heads_grow(mixed, lengths):
         assert all(isinstance(layer, LigerCacheLayer) for layer in cache.layers)
         sizes.append(cache_bytes(cache))
     assert sizes[1] - sizes[0] == 3 * 2 * mixed.config.head_dim * 4
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window"])
+@torch.no_grad()
+def test_the_plan_foretells_the_cache(folder_of, case):  # noqa: F811
+    """The state sizes that `convert` prints are the bytes that a text leaves behind, and a bench counts."""
+    settings = {"window": 8, "softmax_kv_heads": (1,)}
+    model = load_model(folder_of(case, linearize_local=True, **settings)).eval()
+    plan = make_plan(read_checkpoint(folder_of(case)), settings, linearize_local=True)
+    for row in plan.memory((40, 90)):
+        cache = DynamicCache(config=model.config)
+        model(tokens(row["tokens"]), past_key_values=cache)
+        assert cache_bytes(cache) == row["state_bytes"]
 
 
 @torch.no_grad()

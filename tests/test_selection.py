@@ -183,6 +183,18 @@ def test_a_base_that_cannot_do_the_probes_is_judged_by_divergence_alone(plan, wo
     assert meter.base.recall is None and meter.measure([frozenset({1})])[0].recall is None
 
 
+def test_a_base_too_short_for_any_probe(tiny_base, words, small):
+    from liger_cli.checkpoint import read_checkpoint
+    from liger_cli.plan import make_plan
+
+    short = make_plan(read_checkpoint(tiny_base("qwen3", max_position_embeddings=128)), {"window": 16})
+    assert selection.probe_distances(short) == []
+    meter = selection_meter.open_meter(short, str(words))
+    meter.announce(12)
+    assert "no recall probe fits" in meter.recall_note and meter.base.recall is None
+    assert max(batch.ids.shape[1] for batch in meter.batches) == 128
+
+
 def test_the_stand_in_nearer_to_the_base_is_taken(plan, words, small, monkeypatch):
     """Un-normalised sums are far off before training, so the window stands in; a branch that helps is used."""
     meter = selection_meter.open_meter(plan, str(words))
