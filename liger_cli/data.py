@@ -11,16 +11,14 @@ import numpy as np
 
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.hub import spare_retries
+from liger_cli.rows import READERS, local_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 DEMO = "demo"
 DEMO_DOCUMENTS = 1500
-END_OF_TEXT = "<|endoftext|>"
-TEXT_BLOCK = 1 << 24  # characters of a text file read at once
 ENCODED_BLOCK = 1 << 24  # characters tokenized at once, or 1,000 documents
 MAX_TURNS = 1000  # of a conversation
 TEXT_COLUMNS = ("text", "content")
@@ -191,44 +189,12 @@ def read_rows(name: str, streaming: bool = False) -> Iterator[dict]:
     if path.is_dir():
         raise UsageError(f"--data names the folder {name}; name its files, separated by commas")
     if path.is_file():
-        if path.suffix.lower() not in LOADERS:
-            raise UsageError(f"{name} ends in {path.suffix!r}; liger reads {', '.join(LOADERS)}")
-        return _local_rows(path)
-    if path.suffix.lower() in LOADERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if path.suffix.lower() not in READERS:
+            raise UsageError(f"{name} ends in {path.suffix!r}; liger reads {', '.join(READERS)}")
+        return local_rows(path)
+    if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UsageError(f"--data names {name}, which is neither a file nor a hub id such as yahma/alpaca-cleaned")
     return _hub_rows(name, streaming)
-
-
-def _local_rows(path: Path) -> Iterator[dict]:
-    if path.suffix.lower() == ".txt":
-        yield from ({"text": text.strip("\n")} for text in _texts(path) if text.strip())
-        return
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(
-            LOADERS[path.suffix.lower()], data_files=str(path), split="train", streaming=True
-        )
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:  # each reader has its own kinds
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise LigerError(f"{path} cannot be read as {path.suffix.lower()[1:]}: {reason}") from None
-
-
-def _texts(path: Path) -> Iterator[str]:
-    """The documents of a text file, read block by block; of a very long one pieces that end with a line."""
-    rest = ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while block := file.read(TEXT_BLOCK):
-            *whole, rest = (rest + block).split(END_OF_TEXT)
-            yield from whole
-            if len(rest) > 4 * TEXT_BLOCK and (line := rest.rfind("\n")) > 0:
-                yield rest[:line]
-                rest = rest[line:]
-    yield rest
 
 
 def _hub_rows(name: str, streaming: bool) -> Iterator[dict]:
@@ -295,7 +261,7 @@ def segments_of(row: dict, layout: str, tokenizer) -> list[Segments]:
         KeyError, TypeError, ValueError: a field is missing or is no text. ModelError: no chat template.
     """
     if layout == "text":
-        column = next(column for column in TEXT_COLUMNS if column in row)
+        column = next((column for column in TEXT_COLUMNS if column in row), "text")
         return [[(_text(row[column]), True)]]
     if layout == "alpaca":
         fields = {"instruction": _text(row["instruction"]), "input": _text(row.get("input") or "")}

@@ -96,13 +96,13 @@ def test_a_stream_without_enough_is_one_sentence(tmp_path, corpus, tokenizer):
 
 
 def test_text_files_are_read_block_by_block(tmp_path, monkeypatch):
-    from liger_cli import data
+    from liger_cli import rows
 
     texts = [f"w{index} " * 30 + "\nend" for index in range(40)]
     path = tmp_path / "a.txt"
     path.write_text("<|endoftext|>".join(texts))
     for block in (7, 64, 1000, 1 << 24):
-        monkeypatch.setattr(data, "TEXT_BLOCK", block)
+        monkeypatch.setattr(rows, "TEXT_BLOCK", block)
         read = [row["text"] for row in read_rows(str(path))]
         if block >= 64:  # four blocks hold a document
             assert read == texts
