@@ -270,6 +270,7 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
         revision=source.revision,
         spec=next(spec for spec in plan.specs if spec.kind == "liger"),
         counts={kind: kinds.count(kind) for kind in ("liger", "softmax", "base")},
+        softmax_heads=[f"{index}:{head}" for index, spec in enumerate(plan.specs) for head in spec.softmax_kv_heads],
         licence=base_licence(plan.checkpoint),
         memory=plan.memory(),
         notes=plan.notes,

@@ -376,6 +376,7 @@ def test_all_heads_of_a_layer_make_a_softmax_layer(tiny_base, tmp_path):
     _, plan = convert(str(tiny_base()), str(tmp_path / "out"), softmax_heads="1:0,1:1,3:1")
     assert [spec.kind for spec in plan.specs] == ["liger", "softmax", "liger", "liger"]
     assert [spec.softmax_kv_heads for spec in plan.specs] == [(), (), (), (1,)]
+    assert "(layer:head) | 3:1 |\n" in (tmp_path / "out/README.md").read_text()
 
 
 def test_dry_run_with_heads(liger):
