@@ -252,8 +252,14 @@ def _chunk_decay(q, k, v, log_decay, state):
         ahead, total = None, from_start[..., -1, :, None].exp()
     states, state = _scan(total, updates, state)
     states = states if ahead is None else states * ahead
-    output = torch.baddbmm((queries @ states).flatten(0, 2), scores.flatten(0, 2), v.flatten(0, 2))
-    return _unchunk(output.view(*queries.shape[:-1], -1), q), state
+    return _unchunk(_sum_of_products(queries, states, scores, v), q), state
+
+
+def _sum_of_products(a, b, c, d):
+    """a @ b + c @ d, added up in place, for any number of batch dimensions."""
+    output = a @ b
+    output.flatten(0, -3).baddbmm_(c.flatten(0, -3), d.flatten(0, -3))
+    return output
 
 
 def _scan(decays, updates, state):
@@ -406,9 +412,11 @@ def _chunk_delta(q, k, v, log_decay, beta, state):
     # The factors' two halves are applied to the states, which are smaller than the queries and keys.
     corrections, end = corrections * ahead.transpose(-1, -2), (end * behind.transpose(-1, -2)).transpose(-1, -2)
     states, corrected = [], []
-    for n in range(k.shape[2]):
-        states.append(state)
-        corrected.append(writes[:, :, n] - corrections[:, :, n] @ state)
-        state = total[:, :, n] * state + end[:, :, n] @ corrected[-1]
-    output = queries @ (torch.stack(states, dim=2) * ahead) + scores @ torch.stack(corrected, dim=2)
-    return _unchunk(output, q), state
+    flat = state.flatten(0, 1)
+    pieces = (x.expand(*k.shape[:3], *x.shape[3:]).flatten(0, 1).unbind(1) for x in (writes, corrections, end, total))
+    for write, correction, key, decay in zip(*pieces, strict=True):
+        states.append(flat)
+        corrected.append(torch.baddbmm(write, correction, flat, alpha=-1))
+        flat = torch.baddbmm(decay * flat, key, corrected[-1])
+    states, corrected = (torch.stack(x, dim=1).unflatten(0, state.shape[:2]) for x in (states, corrected))
+    return _unchunk(_sum_of_products(queries, states * ahead, scores, corrected), q), flat.view_as(state)
