@@ -7,13 +7,14 @@ import struct
 
 STRINGS = (
     "", "/etc/passwd", "../../secret", "..", ".", "/dev/zero", "a\0b", "\ud800", "\u202egpj.exe", "x" * 5000,
-    "{{ 7*7 }}",     "{% for i in range(9999999) %}x{% endfor %}", "---\nlicense: x", "<script>alert(1)</script>", "\x1b]0;owned\x07",
+    "{{ 7*7 }}", "{% for i in range(9999999) %}x{% endfor %}", "---\nlicense: x", "<script>alert(1)</script>",
+    "\x1b]0;owned\x07",
     "[red]", "$\\frac{$", "=1+1", "nan", "1e999", "é\u0301ﬁ", "con", "file:///etc/passwd", "hf://x/y", "kernels/evil",
     "(a+)+$", "liger_", "liger_qwen3", "model.safetensors", "-1", "true", "\n", "`", "|", "torch", "os.system",
 )  # fmt: skip
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 255, 65535, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
-    10**300,     0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, math.inf, -math.inf, math.nan, True, False,
+    10**300, 0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, math.inf, -math.inf, math.nan, True, False,
 )  # fmt: skip
 
 INSERTED = (b"[" * 5000, b"\0" * 64, b"9" * 6000, b'{"a":' * 2000, b"\xff\xfe", b"\r\n")

@@ -329,7 +329,8 @@ def recipe(world: World, rng: random.Random) -> None:
             "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "epochs: 1e999", "epochs: .inf", "seed: 0x" + "f" * 3000,
             "lr: 1:2:3:4:5:6:7", "name: !!python/object/apply:os.system [id]", "? [a, b]\n: c", "<<: {epochs: 3}",
             "epochs: 2026-13-45", "max_steps: " + "9" * 5000, "x: !!float ''", "x: !!binary '='", "%YAML 9.9",
-            "--- ---",             "name: !!timestamp 2001-99-14", "stages: " + "[" * 500, "\t- a", "name: \"\\ud800\"", "*x", "epochs: ~",
+            "--- ---",
+            "name: !!timestamp 2001-99-14", "stages: " + "[" * 500, "\t- a", "name: \"\\ud800\"", "*x", "epochs: ~",
         )  # fmt: skip
         lines.insert(rng.randrange(len(lines) + 1), rng.choice(extra))
         text = "\n".join(lines)
