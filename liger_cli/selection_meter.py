@@ -1,5 +1,6 @@
 """Measuring what is kept on the base: one reading of the data for all sets, no reload, no file written."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from liger_cli.memory import available
 from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.recall import Probe, make_probes
-from liger_cli.scoring import batch_size_for, make_rows, read_texts
+from liger_cli.scoring import LOGITS_BYTES, batch_size_for, make_rows, read_texts
 from liger_cli.selection_choice import Figures, Kept
 from liger_cli.shipped.probes import held_out_text
 from liger_cli.shipped.text import VALIDATION_SEED
@@ -22,6 +23,8 @@ from liger_cli.shipped.text import VALIDATION_SEED
 SEED = VALIDATION_SEED + 2**20  # held out, and no seed of `liger eval`
 TEXT_KINDS = ("story", "facts", "recall")
 HARD = 0.5  # nats of KL divergence between base and window
+WARM_TOKENS = 16
+ANSWER_TOKENS = 4  # of a probe, about
 MEMORY_SHARE = 0.8  # of the free memory that float32 weights may take on a CPU
 STAND_INS = {"window": "window attention alone", "liger": "Liger attention as configured"}
 
@@ -75,10 +78,12 @@ class Meter:
         return sum(batch.ids.numel() for batch in self.batches)
 
     def announce(self, passes: int) -> None:
-        """Read the data for the first time, and tell how long `passes` passes will take.
+        """Tell how long `passes` passes will take, and read the data for the first time.
 
         Finds the hard tokens and the stand-in, and drops the probes where the base cannot do them.
         """
+        expected = self._seconds_a_pass() * passes
+        selection.say(f"measuring: at most {passes} passes over {self.tokens:,} tokens, about {_duration(expected)}")
         start = time.perf_counter()
         first = self._figures([(frozenset(), mode) for mode in STAND_INS], find_hard=True)
         if self.base.recall is None:
@@ -95,8 +100,15 @@ class Meter:
         self.stand_in = min(by_mode, key=lambda mode: by_mode[mode].kl)
         self.none = by_mode[self.stand_in]
         self.seconds = time.perf_counter() - start
-        expected = self.seconds / self.passes * passes
-        selection.say(f"measuring: at most {passes} passes over {self.tokens:,} tokens, about {_duration(expected)}")
+
+    @torch.inference_mode()
+    def _seconds_a_pass(self) -> float:
+        """From the first batch alone: a pass over a large model takes long."""
+        first = self.batches[0]
+        for ids in (first.ids[:1, :WARM_TOKENS], first.ids):  # the first pass of a process is no measure
+            start = time.perf_counter()
+            self.model(input_ids=ids.to(self.model.device), use_cache=False)
+        return (time.perf_counter() - start) / first.ids.numel() * self.tokens
 
     def measure(self, sets: Sequence[Kept]) -> list[Figures]:
         """Figures of every set that is kept."""
@@ -214,7 +226,7 @@ def open_meter(plan: Plan, data: str | None) -> Meter:
     model = load_base(plan)
     tokenizer = load_tokenizer(plan.checkpoint.folder, model.config)
     candidates = selection.liger_layers(plan)
-    batches = text_batches(tokenizer, data, model.config) + probe_batches(tokenizer, plan)
+    batches = text_batches(tokenizer, data, model.config) + probe_batches(tokenizer, plan, model.config.vocab_size)
     return Meter(model, plan, candidates, batches, text=data or "the shipped text")
 
 
@@ -233,12 +245,16 @@ def load_base(plan: Plan):
     config_class, model_class = model_classes(plan.checkpoint.family)
     config = {name: value for name, value in converted_config(plan).items() if name != "auto_map"}
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # tensors that the conversion adds are not missing from the base
     try:
         model = model_class.from_pretrained(
             plan.checkpoint.folder, config=config_class.from_dict(config), dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the base {plan.checkpoint.folder} cannot be loaded to measure its layers: {error}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     return model.to(device).eval()
 
 
@@ -259,15 +275,17 @@ def text_batches(tokenizer, data: str | None, config) -> list[Batch]:
     ]
 
 
-def probe_batches(tokenizer, plan: Plan) -> list[Batch]:
-    """Recall probes beyond the window, a batch for each distance; the answers' tokens are judged."""
+def probe_batches(tokenizer, plan: Plan, vocab_size: int) -> list[Batch]:
+    """Recall probes beyond the window, batches of one distance each; the answers' tokens are judged."""
     batches = []
+    # Every probe has its answer elsewhere, so B probes take the logits of some B * ANSWER_TOKENS positions, B times.
+    size = max(1, math.isqrt(LOGITS_BYTES // (4 * ANSWER_TOKENS * vocab_size)))
     for distance in selection.probe_distances(plan):
         try:
             probes = make_probes("key_value", tokenizer, distance, selection.PROBES, SEED)
         except ValueError:  # this tokenizer needs more tokens for a question than the distance has
             continue
-        batches.append(_probe_batch(probes))
+        batches += [_probe_batch(probes[first : first + size]) for first in range(0, len(probes), size)]
     return batches
 
 

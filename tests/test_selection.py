@@ -111,6 +111,15 @@ def test_score():
     assert score(Figures(0.1, 0.0, None), Figures(0.4, 0.0, None), Figures(0.0, 0.0, None)) == pytest.approx(0.75)
 
 
+def test_probes_of_large_vocabularies_come_in_smaller_batches(plan, small):
+    """The logits of the judged positions stay below half a gigabyte, whatever the vocabulary."""
+    tokenizer = selection_meter.load_tokenizer(plan.checkpoint.folder, None)
+    for vocab_size, sizes in ((128, [6]), (2_000_000, [4, 2]), (10**9, [1] * 6)):
+        batches = selection_meter.probe_batches(tokenizer, plan, vocab_size)
+        assert [len(batch.ids) for batch in batches] == sizes
+        assert vocab_size == 10**9 or all(4 * batch.targets.numel() * vocab_size <= 512 << 20 for batch in batches)
+
+
 def test_rank_correlation():
     assert rank_correlation([1, 2, 3, 9], [0.1, 0.2, 0.3, 0.4]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3, 9], [4, 3, 2, 1]) == pytest.approx(-1)
@@ -201,7 +210,6 @@ def test_the_stand_in_nearer_to_the_base_is_taken(plan, words, small, monkeypatc
     better = {"window": Figures(0.4, 4.0, None), "liger": Figures(0.3, 3.0, None)}
     meter.base = Figures(0.0, 0.0, None)
     monkeypatch.setattr(meter, "_figures", lambda settings, find_hard=False: [better[mode] for _, mode in settings])
-    meter.passes = 3
     meter.announce(12)
     assert meter.stand_in == "liger" and meter.none == better["liger"]
 
