@@ -236,7 +236,7 @@ def _train(
         checkpoints,
         schedule.per_step // world,
         bool(loaded.held_out),
-        sharded_layers=_decoder_layers(adapted) if fsdp else (),
+        sharded=_sharded_classes(adapted, recipe) if fsdp else (),
         report_to=report_to,
         use_cpu=not torch.cuda.is_available(),
         eval_on_start=bool(loaded.held_out) and not start,
@@ -329,10 +329,13 @@ def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str):
     return adapted
 
 
-def _decoder_layers(adapted) -> tuple[str, ...]:
-    """Class names of the modules that FSDP gathers at a time."""
-    decoder = adapted.logits_model().get_decoder()
-    return tuple(sorted({type(layer).__name__ for layer in decoder.layers}))
+def _sharded_classes(adapted, recipe: Recipe) -> tuple[str, ...]:
+    """Class names of the modules that FSDP gathers at a time: layers, and attentions where they run by themselves."""
+    layers = adapted.logits_model().get_decoder().layers
+    classes = {type(layer).__name__ for layer in layers}
+    if any(stage.objective == "transfer" for stage in recipe.stages):
+        classes |= {type(layer.self_attn).__name__ for layer in layers}
+    return tuple(sorted(classes))
 
 
 def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Path, partial: Path, force: bool) -> None:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from liger_cli import publish
 from liger_cli.checkpoint import EXTRAS, INDEX, PICKLES, Shard, Tensor, fingerprint, inside, read_config, read_weights
 from liger_cli.converted import read_converted
 from liger_cli.errors import LigerError, ModelError, UsageError
@@ -73,6 +74,8 @@ def run(
     dtype: str | None = None,
     link: str = "auto",
     force: bool = False,
+    dry_run: bool = False,
+    push_to_hub: str | None = None,
     quiet: bool = False,
     as_json: bool = False,
 ) -> dict:
@@ -85,6 +88,8 @@ def run(
         dtype: of all the weights: `float32`, `float16` or `bfloat16`; each tensor's own by default.
         link: how untouched shards get there: `auto`, `hard` or `copy`.
         force: replace an output that liger made.
+        dry_run: check, say what would be written, and write nothing.
+        push_to_hub: upload the folder to this repository of the hub.
     Returns:
         The report (what `--json` prints).
     Raises:
@@ -94,6 +99,8 @@ def run(
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
+    if push_to_hub:
+        publish.check(push_to_hub, dry_run)
     given = [adapters] if isinstance(adapters, (str, Path)) else adapters
     folders = [resolve_model(one, "merge") for one in given or [None]]
     read = [read_adapter(folder) for folder in folders]
@@ -104,12 +111,32 @@ def run(
         check_fits(adapter, model, shards, found)
     target = Path(output) if output else Path(f"{model.name}-merged")
     check_output(target, force, base=model)
-    report = merge(read, model, shards, found, target, dtype=dtype, link=link, force=force)
+    if dry_run:
+        trained = _trained(read)
+        report = {
+            "output": str(target),
+            "model": str(model),
+            "adapters": [str(adapter.folder) for adapter in read],
+            "dtype": dtype,
+            "merged_tensors": len(trained),
+            "shards": len(shards),
+            "linked_shards": sum(not _rewritten(shard, trained, dtype) for shard in shards),
+        }
+    else:
+        report = merge(read, model, shards, found, target, dtype=dtype, link=link, force=force)
+    report["dry_run"] = dry_run
+    if push_to_hub and dry_run:
+        sizes = {shard.name: shard.size for shard in shards}
+        others = {path.name: path.stat().st_size for path in model.iterdir() if path.is_file()}
+        report["push"] = publish.preview(push_to_hub, others | sizes | dict.fromkeys(REPLACED))
+    elif push_to_hub:
+        report["push"] = publish.push(target, push_to_hub)
     if as_json:
         print(json.dumps(report, indent=2))
     elif not quiet:
+        done = "would write" if dry_run else "wrote"
         print(
-            f"liger: wrote {printable(target)}: {report['merged_tensors']} weights merged, "
+            f"liger: {done} {printable(target)}: {report['merged_tensors']} weights merged, "
             f"{report['linked_shards']} of {report['shards']} shards linked",
             file=sys.stderr,
         )
@@ -206,22 +233,12 @@ def merge(
     force: bool = False,
 ) -> dict:
     """Write the merged folder; parameters as for `run`, `found` is the fingerprint of `shards`."""
-    trained = {name for adapter in adapters for name in adapter.trained}
-    for name in trained:
-        owners = [str(adapter.folder) for adapter in adapters if name in adapter.replaced]
-        if len(owners) > 1:
-            raise UsageError(f"{owners[0]} and {owners[1]} both hold all of {name}, which cannot be added; merge one")
+    trained = _trained(adapters)
     ways, linked = set(), 0
     family = read_converted(model).family
     with atomic_folder(target, force) as folder:
         for shard in shards:
-            # Extra tensors stay float32: they are few, and the model loads them so.
-            converts = (
-                shard.name != EXTRAS
-                and dtype is not None
-                and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
-            )
-            if converts or trained & set(shard.tensors):
+            if _rewritten(shard, trained, dtype):
                 with unchanged(shard.path):
                     write_shard(shard, folder / shard.name, adapters, dtype)
             else:
@@ -256,6 +273,24 @@ def merge(
         "linked_shards": linked,
         "link": "+".join(sorted(ways)) or None,
     }
+
+
+def _trained(adapters: list[Adapter]) -> set[str]:
+    """Names of the tensors that change. Raises UsageError where two adapters hold all of one."""
+    trained = {name for adapter in adapters for name in adapter.trained}
+    for name in trained:
+        owners = [str(adapter.folder) for adapter in adapters if name in adapter.replaced]
+        if len(owners) > 1:
+            raise UsageError(f"{owners[0]} and {owners[1]} both hold all of {name}, which cannot be added; merge one")
+    return trained
+
+
+def _rewritten(shard: Shard, trained: set[str], dtype: str | None) -> bool:
+    """Whether a shard holds something trained, or is of another dtype than asked for; else it is linked."""
+    # Extra tensors stay float32: they are few, and the model loads them so.
+    converts = dtype is not None and shard.name != EXTRAS
+    converts = converts and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
+    return converts or bool(trained & set(shard.tensors))
 
 
 def write_shard(shard: Shard, target: Path, adapters: list[Adapter], dtype: str | None = None) -> None:

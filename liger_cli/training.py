@@ -30,17 +30,17 @@ KEPT_CHECKPOINTS = 2  # the one before stays until the newest is marked complete
 
 
 def training_arguments(
-    recipe: Recipe, steps: int, folder: Path, accumulation: int, evaluate: bool, sharded_layers=(), **extra
+    recipe: Recipe, steps: int, folder: Path, accumulation: int, evaluate: bool, sharded=(), **extra
 ):
     """The recipe as `TrainingArguments`.
 
     Args:
         folder: takes the checkpoints.
-        sharded_layers: with FSDP2 the class names of the modules that are gathered at a time; without it none.
+        sharded: with FSDP2 the class names of the modules that are gathered at a time; without it none.
     """
-    if sharded_layers:
+    if sharded:
         extra["fsdp"] = True
-        extra["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": list(sharded_layers)}
+        extra["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": list(sharded)}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

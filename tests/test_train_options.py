@@ -208,7 +208,7 @@ def test_accelerates_silent_fall_back_is_caught(train, monkeypatch):
 def test_the_24gb_recipe_fits_8b_on_24_gb(sparse_base, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from tests.conftest import QWEN3_8B
+    from conftest import QWEN3_8B
 
     base = sparse_base("qwen3-8b", config=QWEN3_8B)
     convert.convert(str(base), str(tmp_path / "liger"))

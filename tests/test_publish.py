@@ -1,0 +1,152 @@
+"""`--push-to-hub`: what goes up, what stays private, what is refused; nothing here reaches the hub."""
+
+import json
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from liger_cli import convert, merge, publish
+from liger_cli.errors import SetupError, UsageError
+from liger_cli.manifest import new_manifest, read_manifest, write_manifest
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes everything: what was asked of it, and the files of the upload with their contents."""
+    asked, uploaded = [], {}
+
+    class Api:
+        def whoami(self):
+            asked.append("whoami")
+
+        def create_repo(self, repo, **options):
+            asked.append((repo, options))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            for path in Path(folder_path).rglob("*"):
+                if path.is_file():
+                    uploaded[str(path.relative_to(folder_path))] = path.read_bytes()
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    return asked, uploaded
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path):
+    """An adapter of a converted folder."""
+    from peft import LoraConfig, get_peft_model
+
+    from liger_cli.modeling import load_model
+
+    folder = tmp_path / "tiny-liger"
+    convert.convert(str(tiny_base()), str(folder))
+    tuned = get_peft_model(load_model(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+    tuned.save_pretrained(tmp_path / "lora")
+    write_manifest(tmp_path / "lora", new_manifest("adapter", base={"path": str(folder)}))
+    return tmp_path / "lora"
+
+
+def assert_private(uploaded, *secrets):
+    for name, content in uploaded.items():
+        for secret in (str(Path.home()) + "/", *map(str, secrets)):
+            assert secret.encode() not in content, (name, secret)
+
+
+def test_convert_uploads_the_folder_without_this_machines_paths(hub, tiny_base, tmp_path, monkeypatch):
+    asked, uploaded = hub
+    monkeypatch.setattr("sys.argv", ["liger", "convert", str(tiny_base()), "--output", f"{Path.home()}/secret/x"])
+    convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/tiny-liger", as_json=True)
+    assert asked == ["whoami", ("me/tiny-liger", {"private": True, "exist_ok": True})]
+    there = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(uploaded) == there
+    weights = "model.safetensors"
+    assert uploaded[weights] == (tmp_path / "out" / weights).read_bytes()
+    manifest = json.loads(uploaded["liger.json"])
+    assert manifest["base"]["path"] == tiny_base().name and "command" not in manifest
+    assert manifest["fingerprint"] == read_manifest(tmp_path / "out")["fingerprint"]
+    assert_private(uploaded, tmp_path, tiny_base().parent)
+    assert read_manifest(tmp_path / "out")["base"]["path"] == str(tiny_base())  # the folder keeps its own
+
+
+def test_merge_uploads_what_it_wrote(hub, adapter, tmp_path, capsys):
+    _, uploaded = hub
+    report = merge.run(adapter, output=tmp_path / "merged", push_to_hub="tiny-merged", as_json=True)
+    assert json.loads(capsys.readouterr().out)["push"] == report["push"]
+    assert report["push"]["uploaded"] and report["push"]["url"] == "https://hub/tiny-merged"
+    assert report["push"]["files"] == {name: len(content) for name, content in uploaded.items()}
+    assert uploaded["model.safetensors"] == (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert_private(uploaded, tmp_path)
+
+
+def test_dry_runs_ask_nothing_and_write_nothing(tiny_base, adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("the hub was asked"))
+    before = sorted(tmp_path.rglob("*"))
+    convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x", dry_run=True, as_json=True)
+    planned = json.loads(capsys.readouterr().out)["push"]
+    report = merge.run(adapter, output=tmp_path / "merged", push_to_hub="me/x", dry_run=True)
+    said = capsys.readouterr().err
+    assert "would upload" in said and "model.safetensors" in said and "would write" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    convert.convert(str(tiny_base()), str(tmp_path / "out"))
+    merge.run(adapter, output=tmp_path / "merged", quiet=True)
+    for name, push in (("out", planned), ("merged", report["push"])):
+        folder = tmp_path / name
+        assert not push["uploaded"]
+        assert set(push["files"]) == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        for file, size in push["files"].items():
+            assert size is None or size == (folder / file).stat().st_size
+
+
+def test_refused_before_any_work(tiny_base, adapter, tmp_path, monkeypatch):
+    for repo in ("a/b/c", "/home/me/x", "me/", "a b", "", "me/x--y", "-x"):
+        with pytest.raises(UsageError, match="OWNER/NAME"):
+            publish.check(repo)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    for run in (
+        lambda: convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x"),
+        lambda: merge.run(adapter, output=tmp_path / "out", push_to_hub="me/x", quiet=True),
+    ):
+        with pytest.raises(SetupError, match="hf auth login") as error:
+            run()
+        assert error.value.exit_code == 4
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+
+    class Unreachable:
+        def whoami(self):
+            raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
+    with pytest.raises(SetupError, match=r"\(no route\); check the network"):
+        convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("/home/alice/models/Qwen3-8B", "Qwen3-8B"),
+        ("trained on ~/data/a.jsonl:0.7,/srv/b.parquet:0.3", "trained on a.jsonl:0.7,b.parquet:0.3"),
+        ("--output=../runs/alice/x done", "--output=x done"),
+        ("data/alice/x.jsonl", "x.jsonl"),
+        ("Qwen/Qwen3-8B and yahma/alpaca-cleaned", "Qwen/Qwen3-8B and yahma/alpaca-cleaned"),
+        ("https://arxiv.org/abs/2503.01496", "https://arxiv.org/abs/2503.01496"),
+        ("alpha / r, 1/16, and/or", "alpha / r, 1/16, and/or"),
+    ],
+)
+def test_paths_are_cut_to_their_last_part(text, wanted):
+    assert publish._shortened(text, []) == wanted
+
+
+def test_hidden_files_and_caches_stay(tmp_path):
+    folder = tmp_path / "model"
+    for name in ("config.json", ".secret", "__pycache__/x.pyc", ".git/config", "deep/notes.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'{{"_name_or_path": "{tmp_path}/base"}}')
+    files = publish.stage(folder, tmp_path / "staged")
+    assert set(files) == {"config.json", os.path.join("deep", "notes.md")}
+    assert json.loads((tmp_path / "staged" / "config.json").read_text()) == {"_name_or_path": "base"}
+    assert (tmp_path / "staged" / "deep" / "notes.md").read_text() == '{"_name_or_path": "base"}'
