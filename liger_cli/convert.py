@@ -11,8 +11,9 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from liger_cli import __version__, released
+from liger_cli import __version__, publish, released
 from liger_cli.checkpoint import (
+    EXTRAS,
     INDEX,
     Checkpoint,
     Geometry,
@@ -186,6 +187,17 @@ def refresh(folder: str, dry_run: bool = False) -> dict:
             now = {"refreshed": utc_now(), "versions": package_versions()}
             write_manifest(new, {**manifest, "code": code_hashes(family), **now})
     return {"output": folder, "dry_run": dry_run, "refreshed": sorted(model_files(family))}
+
+
+def _planned_files(plan: Plan) -> dict[str, int | None]:
+    """What the folder would hold: name -> bytes, None for what is made only then."""
+    checkpoint = plan.checkpoint
+    extras = extra_shapes(plan.specs, checkpoint.geometry)
+    names = shard_names(checkpoint, bool(extras))
+    files = dict.fromkeys((*MADE_BY_LIGER, *([EXTRAS] if extras else ())))
+    files |= {name: path.stat().st_size for name, path in checkpoint.support_files.items() if name not in files}
+    files |= {name: len(text.encode()) for name, text in model_files(checkpoint.family).items()}
+    return files | {names[shard.name]: shard.size for shard in checkpoint.shards}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -14,6 +14,10 @@ from liger_cli.templates.liger_config import FEATURE_MAPS, GATE_SOURCES, NORMALI
 from liger_cli.templates.liger_gates import GATES
 
 DEFAULT = LayerSpec()
+Push = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="Upload the result to this repository of the hub; a new one is private."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 # What eval and bench share.
 Measured = Annotated[
@@ -169,6 +173,7 @@ def convert(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="BASE is a folder liger made: only renew its model code.")
     ] = False,
+    push_to_hub: Push = None,
     as_json: Json = False,
 ) -> None:
     """Make a Liger model's folder out of BASE: its weights linked, its config and the model code beside them."""
@@ -209,6 +214,7 @@ def convert(
         link=link,
         dry_run=dry_run,
         force=force,
+        push_to_hub=push_to_hub,
         as_json=as_json,
     )
 
@@ -380,12 +386,24 @@ def merge(
     ] = None,
     link: Annotated[str, typer.Option(help="How untouched shards get there: auto, hard or copy.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an output that liger made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and say what would be written.")] = False,
+    push_to_hub: Push = None,
     as_json: Json = False,
 ) -> None:
     """Add LoRA adapters into the weights: a self-contained model, written shard by shard."""
     from liger_cli import merge as module
 
-    module.run(adapters or None, base=base, output=output, dtype=dtype, link=link, force=force, as_json=as_json)
+    module.run(
+        adapters or None,
+        base=base,
+        output=output,
+        dtype=dtype,
+        link=link,
+        force=force,
+        dry_run=dry_run,
+        push_to_hub=push_to_hub,
+        as_json=as_json,
+    )
 
 
 @app.command()
