@@ -54,9 +54,12 @@ def run(
     link: str = "auto",
     dry_run: bool = False,
     force: bool = False,
+    push_to_hub: str | None = None,
     as_json: bool = False,
 ) -> None:
-    """Convert and print the plan: a table, or one JSON object. Parameters as for `convert`."""
+    """Convert, upload where asked, and print the plan: a table, or one JSON object. Parameters as for `convert`."""
+    if push_to_hub:
+        publish.check(push_to_hub, dry_run)
     report, plan = convert(
         base,
         output,
@@ -71,6 +74,10 @@ def run(
         dry_run=dry_run,
         force=force,
     )
+    if push_to_hub and dry_run:
+        report["push"] = publish.preview(push_to_hub, _planned_files(plan))
+    elif push_to_hub:
+        report["push"] = publish.push(Path(report["output"]), push_to_hub)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
