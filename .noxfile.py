@@ -42,6 +42,17 @@ def fuzz(session: nox.Session) -> None:
     session.log((kept / "recurrence.txt").read_text(encoding="utf-8"))
 
 
+@nox.session(python="3.11")
+def hostile(session: nox.Session) -> None:
+    """Folders, recipes, data and results that no honest program wrote; kept in .fuzz/hostile.txt.
+
+    nox -f .noxfile.py -s hostile -- 100000    gives the number of inputs; see tests/fuzz/RECORD.md.
+    """
+    session.install("-c", ".constraints.txt", "-e", ".[dev]")
+    inputs = session.posargs or ["100000"]
+    session.run("python", "tests/fuzz/run.py", *inputs, "--out", ".fuzz/hostile.txt")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     session.install("-c", ".constraints.txt", "ruff")

@@ -475,7 +475,7 @@ def read_headers(folder: Path, shards: tuple[Shard, ...]) -> list[Shard]:
 
 def window_only(adapters: list[Adapter]) -> bool:
     """Whether the adapters were trained with the window alone. Raises UsageError where only some of them were."""
-    ways = {_recipe(adapter).get("attention", "liger") for adapter in adapters}
+    ways = {str(_recipe(adapter).get("attention", "liger")) for adapter in adapters}
     if len(ways) > 1:
         raise UsageError("some of these adapters were trained with the window alone and some were not; merge one kind")
     return ways == {"window"}

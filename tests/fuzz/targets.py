@@ -65,6 +65,14 @@ class World:
             self.made[key] = folder
         return self.made[key]
 
+    def warm(self) -> None:
+        """Import what is imported on first use, which can take as long as a thousand inputs."""
+        import datasets  # noqa: F401
+
+        read_adapter(self, self.adapter)
+        converted_readers(self.converted)
+        _parquet()
+
     @cached_property
     def converted(self) -> Path:
         from liger_cli.convert import convert
