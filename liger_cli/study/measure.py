@@ -1,6 +1,7 @@
 """What a unit of the study is measured by, on texts and probes of held-out seeds."""
 
-from dataclasses import asdict, dataclass
+import io
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from liger_cli.outputs import write_whole
 from liger_cli.recall import Probe, generated
 from liger_cli.scoring import Rows, make_rows
 from liger_cli.shipped.text import TEST_SEED
+from liger_cli.study.rows import Effort
 from liger_cli.study.sources import Source
 
 SEED = TEST_SEED + 2**20  # held out, and no seed of `liger eval`, of a base's training or of choosing layers
@@ -20,24 +22,6 @@ HARD = 0.5  # nats between the losses of the base and of the untrained window
 NOT_PROSE = ("drill", "chat")
 TEXT_BATCH, PROBE_BATCH = 8, 32
 STATE_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured.
-
-    Attributes:
-        characters: of text.
-        seq_len: tokens of its rows.
-        probes: at each distance.
-        inside, beyond: distances of the probes in tokens, of those that a window of `rows.WINDOW` reaches and does not.
-    """
-
-    characters: int = 80_000
-    seq_len: int = 512
-    probes: int = 64
-    inside: tuple[int, ...] = (32, 48)
-    beyond: tuple[int, ...] = (96, 192, 384)
 
 
 def reference(subject: Subject, text: Rows, path: Path) -> dict[str, np.ndarray]:
@@ -50,8 +34,6 @@ def reference(subject: Subject, text: Rows, path: Path) -> dict[str, np.ndarray]
     """
     found = {column: _read(subject, column, text)["loss"].numpy() for column in ("base", "window_only")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    import io
-
     content = io.BytesIO()
     np.savez_compressed(content, **found)
     write_whole(path, content.getvalue())

@@ -25,6 +25,24 @@ COMMON = {
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        characters: of text.
+        seq_len: tokens of its rows.
+        probes: at each distance.
+        inside, beyond: distances of the probes in tokens, of those that a window of `WINDOW` reaches and does not.
+    """
+
+    characters: int = 80_000
+    seq_len: int = 512
+    probes: int = 64
+    inside: tuple[int, ...] = (32, 48)
+    beyond: tuple[int, ...] = (96, 192, 384)
+
+
+@dataclass(frozen=True)
 class Row:
     """A row of the table.
 
@@ -89,6 +107,7 @@ FIRST = (
     Row("gla-running", ("--gate", "gla", "--normalizer", "running")),
     Row("gla-running-mix0.1", ("--gate", "gla", "--normalizer", "running", "--mix", "0.1")),
     Row("gla-joint", ("--gate", "gla", "--normalizer", "joint")),
+    Row("calibrated", ("--calibrate",)),
     Row("gla-calibrated", ("--gate", "gla", *CALIBRATED)),
     Row("gdn-calibrated", ("--gate", "gdn", "--branch-scales", "--calibrate")),
     Row("layers-auto1", ("--mix", "0", "--softmax-layers", "auto:1"), group="softmax kept"),
@@ -122,7 +141,8 @@ TRAINED = (
     Row("paper-layers-auto1", ("--softmax-layers", "auto:1"), "paper", control="window-only-trained", group="trained"),
     Row("kl-heads-auto1", ("--softmax-heads", "auto:1"), "distill", KL, control="window-only-kl", group="trained"),
 )  # fmt: skip
-FEW = ("window-only-trained", "paper", "window-only-kl", "kl", "best")  # longer runs, and the second mixture
+REPEATED = ("window-only-trained", "paper", "window-only-kl", "kl", "best", "lolcats", "supra")
+FEW = ("window-only-kl", "kl", "best")  # longer runs, and the second mixture
 
 
 def base_rows(base: StudyBase) -> tuple[Row, ...]:
@@ -151,7 +171,7 @@ def planned(
     Raises:
         UsageError: `only` fits no row.
     """
-    units = [unit for unit in _ordered(bases, budgets, seeds, large)]
+    units = list(_ordered(bases, budgets, seeds, large))
     if not only:
         return units
     wanted = {unit.row.name for unit in units if any(fnmatch(text, one) for one in only for text in _texts(unit.row))}
@@ -170,7 +190,9 @@ def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int 
     yield from (Unit(row, base.name) for row in FIRST for base in bases)
     for seed in range(seeds):
         for budget in budgets:
-            yield from (Unit(row, base.name, budget, seed) for row in TRAINED for base in bases)
+            # More seeds at every budget only for the rows between which a difference is claimed.
+            rows = [row for row in TRAINED if seed == 0 or budget == min(budgets) or row.name in REPEATED]
+            yield from (Unit(row, base.name, budget, seed) for row in rows for base in bases)
         if seed == 0:
             yield from (Unit(row, base.name) for base in bases for row in (*GATE_ROWS, *base_rows(base)))
     few = [row for row in TRAINED if row.name in FEW]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from liger_cli.errors import LigerError, UsageError, guarded
 from liger_cli.outputs import write_whole
-from liger_cli.study.rows import COMMON, DOCUMENTS, Row, Unit
+from liger_cli.study.rows import COMMON, DOCUMENTS, Effort, Row, Unit
 from liger_cli.study.subjects import StudyBase, study_base
 
 MISSING = 5  # exit code: this liger has no such option or recipe
@@ -59,7 +59,7 @@ def compute(home: Path, base: StudyBase, unit: Unit, effort: dict, key: str) -> 
         "budget": unit.budget,
         "seed": unit.seed,
         "mixture": unit.mixture,
-        "commands": [[str(part).replace(str(work), "WORK") for part in command] for command in commands],
+        "commands": [[_portable(part, base, home, work) for part in command] for command in commands],
         "convert_seconds": converted_in,
         "chosen": selection.get("chosen"),
         "training": training,
@@ -72,12 +72,19 @@ def compute(home: Path, base: StudyBase, unit: Unit, effort: dict, key: str) -> 
     shutil.rmtree(work, ignore_errors=True)
 
 
+def _portable(part: str, base: StudyBase, home: Path, work: Path) -> str:
+    """An argument of a command without this machine's paths."""
+    for folder, name in ((work, "WORK"), (home, "STUDY"), (base.folder, base.name)):
+        part = part.replace(str(folder), name)
+    return part
+
+
 def measured_figures(home: Path, base: StudyBase, unit: Unit, folder: Path, effort: dict) -> dict:
     """The figures of `measure`, by the base's reference, which is made where it is not there."""
     import numpy as np
 
     from liger_cli.columns import open_subject
-    from liger_cli.study.measure import Effort, measure, reference, text_rows
+    from liger_cli.study.measure import measure, reference, text_rows
 
     chosen = Effort(**{name: tuple(value) if isinstance(value, list) else value for name, value in effort.items()})
     subject = open_subject(folder)
@@ -154,7 +161,7 @@ def liger(*arguments: str) -> list[str]:
     Raises:
         SystemExit: `MISSING` where liger has no such option or value. LigerError: the command failed.
     """
-    import click
+    import typer
 
     from liger_cli.main import CLICK_EXCEPTION, app
 
@@ -163,7 +170,7 @@ def liger(*arguments: str) -> list[str]:
     except CLICK_EXCEPTION as error:
         print(f"liger: {error.format_message()}", file=sys.stderr)
         raise SystemExit(MISSING) from None
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         code = error.exit_code
     if code == UsageError.exit_code:
         raise SystemExit(MISSING)
