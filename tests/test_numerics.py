@@ -80,7 +80,7 @@ def test_scan_of_128k_tokens(name, kind):
 def attend(name, q, k, v, valid=None, cache=None, **settings):
     spec = LayerSpec(gate=name, slots=8, **settings)
     gate = GATES[name].pool(k, spec)
-    return mixed_attention(q, k, v, q, k, gate, spec, 64, 0.5, q.shape[-1] ** -0.5, valid=valid, cache=cache)
+    return mixed_attention(q, k, v, q, k, gate, None, spec, 64, 0.5, q.shape[-1] ** -0.5, valid, cache)
 
 
 def layer(name: str, kind: str, dtype, length: int) -> None:

@@ -5,6 +5,8 @@
 Both branches (gated recurrence and window of 64) of one layer, without its projections: float32, batch 1, 4 query and
 2 key/value heads of 64. The two are timed in turns, so that what else the machine does meets both; a ratio is the
 quotient of medians, and the spread is that of the single turns' ratios (quartiles). Memory is what a forward pass adds.
+Two things do not depend on the machine and are asserted: that memory grows linearly with the text, and that a step does
+the same operations on the same shapes whatever its position.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_cli.templates.liger_branches import mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
@@ -94,38 +97,77 @@ def training(length: int, gate: str, repetitions: int) -> dict:
     )
 
 
+class Operations(TorchDispatchMode):
+    """Every operation with the shapes it takes, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found.append((str(function), [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]))
+        return function(*args, **(kwargs or {}))
+
+
 def decoding(gate: str, tokens: int = 400) -> dict:
-    """One-token steps at positions 1K and 32K, in turns: time ratio, and what the cache holds at each."""
+    """One-token steps at positions 1K and 32K, in turns: time ratio, operations a step, bytes of the cache."""
     caches = {}
     with torch.no_grad():
         for position in (1024, 32768):
             caches[position] = LigerCacheLayer(64)
             liger(*inputs(position), gate, caches[position])
         shapes = {p: {n: list(x.shape) for n, x in c.tensors().items()} for p, c in caches.items()}
-        step = inputs(1)
+        step, done = inputs(1), {}
+        for position, cache in caches.items():
+            liger(*step, gate, cache)  # masks are made once
+            with Operations() as operations:
+                liger(*step, gate, cache)
+            done[position] = operations.found
         times = {position: [] for position in caches}
         for _ in range(tokens):
             for position, cache in caches.items():
                 times[position].append(timed(lambda cache=cache: liger(*step, gate, cache)))
     medians = {position: statistics.median(side) for position, side in times.items()}
     assert shapes[1024] == shapes[32768], "the cache has grown"
-    return {"step_1k_s": medians[1024], "step_32k_s": medians[32768], "ratio": medians[32768] / medians[1024]}
+    assert done[1024] == done[32768], "a step at 32K does other operations than one at 1K"
+    return {
+        "step_1k_s": medians[1024],
+        "step_32k_s": medians[32768],
+        "ratio": medians[32768] / medians[1024],
+        "operations": len(done[1024]),
+        "cache_bytes": sum(x.numel() * x.element_size() for x in caches[32768].tensors().values()),
+    }
 
 
 def peak_memory(length: int, gate: str) -> int:
-    """Bytes that one forward pass adds to a fresh process."""
+    """Bytes that one forward pass adds to a fresh process at its peak (Linux: the peak is reset before)."""
     code = f"""
-import resource, torch, sys
+import torch, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import attention_speed as bench
+def held(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 with torch.no_grad():
     bench.liger(*bench.inputs(256), {gate!r})
     q, k, v = bench.inputs({length})
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    open("/proc/self/clear_refs", "w").write("5")
+    before = held("VmRSS")
     bench.liger(q, k, v, {gate!r})
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(held("VmHWM") - before)
 """
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
+
+
+def memory(gate: str, lengths=(8192, 32768, 131072)) -> dict:
+    """MiB that a forward pass adds, by length; asserts that they grow no faster than the text."""
+    peaks = [peak_memory(length, gate) / 2**20 for length in lengths]
+    for (short, less), (long, more) in zip(
+        zip(lengths, peaks, strict=True), zip(lengths[1:], peaks[1:], strict=True), strict=False
+    ):
+        # A tenth for what the allocator keeps.
+        grown = f"{less:.0f} MiB for {short} tokens, {more:.0f} MiB for {long}"
+        assert more / less <= 1.1 * long / short, f"memory grows faster than the text: {grown}"
+    return dict(zip(map(str, lengths), peaks, strict=True))
 
 
 def cpu_name() -> str:
@@ -156,7 +198,7 @@ def main() -> None:
             row["matrix_rate_fraction"] = operations(length) / row["liger_s"] / rate
         rows["forward + backward 4096"] = training(4096, gate, options.repetitions * 2)
         rows["step at 32K over step at 1K"] = decoding(gate)
-        rows["peak MiB"] = {str(n): peak_memory(n, gate) / 2**20 for n in (8192, 32768, 131072)}
+        rows["peak MiB"] = memory(gate)
     if options.json:
         print(json.dumps(results, indent=2))
         return
