@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 from liger_cli.errors import UsageError
-from liger_cli.study.subjects import StudyBase
+from liger_cli.study.base_folders import StudyBase
+from liger_cli.study.subjects import layers
 from liger_cli.templates.liger_gates import GATES
 
 WINDOW = 64
@@ -147,7 +148,7 @@ FEW = ("window-only-kl", "kl", "best")  # longer runs, and the second mixture
 
 def base_rows(base: StudyBase) -> tuple[Row, ...]:
     """Rows that depend on how many layers there are: every place of one softmax layer, and every spacing."""
-    count = base.layers
+    count = layers(base)
     window = ("--mix", "0")
     spaced = [every for every in (2, 3, 4, count) if every <= count]
     return tuple(

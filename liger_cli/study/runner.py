@@ -18,8 +18,9 @@ from pathlib import Path
 
 from liger_cli.checkpoint import fingerprint, read_weights
 from liger_cli.outputs import write_whole
+from liger_cli.study.base_folders import StudyBase
 from liger_cli.study.rows import Unit
-from liger_cli.study.subjects import StudyBase
+from liger_cli.study.subjects import designation
 from liger_cli.study.unit import MISSING
 
 FORMAT = 1  # raised when what is measured changes
@@ -128,8 +129,7 @@ def _process(
     unit: Unit, base: StudyBase, home: Path, effort: dict, key: str, log: Path, threads: int, lock: int
 ) -> int:
     """Exit code of the unit's process. It holds the lock, too: it may outlive the study that began it."""
-    name = base.name if base.name == unit.base and _known(base) else f"{base.folder}@{base.source.name}"
-    command = [sys.executable, "-m", "liger_cli.study.unit", str(home), name]
+    command = [sys.executable, "-m", "liger_cli.study.unit", str(home), designation(base)]
     wanted = json.dumps({"unit": asdict(unit), "effort": effort, "key": key})
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NO_COLOR": "1"}
     with open(log, "w", encoding="utf-8") as file:
@@ -149,12 +149,6 @@ def _process(
             process.wait()
             raise
     return process.returncode
-
-
-def _known(base: StudyBase) -> bool:
-    from liger_cli.study.subjects import BASES
-
-    return base.name in BASES
 
 
 @contextmanager

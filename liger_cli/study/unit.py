@@ -16,8 +16,9 @@ from pathlib import Path
 
 from liger_cli.errors import LigerError, UsageError, guarded
 from liger_cli.outputs import write_whole
+from liger_cli.study.base_folders import StudyBase
 from liger_cli.study.rows import COMMON, DOCUMENTS, Effort, Row, Unit
-from liger_cli.study.subjects import StudyBase, study_base
+from liger_cli.study.subjects import study_base
 
 MISSING = 5  # exit code: this liger has no such option or recipe
 DATA_SEED = 2**30  # below 2**31: for training; away from the bases' own documents
