@@ -13,7 +13,18 @@ from liger_cli.untrusted import read_json
 MANIFEST = "liger.json"
 FORMAT = 1
 KINDS = ("converted", "adapter", "merged")
-SECTIONS = ("base", "code", "fingerprint", "model", "result", "selection", "settings", "source", "versions")
+SECTIONS = (
+    "base",
+    "code",
+    "fingerprint",
+    "model",
+    "result",
+    "selection",
+    "settings",
+    "source",
+    "versions",
+    "written",
+)
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
