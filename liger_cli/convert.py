@@ -32,7 +32,7 @@ from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.modeling import code_hashes, model_files
 from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place, place_tree
-from liger_cli.plan import Plan, make_plan, read_mix
+from liger_cli.plan import Plan, make_plan, read_mix, with_defaults
 from liger_cli.selection import read_request, selected_plan
 from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs, liger_block
 
@@ -41,40 +41,13 @@ MADE_BY_LIGER = ("config.json", "README.md", MANIFEST)
 
 
 def run(
-    base: str,
-    output: str | None = None,
-    *,
-    settings: dict | None = None,
-    softmax_layers: str = "none",
-    softmax_heads: str = "none",
-    calibration_data: str | None = None,
-    linearize_local: bool = False,
-    experimental: bool = False,
-    revision: str | None = None,
-    link: str = "auto",
-    dry_run: bool = False,
-    force: bool = False,
-    push_to_hub: str | None = None,
-    as_json: bool = False,
+    base: str, output: str | None = None, *, push_to_hub: str | None = None, as_json: bool = False, **options
 ) -> None:
-    """Convert, upload where asked, and print the plan: a table, or one JSON object. Parameters as for `convert`."""
+    """Convert, upload where asked, and print the plan: a table, or one JSON object. Options as for `convert`."""
     if push_to_hub:
-        publish.check(push_to_hub, dry_run)
-    report, plan = convert(
-        base,
-        output,
-        settings=settings,
-        softmax_layers=softmax_layers,
-        softmax_heads=softmax_heads,
-        calibration_data=calibration_data,
-        linearize_local=linearize_local,
-        experimental=experimental,
-        revision=revision,
-        link=link,
-        dry_run=dry_run,
-        force=force,
-    )
-    if push_to_hub and dry_run:
+        publish.check(push_to_hub, options.get("dry_run", False))
+    report, plan = convert(base, output, **options)
+    if push_to_hub and report["dry_run"]:
         report["push"] = publish.preview(push_to_hub, _planned_files(plan))
     elif push_to_hub:
         report["push"] = publish.push(Path(report["output"]), push_to_hub)
@@ -102,6 +75,7 @@ def convert(
     settings: dict | None = None,
     softmax_layers: str = "none",
     softmax_heads: str = "none",
+    calibrate: bool = False,
     calibration_data: str | None = None,
     linearize_local: bool = False,
     experimental: bool = False,
@@ -120,7 +94,8 @@ def convert(
             and torch; see `selection`), or a list such as `3,11`.
         softmax_heads: key/value heads kept as softmax inside Liger layers: `none`, `auto:N` or `auto:2%` of all
             (measured), or layers and heads such as `4:0,5:1`.
-        calibration_data: a text or .jsonl file to measure on; a shipped text by default.
+        calibrate: fit what has a closed form on a little text (loads the base and torch; see `calibrate`).
+        calibration_data: a text or .jsonl file to measure and to calibrate on; a shipped text by default.
         linearize_local: linearize layers that are local in the base, too.
         experimental: try model types that no family describes; the identity gate on a tiny model decides.
         link: `auto` (reflink, else hard link, else copy), `hard` or `copy`.
@@ -140,9 +115,12 @@ def convert(
         settings["mix"] = read_mix(settings["mix"])
     if checkpoint.released_gate:
         settings = released.fixed_settings(settings, checkpoint.released_gate)
+    settings = with_defaults(settings, calibrate)
     request = read_request(softmax_layers, softmax_heads)
-    if not request.measured and calibration_data is not None:
-        raise UsageError("--calibration-data is given, but nothing is measured; ask for --softmax-layers auto:N")
+    if not (request.measured or calibrate) and calibration_data is not None:
+        raise UsageError(
+            "--calibration-data is given, but nothing is measured; ask for --calibrate or --softmax-layers auto:N"
+        )
     plan = make_plan(checkpoint, settings, "none" if request.layers else softmax_layers, linearize_local)
     if checkpoint.released_gate:
         about = released.notes(checkpoint.family.model_type, checkpoint.released_gate)
@@ -154,9 +132,18 @@ def convert(
         result = run_gate(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
     plan, selection = selected_plan(plan, request, calibration_data, dry_run)
-    report = _report(source, plan, target, dry_run) | ({"selection": selection} if selection else {})
+    measured, values = ({"selection": selection} if selection else {}), None
+    if calibrate and dry_run:
+        plan = replace(plan, notes=(*plan.notes, "a calibration would run the base over some 16,000 tokens"))
+    elif calibrate:
+        from liger_cli.calibrate import calibrate as fitted
+        from liger_cli.calibrate import calibration_note
+
+        values, measured["calibration"] = fitted(plan, calibration_data)
+        plan = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
+    report = _report(source, plan, target, dry_run) | measured
     if not dry_run:
-        report["link"] = _write(source, plan, target, link, force, selection)
+        report["link"] = _write(source, plan, target, link, force, measured, values)
     return report, plan
 
 
@@ -227,8 +214,14 @@ def _report(source: Source, plan: Plan, target: Path, dry_run: bool) -> dict:
     }
 
 
-def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, selection: dict | None = None) -> str:
-    """Write the folder and return how the weights were placed."""
+def _write(
+    source: Source, plan: Plan, target: Path, link: str, force: bool, measured: dict, values: dict | None = None
+) -> str:
+    """Write the folder and return how the weights were placed.
+
+    Args:
+        measured: sections of liger.json beside the usual ones. values: of the extra tensors, where they were fitted.
+    """
     checkpoint = plan.checkpoint
     with atomic_folder(target, force) as folder:
         ways = set()
@@ -238,7 +231,7 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, sel
             _check_room(shard.size, folder, link)
             ways.add(place(shard.path, folder / names[shard.name], link))
         if extras:
-            write_extras(folder, checkpoint, initial_values(extras))
+            write_extras(folder, checkpoint, initial_values(extras) | (values or {}))
         elif checkpoint.indexed:
             shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
         for name, path in checkpoint.support_files.items():
@@ -252,7 +245,8 @@ def _write(source: Source, plan: Plan, target: Path, link: str, force: bool, sel
         for name, text in model_files(checkpoint.family).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = _manifest(source, plan, how)
-        if selection is not None:
+        manifest |= measured
+        if selection := measured.get("selection"):
             from liger_cli.plots import selection_plots
 
             manifest["selection"] = {**selection, "plots": selection_plots(selection, folder)}

@@ -57,9 +57,9 @@ def shard_names(checkpoint: Checkpoint, has_extras: bool) -> dict[str, str]:
 
 def write_extras(folder: Path, checkpoint: Checkpoint, values: dict) -> None:
     """Write the shard of extra tensors and an index of all shards into a folder that holds the base's."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file(values, str(folder / EXTRAS), metadata={"format": "pt"})
+    (folder / EXTRAS).write_bytes(save(values, metadata={"format": "pt"}))
     names = shard_names(checkpoint, True)
     owner = {tensor: names[shard.name] for shard in checkpoint.shards for tensor in shard.tensors}
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())

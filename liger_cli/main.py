@@ -106,9 +106,15 @@ def convert(
             "measured on the base), or layer:head such as 4:0,5:1."
         ),
     ] = "none",
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Fit scores and branch coefficients to the base's softmax layers, untrained."),
+    ] = False,
     calibration_data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text or .jsonl file to measure on; a shipped text by default."),
+        typer.Option(
+            metavar="FILE", help="Text or .jsonl file to measure and calibrate on; a shipped text by default."
+        ),
     ] = None,
     linearize_local: Annotated[
         bool, typer.Option("--linearize-local", help="Linearize layers that are local in the base, too.")
@@ -119,11 +125,19 @@ def convert(
     ] = False,
     sinks: Annotated[int, typer.Option(help="First tokens that stay visible to the window.")] = DEFAULT.sinks,
     kept: Annotated[
-        int, typer.Option(help="Tokens that stay visible to the window, chosen by a learned score for each head.")
-    ] = DEFAULT.kept,
+        int | None,
+        typer.Option(
+            help="Tokens that stay visible to the window, chosen by a learned score for each head.",
+            show_default="0; with --calibrate as many as --window",
+        ),
+    ] = None,
     normalizer: Annotated[
-        str, typer.Option(help=f"Denominator of the recurrent branch: {', '.join(NORMALIZERS)}.")
-    ] = DEFAULT.normalizer,
+        str | None,
+        typer.Option(
+            help=f"Denominator of the recurrent branch: {', '.join(NORMALIZERS)}.",
+            show_default="none; with --calibrate running",
+        ),
+    ] = None,
     branch_scales: Annotated[
         bool,
         typer.Option("--branch-scales", help="Two coefficients a head in place of --mix, which can be calibrated."),
@@ -207,6 +221,7 @@ def convert(
         },
         softmax_layers=softmax_layers,
         softmax_heads=softmax_heads,
+        calibrate=calibrate,
         calibration_data=calibration_data,
         linearize_local=linearize_local,
         experimental=experimental,

@@ -12,6 +12,7 @@ from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 from liger_cli.templates.liger_gates import GATES
 
 CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
+OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
 STATE_BYTES = 4  # the recurrent state is float32
 
 
@@ -137,6 +138,24 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
         for index in range(count)
     )  # fmt: skip
     return Plan(checkpoint, specs, tuple(notes))
+
+
+def with_defaults(settings: dict, calibrate: bool = False) -> dict:
+    """The settings with what was left open (None) filled in, and with what a calibration fits.
+
+    A calibration adds branch coefficients and, where nothing else was said, keeps as many tokens as the window has and
+    divides the recurrence by its own sum: coefficients fitted on a few hundred tokens have to hold for longer texts.
+    """
+    found = {name: value for name, value in settings.items() if value is not None or name not in OPEN}
+    if not calibrate:
+        return found
+    gate = GATES.get(found.get("gate", LayerSpec.gate))
+    if "kept" not in found and not found.get("sinks"):
+        found["kept"] = found.get("window", LayerSpec.window)
+    if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
+        averages = gate.rule == "decay" and gate.denominator is None
+        found["normalizer"] = "running" if averages else LayerSpec.normalizer
+    return {**found, "branch_scales": True}
 
 
 def layer_settings(exceptions: list[str], count: int) -> dict[int, dict]:

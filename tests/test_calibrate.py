@@ -1,0 +1,90 @@
+"""Calibration: closed-form fits against planted answers, the shipped base brought nearer to itself, and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert import digest
+from typer.testing import CliRunner
+
+from liger_cli import calibrate, shipped
+from liger_cli.calibrate import Statistics, fit_scales, fit_scores
+from liger_cli.convert import convert
+from liger_cli.errors import LigerError, UsageError
+from liger_cli.main import app
+from liger_cli.modeling import load_model
+
+BASE = Path(shipped.__file__).parent / "base"
+
+
+def test_scores_find_the_keys_that_are_needed():
+    """The logistic regression finds planted weights, up to sampling: 4,000 keys, correlation above 0.99."""
+    torch.manual_seed(0)
+    planted, keys = torch.randn(2, 8), torch.randn(2, 4000, 8) * torch.linspace(0.1, 3, 8)
+    needed = torch.einsum("hnd,hd->hn", keys, planted).sigmoid()
+    found = fit_scores(Statistics([keys[:, :1000], keys[:, 1000:]], [needed[:, :1000], needed[:, 1000:]]))
+    for head in range(2):
+        assert torch.corrcoef(torch.stack([found[head], planted[head]]))[0, 1] > 0.99
+
+
+def test_scales_are_the_least_squares_solution():
+    torch.manual_seed(0)
+    features = torch.randn(6, 5000)
+    planted = torch.tensor([0.3, 0.0, -0.1, 0.9, 1.0, 1.2])
+    target = planted @ features
+    statistics = Statistics([], [], features @ features.T, features @ target, float(target.square().sum()))
+    grm, swa = fit_scales(statistics)
+    torch.testing.assert_close(torch.cat([grm, swa]), planted, atol=2e-3, rtol=0)  # the ridge pulls by 1e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalizer": "joint"}, {"gate": "gdn", "kept": 0}, {"window": 16}])
+def test_never_worse_than_the_window(tiny_base, tmp_path, monkeypatch, settings):
+    """A random base has nothing to calibrate for: the window's own answer is the floor; the base stays as it is."""
+    monkeypatch.setattr(calibrate, "ROW_TOKENS", 64)
+    base = tiny_base()
+    before = digest(base)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{(7 * n * n + n) % 120 + 4}" for n in range(3000)))
+    report, _ = convert(str(base), str(tmp_path / "out"), settings=settings, calibrate=True, calibration_data=str(text))
+    measured = report["calibration"]
+    assert measured["kl"] <= measured["window_only_kl"] * (1 + 1e-6)
+    assert json.loads((tmp_path / "out" / "liger.json").read_text())["calibration"] == measured
+    assert digest(base) == before
+    load_model(tmp_path / "out")
+
+
+def test_the_shipped_base(tmp_path, monkeypatch):
+    """Untrained, well over a fifth of the window's distance from the base is gone, on rows that took no part."""
+    monkeypatch.setattr(calibrate, "ROWS", 6)
+    monkeypatch.setattr(calibrate, "HELD_OUT", 2)
+    report, plan = convert(str(BASE), str(tmp_path / "out"), calibrate=True)
+    measured = report["calibration"]
+    assert measured["kl"] < 0.6 * measured["window_only_kl"]
+    assert {spec.kept for spec in plan.specs} == {64} and {spec.normalizer for spec in plan.specs} == {"running"}
+    model = load_model(tmp_path / "out", dtype=torch.float32)
+    assert any(attention.keep_score.any() for attention in model.model.liger_attentions())
+
+
+def test_defaults_give_way(tiny_base, tmp_path):
+    arguments = ["convert", str(tiny_base()), str(tmp_path / "out"), "--calibrate", "--dry-run", "--json"]
+    layers = lambda *more: json.loads(CliRunner().invoke(app, [*arguments, *more]).stdout)["layers"]  # noqa: E731
+    assert layers()[0]["kept"] == 64 and layers()[0]["normalizer"] == "running" and layers()[0]["branch_scales"]
+    assert layers("--window", "32")[0]["kept"] == 32
+    assert layers("--kept", "0")[0]["kept"] == 0
+    assert layers("--sinks", "4")[0]["kept"] == 0
+    assert layers("--gate", "gdn")[0]["normalizer"] == "none"
+    assert layers("--normalizer", "none")[0]["normalizer"] == "none"
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data(tiny_base, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("w5 w6 w7")
+    with pytest.raises(LigerError, match="give at least 4"):
+        convert(str(tiny_base()), str(tmp_path / "out"), calibrate=True, calibration_data=str(short))
+    with pytest.raises(UsageError, match="not a file"):
+        convert(str(tiny_base()), str(tmp_path / "out"), calibrate=True, calibration_data=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="nothing is measured"):
+        convert(str(tiny_base()), str(tmp_path / "out"), calibration_data=str(short))
+    assert not (tmp_path / "out").exists()
