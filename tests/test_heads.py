@@ -20,12 +20,12 @@ from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block
 from liger_cli.templates.liger_gates import GATES
 
-# Head 0 and head 1, a layer with none, one of another gate and window.
+# Head 0 and head 1, with sinks; a layer with none; one of another gate and window that keeps tokens by their score.
 MIXED = [
     LayerSpec(window=16, softmax_kv_heads=(1,)),
     LayerSpec(window=16, softmax_kv_heads=(0,), sinks=2),
     LayerSpec(window=16),
-    LayerSpec(window=8, gate="hgrn2", softmax_kv_heads=(1,), branch_scales=True),
+    LayerSpec(window=8, gate="hgrn2", softmax_kv_heads=(1,), branch_scales=True, kept=4),
 ]
 # plain; a soft cap; sinks in the softmax; one matrix for q, k, v; local in every layer; norms on q and k.
 FAMILIES = ("llama", "gemma2", "gpt_oss", "phi3", "mistral-window", "qwen3")
@@ -112,7 +112,8 @@ def linearized_mixed(tiny_base):
     values = {name: value for name, value in base.config.to_dict().items() if name != "model_type"}
     model = model_class(config_class(**values, liger=liger_block(MIXED))).eval()
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
-    assert not unexpected and all(name.endswith("_scale") for name in missing)
+    assert not unexpected and all(name.endswith(("_scale", "keep_score")) for name in missing)
+    torch.nn.init.normal_(model.model.layers[3].self_attn.keep_score)
     return model
 
 
