@@ -254,6 +254,11 @@ def test_peft_is_given_nothing_of_the_adapters_config(tmp_path):
     assert (config.r, config.lora_alpha) == (2, 4)
 
 
+def test_a_recipe_in_a_manifest_that_is_none():
+    adapter = SimpleNamespace(manifest={"settings": {"recipe": {"attention": [1]}}})
+    assert merge.window_only([adapter]) is False
+
+
 def test_manifests_of_other_kinds(tmp_path):
     for text in ('{"kind": "adapter", "base": []}', '{"kind": ["adapter"]}', '{"kind": "merged", "settings": 3}', "["):
         (tmp_path / "liger.json").write_text(text)
