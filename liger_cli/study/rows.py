@@ -98,19 +98,24 @@ SUPRA = (
     *("--gate", "retnet", "--feature-map", "relu", "--feature-params", "learned"),
     *("--positions", "rope", "--normalizer", "group", "--window", "0"),
 )
-CALIBRATED = ("--normalizer", "running", "--branch-scales", "--calibrate")
 
 FIRST = (
     Row("base", column="base", control=None, group="control"),
     Row(WINDOW_ONLY, ("--mix", "0"), control=None, group="control"),
     Row("window-only-sinks4", ("--mix", "0", "--sinks", "4"), control=None, group="control"),
+    # As much memory as the window and the kept tokens of a calibrated model.
+    Row("window-only-128", ("--mix", "0", "--window", "128"), control=None, group="control"),
     Row("gla", ("--gate", "gla")),
     Row("gla-running", ("--gate", "gla", "--normalizer", "running")),
     Row("gla-running-mix0.1", ("--gate", "gla", "--normalizer", "running", "--mix", "0.1")),
     Row("gla-joint", ("--gate", "gla", "--normalizer", "joint")),
     Row("calibrated", ("--calibrate",)),
-    Row("gla-calibrated", ("--gate", "gla", *CALIBRATED)),
-    Row("gdn-calibrated", ("--gate", "gdn", "--branch-scales", "--calibrate")),
+    Row("calibrated-kept0", ("--calibrate", "--kept", "0")),
+    Row("calibrated-kept0-joint", ("--calibrate", "--kept", "0", "--normalizer", "joint")),
+    Row("calibrated-gdn", ("--calibrate", "--gate", "gdn")),
+    Row("calibrated-kept32", ("--calibrate", "--kept", "32")),
+    Row("calibrated-kept128", ("--calibrate", "--kept", "128")),
+    Row("kept-alone", ("--calibrate", "--mix", "0")),
     Row("layers-auto1", ("--mix", "0", "--softmax-layers", "auto:1"), group="softmax kept"),
     Row("layers-auto2", ("--mix", "0", "--softmax-layers", "auto:2"), group="softmax kept"),
     Row("heads-auto1", ("--mix", "0", "--softmax-heads", "auto:1"), group="softmax kept"),
@@ -131,7 +136,9 @@ TRAINED = (
     Row("paper", ("--gate", "gla"), "paper", control="window-only-trained", group="trained"),
     _window("distill", "window-only-kl", KL),
     Row("kl", ("--gate", "gla"), "distill", KL, control="window-only-kl", group="trained"),
-    Row("best", (), "best", control="window-only-kl", group="trained"),
+    _window("distill", "window-only-128-kl", KL, ("--window", "128")),
+    Row("best", ("--calibrate",), "best", control="window-only-kl", group="trained"),
+    Row("best-kept0", ("--calibrate", "--kept", "0"), "best", control="window-only-kl", group="trained"),
     Row("lolcats", LOLCATS, "lolcats", control="window-only-trained", group="trained"),
     Row("supra", SUPRA, "supra", control="window-only-trained", group="trained"),
     Row("distill", ("--gate", "gla"), "distill", control="window-only-kl", group="trained"),
