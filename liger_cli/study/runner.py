@@ -42,7 +42,7 @@ def run(
         bases: by the names that the units have.
         home: the study's folder.
         effort: of `measure.Effort`.
-        workers: units at once; the processor's cores are shared out between them.
+        workers: units at once; the processor's cores are shared out between them, unless OMP_NUM_THREADS is set.
         hours: after which no unit is begun.
     Returns:
         The units' names by what became of them.
@@ -101,7 +101,7 @@ def _one(unit: Unit, base: StudyBase, home: Path, effort: dict, key: str, worker
         if lock is None:
             return BUSY, ", another study computes it"
         began = time.monotonic()
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
         code = _process(unit, base, home, effort, key, log, threads, lock)
         if code == 0:
             return DONE, f" in {time.monotonic() - began:.0f} s"
