@@ -20,8 +20,8 @@ FOLDER = "liger-demo"
 REPORT = "demo.json"
 NAME = "demo-liger-gla"
 HYBRID = "demo-liger-gla-hybrid"
-# With the windows alone, softmax in this one of the base's six layers answers every recall probe (measured per layer).
-SOFTMAX_LAYER = 4
+# Of the base's twelve key/value heads the one that recall needs most; `--softmax-heads auto:1` finds it in a minute.
+SOFTMAX_HEADS = "4:0"
 RECIPE_FILE = "recipe.yaml"
 RECIPE = {
     "name": "demo",
@@ -34,6 +34,7 @@ RECIPE = {
     "schedule": "cosine",
     "save_steps": 1000,
     "eval_steps": 1000,
+    "warmup": 0.05,
     "stages": [{"objective": "distill", "lr": 3e-3}],
 }
 STEPS = {NAME: 60, HYBRID: 20}
@@ -66,11 +67,12 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
     columns: dict[str, dict] = {}
     seconds: dict[str, float] = {}
     # The hybrid first: what `liger eval` takes in this folder afterwards, the newest, is then the plain model.
-    for name, softmax_layers in ((HYBRID, str(SOFTMAX_LAYER)), (NAME, "none")):
+    for name, softmax_heads in ((HYBRID, SOFTMAX_HEADS), (NAME, "none")):
         plain = name == NAME
         converted, adapter, merged = home / name, home / f"{name}-lora", home / f"{name}-merged"
-        with _step(f"liger convert base {name}" + ("" if plain else f" --softmax-layers {softmax_layers}"), seconds):
-            convert.convert(str(base), str(converted), softmax_layers=softmax_layers)
+        kept = "" if plain else f" --softmax-heads {softmax_heads}"
+        with _step(f"liger convert base {name} --calibrate{kept}", seconds):
+            convert.convert(str(base), str(converted), calibrate=True, softmax_heads=softmax_heads)
         if plain:
             with _step(f"liger eval {name}", seconds):
                 columns |= _columns(open_subject(converted), {"model": "converted", "window_only": "window_untrained"})
@@ -93,7 +95,7 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
         **stamp(),
         "folder": str(home),
         "columns": columns,
-        "softmax_layer_of_the_hybrid": SOFTMAX_LAYER,
+        "softmax_heads_of_the_hybrid": SOFTMAX_HEADS,
         "seconds": {**seconds, "all": round(time.perf_counter() - began, 1)},
         "plot": str(home / f"{NAME}-merged" / "bench.png"),
     }
@@ -138,11 +140,11 @@ def demo_notes(report: dict) -> list[str]:
     untrained = columns["window_untrained"]
     return [
         "recall at n: exact answers to questions whose answer stands n tokens back.",
-        "base: softmax attention. converted: every layer linearized (gla, window 64), the weights untouched. trained: "
-        "after LoRA and merge. window: the trained weights with the recurrent branch off (without any training: "
-        f"perplexity {number(untrained['perplexity'])}). hybrid: softmax kept in layer "
-        f"{report['softmax_layer_of_the_hybrid']}, then trained. Speed is a matter of shapes: converted is as fast as "
-        "trained.",
+        "base: softmax attention. converted: every layer linearized (gla, window 64, 64 tokens kept by their score) "
+        "and calibrated, the weights untouched. trained: after LoRA and merge. window: the trained weights with "
+        f"recurrence and kept tokens off (without any training: perplexity {number(untrained['perplexity'])}). "
+        f"hybrid: softmax kept in key/value head {report['softmax_heads_of_the_hybrid']} (layer:head), one of twelve, "
+        "then trained. Speed is a matter of shapes: converted is as fast as trained.",
         f"This took {report['seconds']['all']:.0f} s. The models are in {home}; the plot is {report['plot']}.",
         f"Next: cd {home} && liger eval, or liger bench --seq-len 32768.",
     ]
