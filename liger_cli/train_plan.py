@@ -162,7 +162,8 @@ def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> d
 def estimate_memory(base: Base, recipe: Recipe, trainable: int, dtype: str) -> int:
     """Bytes that training will take: weights, LoRA with its gradients and AdamW moments, activations, logits.
 
-    An estimate: the activations are counted by the tensors that a decoder layer keeps for its backward pass.
+    An estimate: the activations are counted by the tensors that a decoder layer keeps for its backward pass. Within
+    15 % of what five steps of small models took beyond their weights on a CPU (float32); for transfer 40 % too high.
     """
     width = 4 if dtype == "float32" else 2
     sizes = base.geometry
@@ -174,7 +175,10 @@ def estimate_memory(base: Base, recipe: Recipe, trainable: int, dtype: str) -> i
         activations = per_layer + sizes.num_hidden_layers * tokens * sizes.hidden_size * width
     else:
         activations = per_layer * sizes.num_hidden_layers
-    logits = 3 * 4 * min(1 << 25, tokens * sizes.vocab_size)
+    activations += per_layer  # gradients and temporaries while a layer goes backward
+    # Float32 copies of a chunk's logits: logits, their softmax, gradient and the head's own; the teacher's and KL's.
+    copies = max({"ce": 4, "distill": 9, "transfer": 0}[stage.objective] for stage in recipe.stages)
+    logits = copies * 4 * min(1 << 25, tokens * sizes.vocab_size)
     return round(weight_bytes(base, recipe, width) + 16 * trainable + activations + logits)
 
 
