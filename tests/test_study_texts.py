@@ -160,7 +160,7 @@ def test_training_rows_are_read_by_finetune(name, tokenizers, tmp_path, monkeypa
         text_files.main()
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert rows == text_files.training_rows(SOURCES[name], 20, bool(flags))
-        data = load_data(str(path), tokenizer, 512)
+        data = load_data(str(path), tokenizer, 2048)
         assert data.report[0]["layout"] == layout and len(data.train) + len(data.held_out) >= 20
 
 
@@ -183,9 +183,9 @@ def test_frozen_base_recalls_what_its_card_says(name, tokenizers):
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
     recorded = base.evaluation()["recall_by_pairs"]
     card = (base.folder / "README.md").read_text()
-    for pairs, distance in ((4, 64), (16, 384)):
+    for pairs, distance, bar in ((4, 256, 0.95), (16, 384, 0.85)):
         share = recorded[str(pairs)][str(distance)]
-        assert share >= 0.9 and f"{share:.3f}" in card
+        assert share >= bar and f"{share:.3f}" in card
         found = evaluate_recall(
             model, tokenizers[name], (distance,), 32, TEST_SEED, pairs=pairs, probe=base.source.recall_probe
         )

@@ -48,6 +48,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
             expected.add(f"liger_cli/templates/{path.relative_to(ROOT / 'templates')}")
     assert expected <= held, expected - held
     assert not any(name.startswith(("tests/", "templates/")) for name in held)
+    assert not any(name.startswith("liger_cli/study/bases/") for name in held), "the study's bases stay in the checkout"
 
 
 def test_runs_and_converts_elsewhere(installed, sparse_base, tmp_path):

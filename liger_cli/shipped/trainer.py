@@ -61,6 +61,8 @@ class Recipe:
         distances, logged_distances: of the recall in the card, and in the log.
         command: trains this base, as the card shows it.
         card: the card's text, with the fields that `write_checkpoint` fills in.
+        anneals: numbers of training tokens, before the last, at which the learning rate has come down to zero; it goes
+            on from where a schedule over all tokens, or up to the next of them, would be.
     """
 
     source: "Source"
@@ -71,6 +73,7 @@ class Recipe:
     logged_distances: tuple[int, ...]
     command: str
     card: str
+    anneals: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -243,7 +246,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> dict:
     log_loss, log_tokens, log_start = [], 0, time.time()
     while seen < recipe.tokens:
         stage = recipe.stage_at(seen)
-        scale = learning_rate_scale(step, seen / recipe.tokens)
+        end = next((tokens for tokens in recipe.anneals if seen < tokens), recipe.tokens)
+        scale = learning_rate_scale(step, seen / end)
         for optimizer, lrs in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale

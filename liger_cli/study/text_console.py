@@ -8,7 +8,7 @@ Nothing in it is a sentence. Kinds of documents:
 - `recall`: 1 to 16 settings that the log around them does not mention, then the log, then questions.
 - `drill`: the same without a log, every setting asked for several times; recall is learned from these first.
 - `copy`: a block of lines, other lines, and the block again, word for word, between `again` and `end`.
-- `echo`: a line of random words and the same line again.
+- `echo`: a line of random words and pieces of it again.
 - `chat`: an instruction and its response in the tokenizer's chat format.
 
 Keys and values are drawn at random for every document, so only the context answers a question. A line ends with a
@@ -273,14 +273,17 @@ def copy(rng: Random, words: int) -> str:
 
 
 def echo(rng: Random, words: int) -> str:
-    """A line of random words and the same words again, and again: induction is learned from these first of all."""
-    line = "".join(
-        f" {rng.choice(rng.choice((KEYS, WORDS, NUMBERS)))}" for _ in range(rng.randint(4, max(5, words // 2 - 3)))
-    )
-    out = f"begin{line}\nend\n"
+    """A line of random words, then pieces of it in any order: induction is learned from these first of all.
+
+    Whole repetitions would be learned by their period, which is of no use for recall.
+    """
+    line = [rng.choice(rng.choice((KEYS, WORDS, NUMBERS))) for _ in range(rng.randint(6, max(6, words // 3)))]
+    out = f"begin {' '.join(line)}\nend\n"
     while True:
-        out += f"again{line}\nend\n"
-        if _words([out]) + line.count(" ") + 2 > words:
+        size = rng.randint(3, min(8, len(line)))
+        first = rng.randint(0, len(line) - size)
+        out += f"again {' '.join(line[first : first + size])}\nend\n"
+        if _words([out]) + size + 2 > words:
             return out
 
 
