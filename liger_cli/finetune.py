@@ -63,7 +63,7 @@ def run(
     Args:
         model: a converted folder; the newest one here by default.
         data: see `data.load_data`; the recipe's by default.
-        recipe: a shipped recipe's name or a YAML file; `paper` by default.
+        recipe: a shipped recipe's name or a YAML file; see `default_recipe`.
         output: the adapter's folder; `<model>-lora` here by default.
         resume: go on with the unfinished run of that output.
         force: replace an adapter that liger made, and discard an unfinished run.
@@ -93,7 +93,7 @@ def run(
         if _main_process():
             _sweep(partial)
             check_output(target, force, base=base.folder)
-        checked = override(load_recipe(recipe or "paper"), **flags)
+        checked = override(load_recipe(recipe or default_recipe(base)), **flags)
         data = data or checked.data
         if (partial / RUN).exists() and not force and not dry_run and _main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
@@ -172,6 +172,11 @@ def finetune(
             if not quiet:
                 print(f"liger: wrote {target}; merge it with `liger merge {target}`", file=sys.stderr)
     return report
+
+
+def default_recipe(base: Base) -> str:
+    """`best` for a calibrated model, which starts near the base; `paper` for any other, which does not."""
+    return "best" if base.manifest.get("calibration") else "paper"
 
 
 def load_schedule(base: Base, recipe: Recipe, data: str, tokenizer):

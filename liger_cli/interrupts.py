@@ -7,6 +7,9 @@ A signal that the parent set to be ignored (`nohup`, a job in the background) st
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 AGAIN = 0.1  # seconds
@@ -36,6 +39,23 @@ def unwind() -> None:
     """Signals raise `Interrupted` in the main thread."""
     _handle(_raise)
     sys.unraisablehook = _unraisable
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """`unwind` within the block; afterwards signals do what they did before. Nothing in a thread that is not the main."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    unwind()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _handle(handler) -> None:

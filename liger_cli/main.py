@@ -38,10 +38,12 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(code)
 
     def _run(self, ctx) -> None:
-        try:
-            super().invoke(ctx)
-        finally:
-            flush_stdout()
+        # Outside of this, where nothing is written, signals end the process; Typer would make them an exit code of 130.
+        with interrupts.unwinding():
+            try:
+                super().invoke(ctx)
+            finally:
+                flush_stdout()
 
 
 app = typer.Typer(
@@ -55,11 +57,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. Ctrl-C and termination unwind a command, so that half-written folders are removed."""
-    interrupts.unwind()
-    try:
-        app(prog_name="liger")
-    finally:
-        interrupts.quit_at_once()
+    app(prog_name="liger")
 
 
 def _version(wanted: bool) -> None:
@@ -128,7 +126,7 @@ def convert(
         int | None,
         typer.Option(
             help="Tokens that stay visible to the window, chosen by a learned score for each head.",
-            show_default="0; with --calibrate as many as --window",
+            show_default="0; with --calibrate twice --window",
         ),
     ] = None,
     normalizer: Annotated[
@@ -293,7 +291,10 @@ def finetune(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A name that `liger recipes` prints, or a YAML file. (default: paper)")
+        str | None,
+        typer.Option(
+            help="A name that `liger recipes` prints, or a YAML file. (default: best once calibrated, else paper)"
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="The adapter's folder. (default: ./<model>-lora)")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. (paper: 2)")] = None,

@@ -215,7 +215,9 @@ def _remove_stale(output: Path) -> None:
             lock = os.open(entry, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(entry)
+                # Its writer may have renamed it meanwhile, and another one taken the name.
+                if os.stat(entry).st_ino == os.fstat(lock).st_ino:
+                    _remove(entry)
             finally:
                 os.close(lock)
 

@@ -143,15 +143,15 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
 def with_defaults(settings: dict, calibrate: bool = False) -> dict:
     """The settings with what was left open (None) filled in, and with what a calibration fits.
 
-    A calibration adds branch coefficients and, where nothing else was said, keeps as many tokens as the window has and
-    divides the recurrence by its own sum: coefficients fitted on a few hundred tokens have to hold for longer texts.
+    A calibration adds branch coefficients. Where nothing else was said it keeps twice as many tokens as the window
+    has, and divides the recurrence by its own sum: coefficients fitted on short texts have to hold for longer ones.
     """
     found = {name: value for name, value in settings.items() if value is not None or name not in OPEN}
     if not calibrate:
         return found
     gate = GATES.get(found.get("gate", LayerSpec.gate))
     if "kept" not in found and not found.get("sinks"):
-        found["kept"] = found.get("window", LayerSpec.window)
+        found["kept"] = 2 * found.get("window", LayerSpec.window)
     if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
         averages = gate.rule == "decay" and gate.denominator is None
         found["normalizer"] = "running" if averages else LayerSpec.normalizer

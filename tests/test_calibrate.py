@@ -61,7 +61,7 @@ def test_the_shipped_base(tmp_path, monkeypatch):
     report, plan = convert(str(BASE), str(tmp_path / "out"), calibrate=True)
     measured = report["calibration"]
     assert measured["kl"] < 0.6 * measured["window_only_kl"]
-    assert {spec.kept for spec in plan.specs} == {64} and {spec.normalizer for spec in plan.specs} == {"running"}
+    assert {spec.kept for spec in plan.specs} == {128} and {spec.normalizer for spec in plan.specs} == {"running"}
     model = load_model(tmp_path / "out", dtype=torch.float32)
     assert any(attention.keep_score.any() for attention in model.model.liger_attentions())
 
@@ -69,8 +69,8 @@ def test_the_shipped_base(tmp_path, monkeypatch):
 def test_defaults_give_way(tiny_base, tmp_path):
     arguments = ["convert", str(tiny_base()), str(tmp_path / "out"), "--calibrate", "--dry-run", "--json"]
     layers = lambda *more: json.loads(CliRunner().invoke(app, [*arguments, *more]).stdout)["layers"]  # noqa: E731
-    assert layers()[0]["kept"] == 64 and layers()[0]["normalizer"] == "running" and layers()[0]["branch_scales"]
-    assert layers("--window", "32")[0]["kept"] == 32
+    assert layers()[0]["kept"] == 128 and layers()[0]["normalizer"] == "running" and layers()[0]["branch_scales"]
+    assert layers("--window", "32")[0]["kept"] == 64
     assert layers("--kept", "0")[0]["kept"] == 0
     assert layers("--sinks", "4")[0]["kept"] == 0
     assert layers("--gate", "gdn")[0]["normalizer"] == "none"

@@ -104,7 +104,7 @@ FIRST = (
     Row(WINDOW_ONLY, ("--mix", "0"), control=None, group="control"),
     Row("window-only-sinks4", ("--mix", "0", "--sinks", "4"), control=None, group="control"),
     # As much memory as the window and the kept tokens of a calibrated model.
-    Row("window-only-128", ("--mix", "0", "--window", "128"), control=None, group="control"),
+    Row("window-only-192", ("--mix", "0", "--window", "192"), control=None, group="control"),
     Row("gla", ("--gate", "gla")),
     Row("gla-running", ("--gate", "gla", "--normalizer", "running")),
     Row("gla-running-mix0.1", ("--gate", "gla", "--normalizer", "running", "--mix", "0.1")),
@@ -114,7 +114,8 @@ FIRST = (
     Row("calibrated-kept0-joint", ("--calibrate", "--kept", "0", "--normalizer", "joint")),
     Row("calibrated-gdn", ("--calibrate", "--gate", "gdn")),
     Row("calibrated-kept32", ("--calibrate", "--kept", "32")),
-    Row("calibrated-kept128", ("--calibrate", "--kept", "128")),
+    Row("calibrated-kept64", ("--calibrate", "--kept", "64")),
+    Row("calibrated-heads-auto1", ("--calibrate", "--softmax-heads", "auto:1"), group="softmax kept"),
     Row("kept-alone", ("--calibrate", "--mix", "0")),
     Row("layers-auto1", ("--mix", "0", "--softmax-layers", "auto:1"), group="softmax kept"),
     Row("layers-auto2", ("--mix", "0", "--softmax-layers", "auto:2"), group="softmax kept"),
@@ -136,9 +137,14 @@ TRAINED = (
     Row("paper", ("--gate", "gla"), "paper", control="window-only-trained", group="trained"),
     _window("distill", "window-only-kl", KL),
     Row("kl", ("--gate", "gla"), "distill", KL, control="window-only-kl", group="trained"),
-    _window("distill", "window-only-128-kl", KL, ("--window", "128")),
-    Row("best", ("--calibrate",), "best", control="window-only-kl", group="trained"),
-    Row("best-kept0", ("--calibrate", "--kept", "0"), "best", control="window-only-kl", group="trained"),
+    _window("best", "window-only-best"),
+    _window("best", "window-only-192-best", convert=("--window", "192")),
+    Row("best", ("--calibrate",), "best", control="window-only-best", group="trained"),
+    Row("best-kept0", ("--calibrate", "--kept", "0"), "best", control="window-only-best", group="trained"),
+    Row(
+        "best-heads-auto1", ("--calibrate", "--softmax-heads", "auto:1"), "best", control="window-only-best",
+        group="trained",
+    ),
     Row("lolcats", LOLCATS, "lolcats", control="window-only-trained", group="trained"),
     Row("supra", SUPRA, "supra", control="window-only-trained", group="trained"),
     Row("distill", ("--gate", "gla"), "distill", control="window-only-kl", group="trained"),
@@ -149,8 +155,8 @@ TRAINED = (
     Row("paper-layers-auto1", ("--softmax-layers", "auto:1"), "paper", control="window-only-trained", group="trained"),
     Row("kl-heads-auto1", ("--softmax-heads", "auto:1"), "distill", KL, control="window-only-kl", group="trained"),
 )  # fmt: skip
-REPEATED = ("window-only-trained", "paper", "window-only-kl", "kl", "best", "lolcats", "supra")
-FEW = ("window-only-kl", "kl", "best")  # longer runs, and the second mixture
+REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
+FEW = ("window-only-best", "kl", "best")  # longer runs, and the second mixture
 
 
 def base_rows(base: StudyBase) -> tuple[Row, ...]:
