@@ -43,7 +43,7 @@ def unwind() -> None:
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """`unwind` within the block; afterwards signals do what they did before. Nothing in a thread that is not the main."""
+    """`unwind` within the block; afterwards signals do what they did before. Nothing in any other than the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -22,6 +22,7 @@ from liger_cli.study.subjects import study_base
 
 MISSING = 5  # exit code: this liger has no such option or recipe
 DATA_SEED = 2**30  # below 2**31: for training; away from the bases' own documents
+CALIBRATION_SEED = 2**30 + 2**29
 SPARE = 1.3  # texts for that many times the budget
 
 
@@ -41,7 +42,8 @@ def compute(home: Path, base: StudyBase, unit: Unit, effort: dict, key: str) -> 
     work.mkdir(parents=True)
     began = time.perf_counter()
     converted, commands = work / "model", []
-    commands.append(liger("convert", str(base.folder), str(converted), *unit.row.convert))
+    measured_on = calibration_data(home, base) if needs_data(unit.row) else ()
+    commands.append(liger("convert", str(base.folder), str(converted), *unit.row.convert, *measured_on))
     converted_in = time.perf_counter() - began
     training, folder = None, converted
     if unit.budget:
@@ -133,6 +135,21 @@ def train(unit: Unit, base: StudyBase, converted: Path, adapter: Path, home: Pat
         "first_loss": report["first_loss"],
         "last_loss": report["last_loss"],
     }
+
+
+def needs_data(row: Row) -> bool:
+    """Whether the row's conversion measures something on a text."""
+    return "--calibrate" in row.convert or any(part.startswith("auto:") for part in row.convert)
+
+
+def calibration_data(home: Path, base: StudyBase) -> tuple[str, str]:
+    """The option that names a text of the base's own kind: the shipped one is of another kind for other bases."""
+    path = home / "data" / f"{base.name}-calibration.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = islice(base.source.documents(CALIBRATION_SEED, base.source.kinds, min_words=80, max_words=400), 160)
+        write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return "--calibration-data", str(path)
 
 
 def training_data(home: Path, base: StudyBase, unit: Unit) -> Path:
