@@ -43,7 +43,7 @@ def unwind() -> None:
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """`unwind` within the block; afterwards signals do what they did before. Nothing in any other than the main thread."""
+    """`unwind` within the block; afterwards signals do what they did before. For the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
