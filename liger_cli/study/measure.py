@@ -19,7 +19,7 @@ from liger_cli.study.sources import Source
 
 SEED = TEST_SEED + 2**20  # held out, and no seed of `liger eval`, of a base's training or of choosing layers
 HARD = 0.5  # nats between the losses of the base and of the untrained window
-NOT_PROSE = ("drill", "chat")
+NOT_PROSE = ("drill", "chat", "copy", "echo")  # kinds that are mostly chance
 TEXT_BATCH, PROBE_BATCH = 8, 32
 STATE_TOKENS = 1024
 
