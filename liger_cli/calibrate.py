@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.extras import extra_shapes
 from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.selection import say
@@ -50,15 +51,15 @@ class Statistics:
     power: float = 0.0
 
 
-def calibrate(plan: Plan, data: str | None = None) -> tuple[dict, dict]:
+def calibrate(plan: Plan, data: str | None = None) -> tuple[Plan, dict, dict]:
     """Fit the extra tensors of a plan.
 
     Args:
         plan: its Liger layers have `branch_scales` or `kept` tokens.
         data: a text or .jsonl file; a shipped text by default.
     Returns:
-        The values of all extra tensors, NumPy arrays by name, and what was measured: the section `calibration` of
-        liger.json.
+        The plan, without kept tokens where even they made the window worse; the values of its extra tensors, NumPy
+        arrays by name; and what was measured: the section `calibration` of liger.json.
     Raises:
         UsageError: nothing to fit. ModelError: the base cannot be loaded. LigerError: too little text, or numbers that
         are not finite.
@@ -73,8 +74,12 @@ def calibrate(plan: Plan, data: str | None = None) -> tuple[dict, dict]:
     report = {"text": data or "the shipped text", "tokens": tokens, "held_out_tokens": held_out.numel()}
     fit(model, rows, held_out)
     report |= judge(model, held_out)
+    if report["kl"] > report["window_only_kl"]:
+        plan = replace(plan, specs=tuple(replace(spec, kept=0) for spec in plan.specs))
+        report |= {"dropped_kl": report["kl"], "kl": report["window_only_kl"]}
     report["seconds"] = time.perf_counter() - start
-    return extra_values(model), report
+    wanted = extra_shapes(plan.specs, plan.checkpoint.geometry)
+    return plan, {name: value for name, value in extra_values(model).items() if name in wanted}, report
 
 
 def text_rows(plan: Plan, model, data: str | None):

@@ -139,7 +139,7 @@ def convert(
         from liger_cli.calibrate import calibrate as fitted
         from liger_cli.calibrate import calibration_note
 
-        values, measured["calibration"] = fitted(plan, calibration_data)
+        plan, values, measured["calibration"] = fitted(plan, calibration_data)
         plan = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
     report = _report(source, plan, target, dry_run) | measured
     if not dry_run:
