@@ -1,5 +1,6 @@
 """Fine-tuning recipes: YAML files in templates/recipes or of the user's own, checked, and overridden by flags."""
 
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ MAX_BYTES = 64 << 10  # of a recipe's file
 LIMIT = 1 << 20  # of every number that decides how much is computed or kept
 MAX_EPOCHS, MAX_SEED = 10_000, (1 << 32) - 1
 SCHEDULES = ("plateau", "constant", "cosine", "linear")
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,15 @@ def _build(kind: type, value):
         near = get_close_matches(unknown[0][:100], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"a recipe's {kind.__name__.lower()} has no field {unknown[0][:100]!r}{hint}")
-    return kind(**value)
+    real = {one.name for one in fields(kind) if one.type in (float, float | tuple[float, ...])}
+    return kind(**{name: _read_number(one) if name in real else one for name, one in value.items()})
+
+
+def _read_number(value):
+    """A number that YAML 1.1 took for a text, such as 1e-4, which it reads only as 1.0e-4; all else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_read_number(one) for one in value]
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 def _number(value) -> bool:

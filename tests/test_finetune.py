@@ -115,6 +115,24 @@ def test_recipes_load_and_can_be_overridden(tmp_path, capsys):
         override(load_recipe("paper"), batch_size=6, micro_batch_size=4)
 
 
+def test_numbers_as_people_write_them(tmp_path):
+    """PyYAML reads 1e-4 as a text: YAML 1.1 wants 1.0e-4."""
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: 1e3\nmin_lr: 1E-6\nweight_decay: '0.5'\nlora_alpha: +1.6e+1\nepochs: 2\n"
+        "stages: [{lr: 1e-4, window_dropout: [9e-1, 0]}]\n"
+    )
+    recipe = load_recipe(str(path))
+    stages = (Stage(lr=1e-4, window_dropout=(0.9, 0)),)
+    assert recipe == Recipe("1e3", min_lr=1e-6, weight_decay=0.5, lora_alpha=16.0, epochs=2, stages=stages)
+    assert all(type(value) is float for value in (recipe.min_lr, recipe.lora_alpha, recipe.stages[0].lr))
+    for bad in ("stages: [{lr: 1e-4x}]", "stages: [{lr: ''}]", "min_lr: nan", "min_lr: '1_0'", "epochs: 1e999",
+                "stages: [{lr: [1e-4]}]", "max_steps: 1e3"):  # fmt: skip
+        path.write_text(bad)
+        with pytest.raises(UsageError, match="has to be"):
+            load_recipe(str(path))
+
+
 def test_learning_rate_of_stages():
     from liger_cli.training import lr_factor
 
