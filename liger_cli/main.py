@@ -10,7 +10,7 @@ import typer.core
 
 from liger_cli import __version__, interrupts
 from liger_cli.errors import flush_stdout, guarded
-from liger_cli.templates.liger_config import FEATURE_MAPS, GATE_SOURCES, NORMALIZERS, LayerSpec
+from liger_cli.templates.liger_config import FEATURE_MAPS, GATE_POOLINGS, GATE_SOURCES, NORMALIZERS, LayerSpec
 from liger_cli.templates.liger_gates import GATES
 
 DEFAULT = LayerSpec()
@@ -165,6 +165,9 @@ def convert(
     gate_source: Annotated[
         str, typer.Option(help=f"Projection that the gate is pooled from: {', '.join(GATE_SOURCES)}.")
     ] = DEFAULT.gate_source,
+    gate_pooling: Annotated[
+        str, typer.Option(help=f"Pooling of a projection to one number a head: {', '.join(GATE_POOLINGS)}.")
+    ] = DEFAULT.gate_pooling,
     gate_normalizer: Annotated[
         float | None, typer.Option(help="Divisor of the log gate; the gate's own by default.")
     ] = DEFAULT.gate_normalizer,
@@ -212,6 +215,7 @@ def convert(
             "gate_init": gate_init,
             "gate_rank": gate_rank,
             "gate_source": gate_source,
+            "gate_pooling": gate_pooling,
             "gate_normalizer": gate_normalizer,
             "gate_lower_bound": gate_lower_bound,
             "slots": slots,

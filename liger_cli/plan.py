@@ -13,7 +13,8 @@ from liger_cli.templates.liger_gates import GATES
 
 CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
 OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
-STATE_BYTES = 4  # the recurrent state is float32
+STATE_BYTES = SCORE_BYTES = 4  # the recurrent state and the scores of kept tokens are float32
+POSITION_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Plan:
                     "tokens": tokens,
                     "state_bytes": converted,
                     "kv_cache_bytes": base,
-                    "ratio": round(base / converted, 2),
+                    "ratio": round(base / max(converted, 1), 2),
                 }
             )
         return rows
@@ -76,13 +77,16 @@ class Plan:
         shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
         softmax_heads = len(spec.softmax_kv_heads)
         heads = sizes.num_key_value_heads - softmax_heads
-        state = sum(math.prod(shape) for shape in shapes) * heads * STATE_BYTES
+        state = sum(math.prod(shape) for shape in shapes) * heads * STATE_BYTES if spec.mix else 0
         window = min(spec.window, self._local_window(index) or spec.window)
         kept = spec.kept if self._local_window(index) is None else 0
-        cached = min(tokens, window - 1 + spec.sinks + kept) if window else 0
+        in_window = min(tokens, max(window - 1, 0))
+        # Room for sinks and kept tokens is there from the first token on.
+        cached = in_window + spec.sinks + kept
+        other = spec.sinks * POSITION_BYTES + (in_window + kept) * heads * SCORE_BYTES * bool(kept)
         grown = self._base_cache(index, tokens)
         token_bytes = (cached * self._token_bytes() * heads + grown * softmax_heads) // sizes.num_key_value_heads
-        return state + token_bytes
+        return state + token_bytes + other
 
     def _base_cache(self, index: int, tokens: int) -> int:
         window = self._local_window(index)
@@ -153,8 +157,7 @@ def with_defaults(settings: dict, calibrate: bool = False) -> dict:
     if "kept" not in found and not found.get("sinks"):
         found["kept"] = 2 * found.get("window", LayerSpec.window)
     if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
-        averages = gate.rule == "decay" and gate.denominator is None
-        found["normalizer"] = "running" if averages else LayerSpec.normalizer
+        found["normalizer"] = "running" if gate.rule == "decay" else LayerSpec.normalizer
     return {**found, "branch_scales": True}
 
 

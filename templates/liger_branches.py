@@ -180,7 +180,7 @@ def _recurrent(q, k, v, gate_logits, spec, valid, states):
     """The gated recurrence in float32. Output [B, Hq, T, D], its denominator [B, Hq, T, 1] or None, and the states."""
     gate, dtype = GATES[spec.gate], v.dtype
     q, k, v = q.float(), k.float(), v.float()
-    denominator = gate.denominator or (spec.normalizer if spec.normalizer in ("running", "joint") else None)
+    denominator = spec.normalizer if spec.normalizer in ("running", "joint") else gate.denominator
     if denominator:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     inputs = gate.inputs(q, k, v, gate_logits.float(), spec)

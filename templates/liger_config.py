@@ -17,6 +17,7 @@ NORMALIZERS = ("none", "running", "joint", "group")
 FEATURE_MAPS = ("softmax", "none", "relu", "hedgehog")
 POSITIONS = ("none", "rope")
 GATE_SOURCES = ("k", "q", "v")
+GATE_POOLINGS = ("mean", "max")
 BACKENDS = ("auto", "torch", "fla")
 
 
@@ -36,7 +37,8 @@ class LayerSpec:
         kept: number of tokens that stay visible to the window after they have left it, chosen by a learned score for
             each key/value head (see `liger_kept`); the score takes in first tokens, so there are no `sinks` beside it.
         mix: coefficient of the recurrent branch; the window's is 1 - mix (Liger, eq. 9).
-        normalizer: `none` sums over the memory as the paper does, `running` divides by phi(q) . z,
+        normalizer: `none` sums over the memory as the paper does (`mlstm` divides by max(|phi(q) . z|, 1), which keeps
+            mLSTM's bound without its input gate, for which there are no parameters), `running` divides by phi(q) . z,
             `joint` shares one denominator between the memory and the window, `group` normalises each head's output to
             mean 0 and variance 1 (RetNet's and SUPRA's GroupNorm, without weights).
         branch_scales: two coefficients for each query head (`grm_scale`, `swa_scale`) in place of `mix` and 1 - mix.
@@ -50,6 +52,9 @@ class LayerSpec:
             its place (the paper's ablation).
         gate_rank: rank of the learned projection.
         gate_source: which projection the gate is pooled from.
+        gate_pooling: how a head is pooled to one number (or to `gsa`'s slots) for the gates that take one: `mean`, or
+            `max`. The paper leaves it open; the mean keeps the decay at its middle whatever the head dimension is, and
+            was the nearer to the base for each such gate (see the README).
         gate_normalizer: divisor of the log gate; None takes the gate's own default (16 for `gla`, as released).
         gate_lower_bound: lower bound of the decay (HGRN2's gamma).
         slots: memory slots of `gsa`.
@@ -74,6 +79,7 @@ class LayerSpec:
     gate_init: str = "pooled"
     gate_rank: int = 16
     gate_source: str = "k"
+    gate_pooling: str = "mean"
     gate_normalizer: float | None = None
     gate_lower_bound: float = 0.0
     slots: int = 64
@@ -108,6 +114,8 @@ class LayerSpec:
             )
         _require(_is_int(self.gate_rank) and self.gate_rank > 0, "gate_rank", self.gate_rank, "a positive whole number")
         _require(self.gate_source in GATE_SOURCES, "gate_source", self.gate_source, "k, q or v")
+        ok = self.gate_pooling in GATE_POOLINGS
+        _require(ok, "gate_pooling", self.gate_pooling, f"one of {', '.join(GATE_POOLINGS)}")
         ok = self.gate_normalizer is None or (_is_number(self.gate_normalizer) and self.gate_normalizer > 0)
         _require(ok, "gate_normalizer", self.gate_normalizer, "a positive number")
         ok = _is_number(self.gate_lower_bound) and 0 <= self.gate_lower_bound < 1
@@ -121,7 +129,7 @@ class LayerSpec:
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         if self.normalizer in ("running", "joint"):
             gate = GATES[self.gate]
-            ok = gate.rule == "decay" and gate.denominator is None
+            ok = gate.rule == "decay"
             _require(ok, "normalizer", self.normalizer, f"none: `{self.gate}` is not a sum that could be divided")
             _require(self.feature_map != "none", "normalizer", self.normalizer, "none without positive features")
         if self.normalizer == "joint":

@@ -58,7 +58,8 @@ class Gate:
         pool: (x, spec) -> p: the parameter-free pooling of a projection x [B, Hkv, T, D] to logits.
         width: (spec, head_dim) -> W, the number of logits of a head.
         normalizer: divisor of the log gate where the config gives none.
-        denominator: `max1` divides by max(|q . z|, 1) as mLSTM does; None leaves it to the config's `normalizer`.
+        denominator: `max1` divides by max(|q . z|, 1) as mLSTM does, unless the config's `normalizer` names another;
+            None leaves the sum as it is.
     """
 
     name: str
@@ -102,9 +103,9 @@ def _divisor(spec, gate: str) -> float:
     return GATES[gate].normalizer if spec.gate_normalizer is None else spec.gate_normalizer
 
 
-def _pool_head(x, spec=None):
-    """Mean over the head dimension: the parameter-free pooling of a head to one number. [B, Hkv, T, 1]"""
-    return _wide(x).mean(-1, keepdim=True)
+def _pool_head(x, spec):
+    """Mean or maximum over the head dimension: the parameter-free pooling of a head to one number. [B, Hkv, T, 1]"""
+    return _wide(x).amax(-1, keepdim=True) if spec.gate_pooling == "max" else _wide(x).mean(-1, keepdim=True)
 
 
 def _wide(x):
@@ -120,22 +121,23 @@ def _pool_channels(x, spec):
 
 
 def _pool_slots(x, spec):
-    """Average-pool the head dimension to the slots (repeating where there are more slots than channels)."""
-    from torch.nn.functional import adaptive_avg_pool1d
+    """Pool the head dimension to the slots (repeating where there are more slots than channels)."""
+    from torch.nn.functional import adaptive_avg_pool1d, adaptive_max_pool1d
 
-    return adaptive_avg_pool1d(_wide(x).flatten(0, 1), spec.slots).view(*x.shape[:-1], spec.slots)
+    pool = adaptive_max_pool1d if spec.gate_pooling == "max" else adaptive_avg_pool1d
+    return pool(_wide(x).flatten(0, 1), spec.slots).view(*x.shape[:-1], spec.slots)
 
 
 def _pool_twice(x, spec):
     """One number for the decay and one for the write strength. [B, Hkv, T, 2]"""
-    return _pool_head(x).expand(*x.shape[:-1], 2)
+    return _pool_head(x, spec).expand(*x.shape[:-1], 2)
 
 
 def _pool_channels_and_head(x, spec):
     """A decay for each channel, then one write strength. [B, Hkv, T, D + 1]"""
     from torch import cat
 
-    return cat([_wide(x), _pool_head(x)], dim=-1)
+    return cat([_wide(x), _pool_head(x, spec)], dim=-1)
 
 
 def _over_features(p, width: int):
