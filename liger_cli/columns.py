@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from liger_cli.adapters import check_shapes, peft_config, read_adapter
 from liger_cli.checkpoint import fingerprint, read_checkpoint, read_weights
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.extras import base_shards
 from liger_cli.manifest import read_manifest
-from liger_cli.merge import check_shapes, peft_config, read_adapter
 from liger_cli.outputs import check_unchanged, file_versions
 from liger_cli.tokenizer import load_tokenizer as tokenizer_of
 from liger_cli.untrusted import read_json

@@ -6,7 +6,7 @@ where PEFT's loading finds them.
 
 from pathlib import Path
 
-from liger_cli.merge import ADAPTER_WEIGHTS, PREFIX, is_extra
+from liger_cli.adapters import ADAPTER_WEIGHTS, PREFIX, is_extra
 
 
 def extra_parameters(model) -> dict:

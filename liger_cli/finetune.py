@@ -14,12 +14,12 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+from liger_cli.adapters import ADAPTER_WEIGHTS
 from liger_cli.checkpoint import fingerprint, read_json, read_shard
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.escape import code_span, markdown, yaml_string
 from liger_cli.folders import resolve_model
 from liger_cli.manifest import new_manifest, write_manifest
-from liger_cli.merge import ADAPTER_WEIGHTS
 from liger_cli.modeling import load_config
 from liger_cli.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
 from liger_cli.recipes import Recipe, load_recipe, override, recipe_from

@@ -106,7 +106,7 @@ def _converted(report: dict, folder: Path, manifest: dict, full: bool) -> None:
 
 
 def _adapter(report: dict, folder: Path, manifest: dict, full: bool) -> None:
-    from liger_cli.merge import ADAPTER_WEIGHTS, read_adapter
+    from liger_cli.adapters import ADAPTER_WEIGHTS, read_adapter
 
     adapter = read_adapter(folder)
     report["ranks"] = sorted(set(adapter.ranks.values()))

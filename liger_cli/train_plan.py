@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from liger_cli.adapters import is_extra
 from liger_cli.checkpoint import Geometry, Shard, fingerprint, layer_index, read_config
 from liger_cli.converted import read_converted
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.manifest import read_manifest
 from liger_cli.memory import available
-from liger_cli.merge import is_extra
 from liger_cli.recipes import Recipe
 from liger_cli.templates.liger_config import LayerSpec
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from liger_cli import convert, finetune, merge
+from liger_cli import adapters, convert, finetune, merge
 from liger_cli.checkpoint import EXTRAS
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.modeling import load_model
@@ -84,7 +84,7 @@ def test_trained_saved_loaded_by_peft_and_merged(setup, tmp_path, recipe, settin
     with torch.no_grad():
         found = load_model(tmp_path / "merged", dtype=torch.float32)(X).logits
         torch.testing.assert_close(tuned(X).logits, found, rtol=1e-4, atol=1e-4)
-    trained = {name: one for name, one in tuned.get_base_model().named_parameters() if merge.is_extra(name)}
+    trained = {name: one for name, one in tuned.get_base_model().named_parameters() if adapters.is_extra(name)}
     merged = load_model(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert trained and all(torch.equal(merged[name], one) for name, one in trained.items())
 
@@ -146,6 +146,6 @@ def test_refusals(setup, tmp_path, tiny_base):
     with pytest.raises(UsageError, match="cannot be added"):
         merge.run([adapter, second], output=tmp_path / "merged", quiet=True)
     with pytest.raises(ModelError, match="does not have"):
-        merge.check_shapes(merge.read_adapter(adapter), plain, finetune.read_base(plain).shards)
+        adapters.check_shapes(adapters.read_adapter(adapter), plain, finetune.read_base(plain).shards)
     assert load_recipe("lolcats").differs and load_recipe("supra").differs
     assert not (tmp_path / "merged").exists()

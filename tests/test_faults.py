@@ -18,7 +18,7 @@ import pytest
 from conftest import TINY
 from test_convert import digest, entries
 
-from liger_cli import bench, convert, evaluate, finetune, merge, outputs
+from liger_cli import bench, convert, evaluate, finetune, merge, merged_shards, outputs
 from liger_cli.errors import LigerError, UsageError
 from liger_cli.manifest import read_manifest
 
@@ -478,7 +478,7 @@ def test_a_shard_that_changes_while_it_is_merged(place, monkeypatch, spoil):
     shard = place / "made" / "model.safetensors"
     shard.unlink()
     shutil.copyfile(place / "base" / "model.safetensors", shard)
-    real, calls = merge.delta, []
+    real, calls = merged_shards.delta, []
 
     def slow(*arguments):
         if not calls:
@@ -486,7 +486,7 @@ def test_a_shard_that_changes_while_it_is_merged(place, monkeypatch, spoil):
         calls.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(merge, "delta", slow)
+    monkeypatch.setattr(merged_shards, "delta", slow)
     with pytest.raises(LigerError, match="was changed while it was read; run the command again"):
         merge.run(place / "lora", output=place / "out", quiet=True)
     assert calls and not (place / "out").exists()

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import write_shard
 
-from liger_cli import bench, convert, evaluate, finetune, inspection, merge
+from liger_cli import adapters, bench, convert, evaluate, finetune, inspection, merge
 from liger_cli.card import refresh_card
 from liger_cli.checkpoint import inside, read_checkpoint, read_shard
 from liger_cli.columns import open_subject
@@ -232,10 +232,10 @@ def test_adapters(tmp_path, changes, words):
         4,
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    assert merge.read_adapter(tmp_path).ranks
+    assert adapters.read_adapter(tmp_path).ranks
     edit(tmp_path / "adapter_config.json", **changes)
     with pytest.raises(ModelError, match=words):
-        merge.read_adapter(tmp_path)
+        adapters.read_adapter(tmp_path)
 
 
 def test_peft_is_given_nothing_of_the_adapters_config(tmp_path):
@@ -248,7 +248,7 @@ def test_peft_is_given_nothing_of_the_adapters_config(tmp_path):
     )
     evil = {**ADAPTER, "megatron_config": {"a": 1}, "megatron_core": "evil", "target_modules": "(a+)+$"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(evil))
-    config = merge.peft_config(merge.read_adapter(tmp_path))
+    config = adapters.peft_config(adapters.read_adapter(tmp_path))
     assert config.megatron_config is None
     assert config.target_modules == {"model.layers.0.self_attn.q_proj"}
     assert (config.r, config.lora_alpha) == (2, 4)
@@ -256,7 +256,7 @@ def test_peft_is_given_nothing_of_the_adapters_config(tmp_path):
 
 def test_a_recipe_in_a_manifest_that_is_none():
     adapter = SimpleNamespace(manifest={"settings": {"recipe": {"attention": [1]}}})
-    assert merge.window_only([adapter]) is False
+    assert adapters.window_only([adapter]) is False
 
 
 def test_manifests_of_other_kinds(tmp_path):

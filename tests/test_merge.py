@@ -182,7 +182,7 @@ def test_memory_stays_at_a_tensor(tmp_path):
         "from pathlib import Path\n"
         "import torch\n"
         "from liger_cli.checkpoint import read_weights\n"
-        "from liger_cli.merge import Adapter, write_shard\n"
+        "from liger_cli.merged_shards import write_shard\n"
         "shard = read_weights(Path(sys.argv[1]))[0]\n"
         "import safetensors\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

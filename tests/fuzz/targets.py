@@ -279,13 +279,14 @@ def adapter(world: World, rng: random.Random) -> None:
 
 
 def read_adapter(world: World, folder: Path) -> None:
-    from liger_cli import merge
+    from liger_cli import adapters
+    from liger_cli.checkpoint import read_weights
 
-    found = merge.read_adapter(folder)
-    model = merge.find_base(found, None)
-    merge.check_shapes(found, model, merge.read_weights(model))
-    merge.peft_config(found)
-    merge.window_only([found])
+    found = adapters.read_adapter(folder)
+    model = adapters.find_base(found, None)
+    adapters.check_shapes(found, model, read_weights(model))
+    adapters.peft_config(found)
+    adapters.window_only([found])
 
 
 def tokenizer(world: World, rng: random.Random) -> None:
