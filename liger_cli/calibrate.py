@@ -26,7 +26,7 @@ from liger_cli.selection import say
 from liger_cli.selection_meter import divergence, load_base
 
 ROWS, HELD_OUT, ROW_TOKENS = 24, 8, 512
-TEXT_KINDS = ("story", "facts", "recall", "chat")
+TEXT_KINDS = ("story", "facts", "recall", "drill", "chat")
 RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
 NEWTON_STEPS = 12
 PENALTY = 1.0  # of the logistic regression, on weights of standardised channels
