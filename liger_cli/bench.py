@@ -139,7 +139,8 @@ def bench(
     speeds = measure_machine(device, model.dtype)
     for row in rows.values():
         if row["latency_ms"] is not None:
-            row["roofline_ms"] = limit_ms(step_cost(model, row["cache_shapes"], batch_size), speeds)
+            cost = step_cost(model, row["cache_shapes"], batch_size, softmax=row["which"] == "base")
+            row["roofline_ms"] = limit_ms(cost, speeds)
             row["roofline_fraction"] = row["roofline_ms"] / row["latency_ms"]["mean"]
     sweep = [largest_batch(side, seq_len, base_limit) for side in contestants] if batch_sweep else []
     return {

@@ -1,5 +1,6 @@
 """One side of a benchmark: the model or its base, its prefill, its caches, and one decoding step at a position."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -60,22 +61,24 @@ class Side:
         nbytes = cache_bytes(cache)
         for layer, name, limit in token_tensors(cache):
             x = getattr(layer, name)
-            nbytes += x.numel() // x.shape[2] * x.element_size() * (_held(tokens, limit) - x.shape[2])
+            nbytes += math.prod(_with(x, 1)) * x.element_size() * (_held(tokens, limit) - x.shape[2])
         return self.batch_size * nbytes
 
     def filled_cache(self, tokens: int):
         """A cache as long as after `tokens` tokens that were never read.
 
-        What holds tokens, growing or up to a window, is filled with random keys and values; states are those after a
-        short text, as large as after any other.
+        What holds tokens, growing, up to a window or kept by score, is filled with random keys, values and scores;
+        states are those after a short text, as large as after any other.
         """
         import torch
 
         cache = self._short_cache(self.batch_size)
         for layer, name, limit in token_tensors(cache):
             x = getattr(layer, name)
-            shape = (*x.shape[:2], _held(tokens, limit), x.shape[3])
+            shape = _with(x, _held(tokens, limit))
             setattr(layer, name, torch.randn(shape, dtype=x.dtype, device=x.device))
+        for layer in cache.layers:
+            _fill_kept(layer, tokens)
         _set_length(cache, tokens)
         return cache
 
@@ -84,6 +87,8 @@ class Side:
         short = self._short_cache(self.batch_size)
         for (layer, name, limit), (source, _, _) in zip(token_tensors(short), token_tensors(cache), strict=True):
             setattr(layer, name, getattr(source, name)[:, :, : _held(tokens, limit)])
+        for layer in short.layers:
+            _fill_kept(layer, tokens)
         _set_length(short, tokens)
         return short
 
@@ -125,13 +130,13 @@ class Decoding:
 
 
 def token_tensors(cache) -> list[tuple[object, str, int | None]]:
-    """What holds tokens, [B, H, tokens, D], as (layer, attribute, tokens held at most or None)."""
+    """What holds the last tokens or all, [B, H, tokens, ...], as (layer, attribute, tokens held at most or None)."""
     found: list[tuple[object, str, int | None]] = []
     for layer in cache.layers:
         names = dict.fromkeys(("keys", "values"))
         if isinstance(layer, LigerCacheLayer):
             local = getattr(layer, "local_window", None)
-            names = dict.fromkeys(names, max(layer.window - 1, 0))
+            names = dict.fromkeys((*names, "window_scores"), max(layer.window - 1, 0))
             names |= dict.fromkeys(("softmax_keys", "softmax_values"), None if local is None else local - 1)
         elif getattr(layer, "is_sliding", False):
             names = dict.fromkeys(names, layer.sliding_window - 1)
@@ -142,6 +147,23 @@ def token_tensors(cache) -> list[tuple[object, str, int | None]]:
 def growing(cache) -> list[tuple[object, str]]:
     """What holds every token of the text, as (layer, attribute)."""
     return [(layer, name) for layer, name, limit in token_tensors(cache) if limit is None]
+
+
+def _fill_kept(layer, tokens: int) -> None:
+    """Random kept tokens where the layer keeps any: as many as have left the window of a text so long."""
+    import torch
+
+    if getattr(layer, "kept", None) is None:
+        return
+    kept = tuple(torch.randn_like(x) for x in layer.kept)
+    left = max(tokens - layer.window + 1, 0)
+    kept[2][:, :, : max(kept[2].shape[2] - left, 0)] = -torch.inf
+    layer.kept = kept
+
+
+def _with(x, tokens: int) -> tuple[int, ...]:
+    """The shape of a cache's tensor with another number of tokens."""
+    return (*x.shape[:2], tokens, *x.shape[3:])
 
 
 def _held(tokens: int, limit: int | None) -> int:

@@ -15,7 +15,9 @@ FORMAT = 1
 KINDS = ("converted", "adapter", "merged")
 SECTIONS = (
     "base",
+    "calibration",
     "code",
+    "extras",
     "fingerprint",
     "model",
     "result",

@@ -20,20 +20,29 @@ def measure_machine(device: str, dtype) -> dict:
     }
 
 
-def step_cost(model, cache_shapes: list[dict], batch_size: int) -> dict:
+def step_cost(model, cache_shapes: list[dict], batch_size: int, softmax: bool = False) -> dict:
     """`{bytes, flops}` of one decoding step.
 
     Bytes: every weight but the embedding table once (with tied embeddings the table is the output head), the cache
     once, and the states once more, which are written back. Operations: two a weight and sequence; for each layer the
-    scores and sums over its keys, and reading and updating its states, for the heads that do so.
+    scores and sums over its keys, kept tokens' among them, and reading and updating its states, for the heads that do
+    so. Scoring a key to keep it takes a product with `keep_score`, a weight like others; of what is kept one token
+    changes, which is not counted.
 
     Args:
         cache_shapes: as in a row of `bench`.
+        softmax: the base's step, which reads none of the tensors that the conversion added.
     """
+    from liger_cli.templates.liger_extras import NAMES
+
     config = model.config
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    weights = [x for x in model.parameters() if tied or x is not embedding]
+    weights = [
+        x
+        for name, x in model.named_parameters()
+        if (tied or x is not embedding) and not (softmax and name.rpartition(".")[2] in NAMES)
+    ]
     nbytes = sum(x.numel() * x.element_size() for x in weights)
     flops = 2 * batch_size * sum(x.numel() for x in weights)
     groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
