@@ -72,6 +72,8 @@ def test_facts_have_distinct_keys_and_values():
     assert len({fact.prefix for fact in facts}) == len({fact.value for fact in facts}) == 16
     with pytest.raises(ValueError, match="17"):
         sample_facts(Random(0), 17, NAMES)
+    for seed in range(20):  # one relation has too few values for these
+        assert len({fact.value for fact in sample_facts(Random(seed), 32, NAMES, 40)}) == 32
 
 
 def test_instructions_and_their_chat_format_agree_with_the_template(tokenizer):

@@ -107,9 +107,12 @@ def test_settings_have_distinct_keys_and_values():
     assert len({one.prefix for one in settings}) == len({one.value for one in settings}) == 16
     with pytest.raises(ValueError, match="17"):
         text_console.sample_settings(Random(0), 17, list(text_console.KEYS))
+    assert (
+        len({one.value for one in text_console.sample_settings(Random(0), 32, list(text_console.KEYS), most=40)}) == 32
+    )
 
 
-@pytest.mark.parametrize("pairs", (1, 4, 16))
+@pytest.mark.parametrize("pairs", (1, 4, 16, 32))
 @pytest.mark.parametrize("name", ("console", "mixed"))
 def test_probe_distance_is_exact(tokenizers, name, pairs):
     tokenizer = tokenizer_of(tokenizers, name)

@@ -25,14 +25,14 @@ def recall_probe(
             tokens, the newest included, no longer holds the last token of the value when distance >= w.
         count: number of probes.
         seed: from 2**31 up for held-out probes.
-        pairs: facts in the document, 1 to 16. Which of them is asked for is random, as far as the facts after it fit
-            into the distance.
+        pairs: facts in the document, 1 to 37, as many as there are free names; the base was trained on up to 16. Which
+            of them is asked for is random, as far as the facts after it fit into the distance.
 
     Returns:
         `count` pairs (prompt token ids, answer token ids). Sentences are tokenized one by one.
 
     Raises:
-        ValueError: the distance is too short for any question (below 12 or so).
+        ValueError: the distance is too short for any question (below 12 or so), or there are too many pairs.
     """
     rng = Random(seed * 1009 + distance)
     start = tokenizer("a")["input_ids"][:1]
@@ -47,7 +47,7 @@ def _probe(tokenizer, distance: int, pairs: int, rng: Random, start: list[int]) 
     for _ in range(500):
         names = rng.sample(NAMES, len(NAMES))
         story = Story(rng, names[:3])
-        facts = sample_facts(rng, pairs, names[3:])
+        facts = sample_facts(rng, pairs, names[3:], len(names))
         asked = rng.randrange(pairs)
         fact = facts[asked]
         tail = encode(f"{fact.tail}.")

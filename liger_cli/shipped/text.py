@@ -22,6 +22,8 @@ TRAIN_SEED = 0
 VALIDATION_SEED = 2**31
 TEST_SEED = 2**31 + 2**30
 
+MOST_FACTS = 16  # in one document
+
 KINDS = ("story", "facts", "recall", "drill", "chat")
 
 USER_TOKEN = "<|user|>"
@@ -115,17 +117,22 @@ def _card(rng: Random, name: str) -> Fact:
 RELATIONS = (_secret_word, _number, _pet, _meal, _hidden, _price)
 
 
-def sample_facts(rng: Random, count: int, names: list[str]) -> list[Fact]:
-    """`count` facts with different keys and different values; `count` may not exceed 16 or len(names).
+def sample_facts(rng: Random, count: int, names: list[str], most: int = MOST_FACTS) -> list[Fact]:
+    """`count` facts with different keys and different values; `count` may not exceed `most` or len(names).
 
     Two documents in three keep to one relation, so that only the name tells the facts apart.
+
+    Args:
+        most: the documents that the base is trained on hold at most `MOST_FACTS`; a probe may ask for more.
     """
-    if not 1 <= count <= min(16, len(names)):
-        raise ValueError(f"count must lie between 1 and {min(16, len(names))}, not {count}")
-    single = rng.choice(RELATIONS) if rng.random() < 2 / 3 else None
+    if not 1 <= count <= min(most, len(names)):
+        raise ValueError(f"count must lie between 1 and {min(most, len(names))}, not {count}")
+    # There are too few places for so many different values.
+    relations = RELATIONS if count <= len(PLACES) else tuple(one for one in RELATIONS if one is not _hidden)
+    single = rng.choice(relations) if rng.random() < 2 / 3 else None
     keys, values, facts = set(), set(), []
     while len(facts) < count:
-        fact = (single or rng.choice(RELATIONS))(rng, names[len(facts)])
+        fact = (single or rng.choice(relations))(rng, names[len(facts)])
         if fact.prefix not in keys and fact.value not in values:
             keys.add(fact.prefix)
             values.add(fact.value)

@@ -82,7 +82,7 @@ def measure(
             where: {str(distance): _recall(subject, source, column, distance, effort.probes) for distance in distances}
             for where, distances in (("inside", effort.inside), ("beyond", effort.beyond))
         },
-        "state_bytes": _state_bytes(subject, column),
+        "state_bytes": state_bytes(subject, column),
         "effort": asdict(effort),
     }
 
@@ -124,7 +124,7 @@ def _recall(subject: Subject, source: Source, column: str, distance: int, count:
     return right / len(probes)
 
 
-def _state_bytes(subject: Subject, column: str) -> int:
+def state_bytes(subject: Subject, column: str) -> int:
     """Bytes of the cache of one sequence after `STATE_TOKENS` tokens; a window alone needs no recurrent state."""
     device = str(subject.liger_model.device)
     side = Side(column, lambda: subject.column(column), None, subject.liger_model.config.vocab_size, device, 1)

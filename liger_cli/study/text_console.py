@@ -90,15 +90,18 @@ def _card(rng: Random, key: str) -> Setting:
 
 
 RELATIONS = (_set, _bind, _pin)
+MOST_SETTINGS = 16  # in one document
 
 
-def sample_settings(rng: Random, count: int, keys: list[str], relations=RELATIONS) -> list[Setting]:
-    """`count` settings with different keys and different values; `count` may not exceed 16 or len(keys).
+def sample_settings(
+    rng: Random, count: int, keys: list[str], relations=RELATIONS, most: int = MOST_SETTINGS
+) -> list[Setting]:
+    """`count` settings with different keys and different values; `count` may not exceed `most` or len(keys).
 
-    Two documents in three keep to one relation.
+    Two documents in three keep to one relation. Those that a base is trained on hold at most `MOST_SETTINGS`.
     """
-    if not 1 <= count <= min(16, len(keys)):
-        raise ValueError(f"count must lie between 1 and {min(16, len(keys))}, not {count}")
+    if not 1 <= count <= min(most, len(keys)):
+        raise ValueError(f"count must lie between 1 and {min(most, len(keys))}, not {count}")
     single = rng.choice(relations) if rng.random() < 2 / 3 else None
     values, settings = set(), []
     while len(settings) < count:
@@ -401,7 +404,7 @@ def _probe(tokenizer, distance: int, pairs: int, rng: Random, start: list[int]) 
     for _ in range(500):
         counters, keys = _split_keys(rng)
         console = Console(rng, counters)
-        settings = sample_settings(rng, pairs, keys)
+        settings = sample_settings(rng, pairs, keys, most=len(keys))
         asked = rng.randrange(pairs)
         setting = settings[asked]
         later = encode("\n" + "".join(other.statement for other in settings[asked + 1 :]))
