@@ -6,22 +6,21 @@ on with `resume` from its last complete checkpoint.
 
 import json
 import os
-import pickle
 import shutil
 import sys
-import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 from liger_cli.adapters import ADAPTER_WEIGHTS
 from liger_cli.checkpoint import fingerprint, read_json, read_shard
-from liger_cli.errors import LigerError, ModelError, UsageError
+from liger_cli.errors import ModelError, UsageError
 from liger_cli.escape import code_span, markdown, yaml_string
 from liger_cli.folders import resolve_model
 from liger_cli.manifest import new_manifest, write_manifest
 from liger_cli.modeling import load_config
 from liger_cli.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
+from liger_cli.processes import is_launched, is_main_process, launch
 from liger_cli.recipes import Recipe, load_recipe, override, recipe_from
 from liger_cli.tokenizer import check_ids
 from liger_cli.tokenizer import load_tokenizer as tokenizer_of
@@ -29,16 +28,14 @@ from liger_cli.train_plan import (
     Base,
     check_memory,
     check_setup,
-    layer_of,
     lora_modules,
     make_plan,
     read_base,
-    trained_extras,
     training_dtype,
 )
+from liger_cli.training_run import train
 
 RUN = "run.json"
-CHECKPOINTS = "checkpoints"
 
 
 def run(
@@ -80,8 +77,8 @@ def run(
     Raises:
         LigerError in all its kinds, OSError.
     """
-    if processes > 1 and "RANK" not in os.environ:
-        return _launch(processes)
+    if processes > 1 and not is_launched():
+        return launch(processes)
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     folder = resolve_model(model, "finetune")
     target = Path(output) if output else Path(f"{folder.resolve().name}-lora")
@@ -90,12 +87,12 @@ def run(
     if resume:
         recipe, data, checked = _resumed(partial, target, base, recipe, data, flags)
     else:
-        if _main_process():
+        if is_main_process():
             _sweep(partial)
             check_output(target, force, base=base.folder)
         checked = override(load_recipe(recipe or default_recipe(base)), **flags)
         data = data or checked.data
-        if (partial / RUN).exists() and not force and not dry_run and _main_process():
+        if (partial / RUN).exists() and not force and not dry_run and is_main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
     report = finetune(
         base,
@@ -111,7 +108,7 @@ def run(
         report_to=report_to,
         fsdp=fsdp,
     )
-    if as_json and _main_process():
+    if as_json and is_main_process():
         print(json.dumps(report, indent=2))
     return report
 
@@ -145,29 +142,29 @@ def finetune(
     tokenizer = load_tokenizer(base.folder)
     loaded, schedule = load_schedule(base, recipe, data, tokenizer)
     plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
-    if not quiet and _main_process():
+    if not quiet and is_main_process():
         print_plan(plan)
     if dry_run:
         return {**plan, "dry_run": True}
     check_memory(plan)
     settings = {"recipe": recipe.to_dict(), "data": data, "sources": loaded.report}
     options = {"resume": resume, "quiet": quiet, "dtype": dtype, "report_to": report_to, "fsdp": fsdp}
-    with claimed_folder(partial, fresh=not resume) if _main_process() else nullcontext():
+    with claimed_folder(partial, fresh=not resume) if is_main_process() else nullcontext():
         if resume:
             recorded = read_json(partial / RUN)["sources"]
             if recorded != loaded.report:
                 raise UsageError(f"the data behind {data} have changed since the run began; start again with --force")
-        elif _main_process():
+        elif is_main_process():
             write_whole(partial / RUN, json.dumps({**settings, "fingerprint": base.fingerprint["digest"]}, indent=2))
         try:
             with unchanged(*(shard.path for shard in base.shards)):
-                result = _train(base, recipe, modules, loaded, schedule, tokenizer, partial, **options)
+                result = train(base, recipe, modules, loaded, schedule, tokenizer, partial, **options)
         except KeyboardInterrupt:
-            if _main_process():
+            if is_main_process():
                 print(f"liger: {partial} keeps the run's checkpoints; go on with --resume", file=sys.stderr)
             raise
         report = {**plan, "dry_run": False, **result}
-        if _main_process():
+        if is_main_process():
             _finish(base, recipe, settings, report, target, partial, force or resume)
             if not quiet:
                 print(f"liger: wrote {target}; merge it with `liger merge {target}`", file=sys.stderr)
@@ -198,149 +195,6 @@ def load_schedule(base: Base, recipe: Recipe, data: str, tokenizer):
 def load_tokenizer(folder: Path):
     """The tokenizer of a folder that liger made; no code of the folder is run. Raises ModelError."""
     return tokenizer_of(folder, load_config(folder))
-
-
-def _train(
-    base, recipe, modules, loaded, schedule, tokenizer, partial, *, resume, quiet, dtype, report_to, fsdp
-) -> dict:
-    import torch
-    from transformers import PrinterCallback
-
-    from liger_cli.train_view import TrainView, write_plot
-    from liger_cli.training import (
-        BEST,
-        LOG,
-        EarlyStop,
-        LigerTrainer,
-        Recorder,
-        checkpoint_step,
-        last_checkpoint,
-        read_log,
-        training_arguments,
-    )
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if schedule.per_step % world:
-        raise UsageError(
-            f"--processes is {world}, but a batch of {recipe.batch_size} has {schedule.per_step} micro-batches; "
-            "choose a divisor"
-        )
-    checkpoints = partial / CHECKPOINTS
-    last = last_checkpoint(checkpoints) if resume else None
-    start = checkpoint_step(last) if last else 0
-    adapted = adapted_model(base, recipe, modules, dtype)
-    view = TrainView(schedule, start, quiet or not _main_process())
-    log = partial / LOG
-    stop = EarlyStop(recipe.early_stop) if recipe.early_stop and loaded.held_out else None
-    callbacks = [Recorder(log, schedule, view, start), *([stop] if stop else [])]
-    if report_to == "tensorboard":
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(partial / "runs"))
-    args = training_arguments(
-        recipe,
-        schedule.steps,
-        checkpoints,
-        schedule.per_step // world,
-        bool(loaded.held_out),
-        sharded=_sharded_classes(adapted, recipe) if fsdp else (),
-        report_to=report_to,
-        use_cpu=not torch.cuda.is_available(),
-        eval_on_start=bool(loaded.held_out) and not start,
-    )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    trainer = LigerTrainer(adapted, recipe, schedule, loaded.held_out, pad, args, callbacks)
-    trainer.remove_callback(PrinterCallback)
-    began = time.perf_counter()
-    with view:
-        try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        except pickle.UnpicklingError as error:  # torch loads tensors and plain values only (weights_only)
-            raise LigerError(f"the checkpoint {last} is broken or holds more than tensors; remove it") from error
-        last_step = [one for one in trainer.state.log_history if one["step"] == trainer.state.global_step]
-        if loaded.held_out and not any("eval_loss" in one for one in last_step):
-            trainer.evaluate()
-    seconds = time.perf_counter() - began
-    records = read_log(log)
-    losses = [record["loss"] for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_loss" in record]
-    stop = trainer.early_stop()
-    trainer.save_adapter(partial)
-    kept = evaluations[-1] if evaluations else None
-    if stop is not None and stop.best_step:
-        kept = next(record for record in evaluations if record["step"] == stop.best_step)
-        if _main_process():
-            for path in (checkpoints / BEST).iterdir():
-                shutil.copyfile(path, partial / path.name)
-    if _main_process():
-        write_plot(records, partial / "loss.png", recipe)
-    return {
-        "steps_done": trainer.state.global_step,
-        "stopped_early": trainer.state.global_step < schedule.steps,
-        "kept_step": kept["step"] if kept else trainer.state.global_step,
-        "resumed_from_step": start,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(view.tokens / view.seconds, 1) if view.seconds else None,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
-        "held_out_perplexity_before": evaluations[0]["eval_perplexity"] if evaluations else None,
-        "held_out_perplexity": kept["eval_perplexity"] if kept else None,
-    }  # fmt: skip
-
-
-def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str):
-    """The model with a fresh adapter on `modules`, ready to be trained by the recipe: an `objectives.TrainedModel`."""
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    from liger_cli.extra_training import set_trained
-    from liger_cli.modeling import load_model
-    from liger_cli.objectives import TrainedModel
-
-    torch.manual_seed(recipe.seed)
-    options = {}
-    if recipe.load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    model = load_model(base.folder, dtype=getattr(torch, dtype), **options)
-    model.config.use_cache = False
-    model.set_attention_mode(recipe.attention)
-    if recipe.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(
-        r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=sorted({name.rpartition(".")[2] for name in modules}),
-        layers_to_transform=sorted({layer_of(name) for name in modules}),
-        layers_pattern="layers",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = str(base.folder)
-    adapted.__class__ = TrainedModel
-    adapted.train_extra = bool(trained_extras(base, recipe))
-    if adapted.train_extra:
-        # What any stage trains has to be the optimizer's from the start; each stage then switches the rest off.
-        ways = {stage.train for stage in recipe.stages}
-        set_trained(adapted, ways.pop() if len(ways) == 1 else "both")
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return adapted
-
-
-def _sharded_classes(adapted, recipe: Recipe) -> tuple[str, ...]:
-    """Class names of the modules that FSDP gathers at a time: layers, and attentions where they run by themselves."""
-    layers = adapted.logits_model().get_decoder().layers
-    classes = {type(layer).__name__ for layer in layers}
-    if any(stage.objective == "transfer" for stage in recipe.stages):
-        classes |= {type(layer.self_attn).__name__ for layer in layers}
-    return tuple(sorted(classes))
 
 
 def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Path, partial: Path, force: bool) -> None:
@@ -402,24 +256,3 @@ def _resumed(partial: Path, target: Path, base: Base, recipe, data, flags) -> tu
     if override(kept, **flags) != kept:
         raise UsageError(f"the options differ from those {partial} was begun with; leave them out, or use --force")
     return None, recorded["data"], kept
-
-
-def _main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _launch(processes: int) -> dict:
-    """The same command in `processes` data-parallel processes."""
-    import subprocess
-
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    launcher = subprocess.Popen([*command, "-m", "liger_cli", *sys.argv[1:]])
-    try:
-        returncode = launcher.wait()
-    except BaseException:
-        launcher.terminate()  # which it passes on to the processes
-        launcher.wait()
-        raise
-    if returncode:
-        raise LigerError(f"one of the {processes} processes failed; its message is above")
-    return {}

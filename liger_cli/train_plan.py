@@ -1,6 +1,5 @@
 """What a fine-tuning run will train, take and need, found out before anything is loaded."""
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from liger_cli.converted import read_converted
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.manifest import read_manifest
 from liger_cli.memory import available
+from liger_cli.processes import world_size
 from liger_cli.recipes import Recipe
 from liger_cli.templates.liger_config import LayerSpec
 
@@ -70,7 +70,7 @@ def check_setup(recipe: Recipe, report_to: str, fsdp: bool) -> None:
             raise UsageError("--fsdp cannot change what is trained from stage to stage; run the stages one by one")
         if device() != "cuda":
             raise SetupError("--fsdp needs CUDA devices and there are none: accelerate would run plain DDP instead")
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if world_size() < 2:
             raise UsageError("--fsdp shards the weights over several processes; give --processes 2 or more")
     if recipe.load_in_4bit:
         if device() != "cuda":

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from functools import partial
 from itertools import islice
@@ -20,6 +19,7 @@ from liger_cli.extra_training import set_trained
 from liger_cli.finite import first_non_finite
 from liger_cli.objectives import TrainedModel, counts, window_dropout
 from liger_cli.packing import Collator, Schedule, make_rows
+from liger_cli.processes import is_main_process
 from liger_cli.recipes import Recipe, Stage
 from liger_cli.streaming import StreamSchedule
 
@@ -366,8 +366,3 @@ def read_log(path: Path) -> list[dict]:
         except ValueError:
             break
     return records
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes: the only one, or rank 0 of several."""
-    return int(os.environ.get("RANK", "0")) == 0

@@ -533,13 +533,13 @@ def test_weights_that_change_while_they_are_tuned(place, monkeypatch):
     shard = place / "made" / "model.safetensors"
     shard.unlink()
     shutil.copyfile(place / "base" / "model.safetensors", shard)
-    real = finetune._train
+    real = finetune.train
 
     def slow(*arguments, **options):
         rewritten(shard)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(finetune, "_train", slow)
+    monkeypatch.setattr(finetune, "train", slow)
     with pytest.raises(LigerError, match="was changed while it was read"):
         finetune.run(
             place / "made", data=str(place / "text.jsonl"), output=place / "out", max_steps=1, quiet=True,

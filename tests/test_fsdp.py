@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from liger_cli.finetune import adapted_model
+from liger_cli.adapted import adapted_model
 from liger_cli.packing import Collator
 from liger_cli.data import Example
 from liger_cli.recipes import Recipe, Stage
