@@ -15,6 +15,7 @@ from liger_cli.outputs import write_whole
 from liger_cli.report import Table, number, percent, print_tables
 from liger_cli.results import stamp
 from liger_cli.shipped import BASE_DIR
+from liger_cli.wording import size
 
 FOLDER = "liger-demo"
 REPORT = "demo.json"
@@ -126,7 +127,7 @@ def demo_table(report: dict) -> Table:
         table.rows.append([f"recall at {distance}", *cells])
     for name, what, show in (
         ("latency_ms", "ms/token at {}", lambda value: f"{value['mean']:.2f}"),
-        ("cache_bytes", "cache at {}", lambda value: _size(value)),
+        ("cache_bytes", "cache at {}", size),
     ):
         for position in columns["base"][name]:
             cells = [column.get(name, {}).get(position) for column in columns.values()]
@@ -190,9 +191,3 @@ def _step(command: str, seconds: dict[str, float]):
     began = time.perf_counter()
     yield
     seconds[command] = round(time.perf_counter() - began, 1)
-
-
-def _size(count: int) -> str:
-    from liger_cli.plan_table import size
-
-    return size(count)

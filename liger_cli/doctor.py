@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from liger_cli import __version__
 from liger_cli.errors import SetupError
+from liger_cli.wording import size
 
 OPTIONAL = {
     "flash-linear-attention": "the recurrences on CUDA; pip install 'flash-linear-attention[cuda]>=0.6'",
@@ -122,7 +123,7 @@ def _print(report: dict) -> None:
         table.add_row(name, row["version"] or "-", row["for"])
     console.print(table)
     for device in report["devices"]:
-        memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
+        memory = f", {size(device['memory_bytes'], 0)}" if "memory_bytes" in device else ""
         threads = f", {device['threads']} threads" if "threads" in device else ""
         console.print(f"{device['device']}: {device['name']}{memory}{threads}")
     if report["gates"]:

@@ -5,13 +5,13 @@ import logging
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from difflib import get_close_matches
 from pathlib import Path
 
 from liger_cli.columns import COLUMNS, Subject
 from liger_cli.errors import LigerError, SetupError, UsageError
 from liger_cli.hub import spare_retries
 from liger_cli.scoring import LOGITS_BYTES
+from liger_cli.wording import did_you_mean
 
 SUITES = {
     "paper": ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu"),  # arXiv 2503.01496, table 2
@@ -68,9 +68,9 @@ def run_tasks(
         manager = tasks_module.TaskManager(include_path=include_path, metadata=metadata)
         for name in tasks:
             if name not in manager.all_tasks:
-                near = get_close_matches(name, manager.all_tasks, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UsageError(f"--tasks names {name!r}, which the harness does not have{hint}")
+                raise UsageError(
+                    f"--tasks names {name!r}, which the harness does not have{did_you_mean(name, manager.all_tasks)}"
+                )
         spare_retries()
         settings = {
             "limit": limit,

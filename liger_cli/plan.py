@@ -3,13 +3,13 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 
 from liger_cli.checkpoint import Checkpoint, layer_index
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.extras import count as count_extras
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.wording import did_you_mean
 
 CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
 OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
@@ -170,7 +170,7 @@ def layer_settings(exceptions: list[str], count: int) -> dict[int, dict]:
             raise UsageError(f"--layer is {text!r}, but has to be like 0,4-7:gate=gdn,window=128")
         for part in layers.split(","):
             first, dash, last = part.strip().partition("-")
-            ends = (_whole_number(first), _whole_number(last) if dash else _whole_number(first))
+            ends = (whole_number(first), whole_number(last) if dash else whole_number(first))
             if None in ends or not ends[0] <= ends[1] < count:
                 raise UsageError(f"--layer {text!r} names layers {part!r}, but the layers are 0 to {count - 1}")
             for index in range(ends[0], ends[1] + 1):
@@ -185,9 +185,7 @@ def _assignments(text: str, values: str) -> dict:
         name, _, value = part.strip().partition("=")
         name = name.strip().replace("-", "_")
         if name not in kinds:
-            near = get_close_matches(name, kinds, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--layer {text!r} sets {name!r}, which a layer does not have{hint}")
+            raise UsageError(f"--layer {text!r} sets {name!r}, which a layer does not have{did_you_mean(name, kinds)}")
         found[name] = read_mix(value.strip()) if name == "mix" else _value(value.strip(), kinds[name])
     return found
 
@@ -219,8 +217,7 @@ def read_mix(value: str | float) -> float:
 def layer_spec(settings: dict) -> LayerSpec:
     """The Liger layer of these settings. Raises UsageError naming the option whose value cannot be used."""
     if settings.get("gate", "gla") not in GATES:
-        near = get_close_matches(str(settings["gate"]), GATES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(settings["gate"]), GATES)
         raise UsageError(f"--gate is {settings['gate']!r}, but has to be one of {', '.join(GATES)}{hint}")
     for name, value in settings.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -262,13 +259,13 @@ def parse_softmax_layers(text: str, candidates: list[int], count: int) -> list[i
     if text == "none":
         return []
     if text.startswith("every:"):
-        step = _whole_number(text.removeprefix("every:"))
+        step = whole_number(text.removeprefix("every:"))
         if step is None or step < 2:
             raise UsageError(f"--softmax-layers is {text!r}; in every:N, N has to be a whole number, 2 or more")
         return candidates[step - 1 :: step]
     chosen = set()
     for part in text.split(","):
-        index = _whole_number(part.strip())
+        index = whole_number(part.strip())
         if index is None:
             raise UsageError(
                 f"--softmax-layers is {text!r}, but has to be none, every:N, auto:N or a list such as 3,11"
@@ -281,5 +278,6 @@ def parse_softmax_layers(text: str, candidates: list[int], count: int) -> list[i
     return sorted(chosen)
 
 
-def _whole_number(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
+    """The number that a text of up to nine ASCII digits is; None for any other text."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -10,6 +10,7 @@ from rich.text import Text
 from liger_cli.escape import printable
 from liger_cli.plan import Plan
 from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.wording import size
 
 
 def print_plan(report: dict, plan: Plan) -> None:
@@ -31,15 +32,6 @@ def print_plan(report: dict, plan: Plan) -> None:
         console.print(f"dry run: {output} was not written", soft_wrap=True)
     else:
         console.print(f"wrote {output} (weights: {report['link']})", soft_wrap=True)
-
-
-def size(count: int) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
-        count /= 1024
-    raise AssertionError
 
 
 def _layers(report: dict) -> Table:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from liger_cli.errors import LigerError, SetupError, UsageError
 from liger_cli.manifest import MANIFEST
+from liger_cli.wording import size
 
 REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 RECORDS = (".json", ".jsonl", ".yaml", ".yml", ".md", ".csv", ".txt")  # text that liger writes and people read
@@ -43,10 +44,10 @@ def preview(repo: str, files: dict[str, int | None]) -> dict:
     Args:
         files: name -> bytes, None where they are written only then.
     """
-    known = sum(size or 0 for size in files.values())
-    print(f"liger: would upload {len(files)} files, {known / 2**30:.2f} GiB, to {repo} on the hub:", file=sys.stderr)
-    for name, size in sorted(files.items()):
-        print(f"liger:   {name}" + (f" ({size:,} bytes)" if size is not None else ""), file=sys.stderr)
+    known = sum(nbytes or 0 for nbytes in files.values())
+    print(f"liger: would upload {len(files)} files, {size(known)}, to {repo} on the hub:", file=sys.stderr)
+    for name, nbytes in sorted(files.items()):
+        print(f"liger:   {name}" + (f" ({nbytes:,} bytes)" if nbytes is not None else ""), file=sys.stderr)
     return {"repo": repo, "uploaded": False, "files": files}
 
 

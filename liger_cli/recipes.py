@@ -3,12 +3,12 @@
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
 from liger_cli.errors import UsageError
 from liger_cli.untrusted import read_bytes
+from liger_cli.wording import did_you_mean
 
 OBJECTIVES = ("ce", "distill", "transfer")
 TRAINED = ("lora", "extra", "both")
@@ -212,8 +212,7 @@ def load_recipe(name: str) -> Recipe:
     elif name in recipe_names():
         text = files("liger_cli.templates").joinpath("recipes", f"{name}.yaml").read_bytes()
     else:
-        near = get_close_matches(name, recipe_names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, recipe_names())
         raise UsageError(
             f"--recipe is {name!r}, but has to be one of {', '.join(recipe_names())} or a .yaml file{hint}"
         )
@@ -285,8 +284,7 @@ def _build(kind: type, value):
         raise UsageError(f"a recipe's {kind.__name__.lower()} has to be a mapping, not {value!r:.100}")
     known = {one.name for one in fields(kind)}
     if unknown := sorted(map(str, set(value) - known)):
-        near = get_close_matches(unknown[0][:100], known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], known)
         raise UsageError(f"a recipe's {kind.__name__.lower()} has no field {unknown[0][:100]!r}{hint}")
     real = {one.name for one in fields(kind) if one.type in (float, float | tuple[float, ...])}
     return kind(**{name: _read_number(one) if name in real else one for name, one in value.items()})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from liger_cli.columns import TITLES
 from liger_cli.escape import csv_cell, markdown, printable
+from liger_cli.wording import size
 
 FORMATS = ("table", "md", "json", "csv")
 
@@ -343,8 +344,6 @@ def _spread(figure: dict | None, note: str | None) -> str:
 
 
 def _bytes(count: int | None, _note: str | None = None) -> str:
-    from liger_cli.plan_table import size
-
     return "-" if count is None else size(count)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from liger_cli.errors import UsageError
-from liger_cli.plan import Plan
+from liger_cli.plan import Plan, whole_number
 from liger_cli.selection_choice import Head, Ledger, choose_heads, choose_layers, head_passes, layer_passes
 from liger_cli.templates.liger_config import LayerSpec
 
@@ -48,7 +48,7 @@ def read_request(softmax_layers: str, softmax_heads: str = "none") -> Request:
     layers = softmax_layers.strip()
     count = None
     if layers.startswith(AUTO):
-        count = _whole(layers.removeprefix(AUTO))
+        count = whole_number(layers.removeprefix(AUTO))
         if not count:
             raise UsageError(f"--softmax-layers is {layers!r}; in auto:N, N has to be a whole number, 1 or more")
     heads = softmax_heads.strip()
@@ -58,12 +58,12 @@ def read_request(softmax_layers: str, softmax_heads: str = "none") -> Request:
         text = heads.removeprefix(AUTO)
         if text.endswith("%"):
             return Request(layers=count, share=_share(heads, text[:-1]))
-        if not _whole(text):
+        if not whole_number(text):
             raise UsageError(f"--softmax-heads is {heads!r}; in auto:N, N has to be a whole number or a share like 2%")
-        return Request(layers=count, heads=_whole(text))
+        return Request(layers=count, heads=whole_number(text))
     named = set()
     for part in heads.split(","):
-        numbers = [_whole(number) for number in part.strip().split(":")]
+        numbers = [whole_number(number) for number in part.strip().split(":")]
         if len(numbers) != 2 or None in numbers:
             raise UsageError(
                 f"--softmax-heads is {heads!r}, but has to be none, auto:N, auto:2% or layers and heads such as 4:0,5:1"
@@ -254,7 +254,3 @@ def _share(option: str, text: str) -> float:
     if not 0 < share < 1:
         raise UsageError(f"--softmax-heads is {option!r}; in auto:P%, P has to be between 0 and 100")
     return share
-
-
-def _whole(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -9,6 +9,7 @@ from random import Random
 from liger_cli.data import Example, Source, nothing_to_learn, open_source, parse_sources
 from liger_cli.errors import UsageError
 from liger_cli.packing import Row, make_rows
+from liger_cli.wording import size
 
 STREAM_ABOVE = 2 << 30  # bytes of local files; above, their tokens would take several times that in memory
 WINDOW = 4096  # examples in memory at a time, shuffled and packed together
@@ -62,10 +63,10 @@ def wants_streaming(spec: str, streaming: bool | None, max_steps: int | None) ->
     Raises:
         UsageError: it would, but how long it should last is not said.
     """
-    size = sum(path.stat().st_size for path in _files(spec))
-    wanted = size > STREAM_ABOVE if streaming is None else streaming
+    nbytes = sum(path.stat().st_size for path in _files(spec))
+    wanted = nbytes > STREAM_ABOVE if streaming is None else streaming
     if wanted and max_steps is None:
-        why = "--streaming" if streaming else f"{spec} ({size / 2**30:.1f} GiB, which is streamed)"
+        why = "--streaming" if streaming else f"{spec} ({size(nbytes)}, which is streamed)"
         raise UsageError(
             f"{why} does not tell how many examples there are; give --max-steps"
             + ("" if streaming else ", or load it whole with --no-streaming")

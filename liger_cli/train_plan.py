@@ -13,6 +13,7 @@ from liger_cli.memory import available
 from liger_cli.processes import world_size
 from liger_cli.recipes import Recipe
 from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.wording import size
 
 MEMORY_SHARE = 0.95  # of what is free; the estimate is one
 DTYPES = ("float32", "bfloat16", "float16")
@@ -199,7 +200,7 @@ def check_memory(plan: dict) -> None:
         ways += ["--dtype bfloat16"] if plan["dtype"] == "float32" else []
         ways += ["--load-in-4bit"] if plan["device"] == "cuda" and not plan["load_in_4bit"] else []
         raise LigerError(
-            f"training needs an estimated {plan['memory_estimate_bytes'] / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            f"training needs an estimated {size(plan['memory_estimate_bytes'])} and {size(free)} "
             f"are free on the {plan['device']}; try {', '.join(ways[:-1])} or {ways[-1]}"
         )
 

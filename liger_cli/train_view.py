@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from liger_cli.escape import printable
+from liger_cli.wording import size
 
 SMOOTHING = 0.9
 LINES = 20  # progress lines of a run that is not on a terminal
@@ -39,7 +40,7 @@ def print_plan(plan: dict) -> None:
     beside = f", {extra:,} of them liger's own" if extra else ""
     say(
         f"trainable {plan['trainable_parameters']:,} of {plan['parameters']:,} parameters ({share:.3%}{beside}); about "
-        f"{_size(plan['memory_estimate_bytes'])} of memory (estimate) on the {plan['device']} in {plan['dtype']}"
+        f"{size(plan['memory_estimate_bytes'])} of memory (estimate) on the {plan['device']} in {plan['dtype']}"
         + (" over 4-bit weights" if plan["load_in_4bit"] else "")
     )
 
@@ -135,10 +136,6 @@ def write_plot(records: list[dict], path: Path, recipe) -> None:
     axes.set_title(printable(f"recipe {recipe.name}")[:100], parse_math=False)
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

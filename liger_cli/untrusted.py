@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from liger_cli.errors import LigerError, ModelError
+from liger_cli.wording import size
 
 MAX_JSON = 64 << 20  # bytes
 
@@ -32,7 +33,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON, error: type[LigerError] = Mode
     if not plain:
         raise error(f"{path} is not a plain file")
     if len(content) > limit:
-        raise error(f"{path} is larger than {_size(limit)}, which liger does not read")
+        raise error(f"{path} is larger than {size(limit, 0)}, which liger does not read")
     return content
 
 
@@ -56,7 +57,3 @@ def read_json(path: Path, error: type[LigerError] = ModelError) -> dict:
 
 def _open_at_once(path, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-
-
-def _size(count: int) -> str:
-    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count >> 10} KiB"

@@ -167,3 +167,14 @@ def test_no_or_ambiguous_model(tmp_path):
         resolve_model(None, "finetune", tmp_path)
     with pytest.raises(UsageError, match="nowhere"):
         resolve_model("nowhere", "finetune", tmp_path)
+
+
+def test_sizes_and_near_names():
+    from liger_cli.wording import did_you_mean, size
+
+    assert [size(count) for count in (0, 1023, 1024, 1536, 3 << 20, 5 << 30, 2 << 50)] == [
+        "0 B", "1023 B", "1.0 KiB", "1.5 KiB", "3.0 MiB", "5.0 GiB", "2048.0 TiB"
+    ]  # fmt: skip
+    assert size(64 << 20, 0) == "64 MiB" and size(12.0) == "12 B"
+    assert did_you_mean("papre", ["paper", "distill"]) == "; did you mean paper?"
+    assert did_you_mean("zzz", ["paper"]) == ""

@@ -145,7 +145,7 @@ def _order(row: dict) -> tuple:
 
 
 def _cells(row: dict) -> list[str]:
-    from liger_cli.plan_table import size
+    from liger_cli.wording import size
 
     parameters, minutes = row["parameters"], row["minutes"]
     return [
