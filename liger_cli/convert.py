@@ -22,6 +22,7 @@ from liger_cli.checkpoint import (
     own_files,
     read_checkpoint,
     read_config,
+    read_shard,
 )
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.escape import code_span, yaml_string
@@ -140,11 +141,13 @@ def convert(
         from liger_cli.calibrate import calibration_note
 
         plan, values, measured["calibration"] = fitted(plan, calibration_data)
-        plan = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
-    report = _report(source, plan, target, dry_run) | measured
+    noted = plan
+    if "calibration" in measured:  # in the card it has a section of its own
+        noted = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
+    report = _report(source, noted, target, dry_run) | measured
     if not dry_run:
         report["link"] = _write(source, plan, target, link, force, measured, values)
-    return report, plan
+    return report, noted
 
 
 def refresh(folder: str, dry_run: bool = False) -> dict:
@@ -245,6 +248,8 @@ def _write(
         for name, text in model_files(checkpoint.family).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = _manifest(source, plan, how)
+        if extras:
+            manifest["extras"] = fingerprint((read_shard(folder.resolve(), EXTRAS),))
         manifest |= measured
         if selection := measured.get("selection"):
             from liger_cli.plots import selection_plots
@@ -282,6 +287,10 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
         name=source.name,
         revision=source.revision,
         spec=next(spec for spec in plan.specs if spec.kind == "liger"),
+        kept=sorted({spec.kept for spec in plan.specs if spec.kind == "liger"}),
+        scaled=any(spec.branch_scales for spec in plan.specs),
+        added=plan.added_parameters(),
+        calibration=_shown_calibration(manifest.get("calibration")),
         counts={kind: kinds.count(kind) for kind in ("liger", "softmax", "base")},
         softmax_heads=[f"{index}:{head}" for index, spec in enumerate(plan.specs) for head in spec.softmax_kv_heads],
         licence=base_licence(plan.checkpoint),
@@ -290,6 +299,23 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
         versions=manifest["versions"],
         model=f"Liger{plan.checkpoint.family.prefix}ForCausalLM",
     )
+
+
+def _shown_calibration(report: dict | None) -> dict | None:
+    """What the card says of a calibration: `{text, tokens, held_out, rows, layers}`."""
+    if report is None:
+        return None
+    kept = report["recurrent_layers"]
+    rows = [("the window alone", report["window_only_kl"]), ("this model as converted", report["kl"])]
+    return {
+        "text": report["text"],
+        "tokens": f"{report['tokens']:,}",
+        "held_out": f"{report['held_out_tokens']:,}",
+        "rows": [(name, f"{value:.4f}") for name, value in rows],
+        "layers": ", ".join(map(str, kept)) or "none",
+        "rejected": "fitted_kl" in report,
+        "dropped": "dropped_kl" in report,
+    }
 
 
 def base_licence(checkpoint: Checkpoint) -> dict[str, str]:

@@ -18,6 +18,7 @@ from liger_cli.extras import base_shards
 from liger_cli.known_code import known
 from liger_cli.manifest import read_manifest
 from liger_cli.modeling import model_files
+from liger_cli.templates.liger_extras import NAMES
 from liger_cli.untrusted import read_bytes, read_json
 
 MAX_CODE = 4 << 20  # bytes of a Python file
@@ -100,8 +101,10 @@ def _converted(report: dict, folder: Path, manifest: dict, full: bool) -> None:
     wanted = base.get("fingerprint") if merged else manifest.get("fingerprint")
     original = _origin(report, base, wanted)
     recorded = manifest.get("written") if merged else manifest.get("fingerprint")
-    shards = found.checkpoint.shards
-    _weights(report, shards, recorded, original, full, of_base=not merged)
+    _weights(report, found.checkpoint.shards, recorded, original, full, None if merged else manifest.get("extras", {}))
+    added = [tensor.numel for name, tensor in found.checkpoint.tensors.items() if name.rpartition(".")[2] in NAMES]
+    report["added_parameters"] = sum(added)
+    report["calibration"] = manifest.get("calibration")
     _code(report, found, manifest.get("code"))
 
 
@@ -168,22 +171,30 @@ def _origin(report: dict, base: dict, wanted) -> dict[str, Shard] | None:
     return {shard.path.name: shard for shard in shards} if shards else None
 
 
-def _weights(report: dict, shards, recorded, original, full: bool, of_base: bool = False) -> None:
-    """Parameters, bytes, and for each shard whether it is as recorded and whose file it is."""
+def _weights(report: dict, shards, recorded, original, full: bool, extras: dict | None = None) -> None:
+    """Parameters, bytes, and for each shard whether it is as recorded and whose file it is.
+
+    Args:
+        extras: the record of the shard that a conversion added, which `recorded` then leaves out; `{}` where there is
+            none, None where all shards are in `recorded`.
+    """
     report["parameters"] = sum(tensor.numel for shard in shards for tensor in shard.tensors.values())
     report["bytes"] = sum(tensor.nbytes for shard in shards for tensor in shard.tensors.values())
-    entries = recorded.get("shards") if isinstance(recorded, dict) else None
-    expected = [_marks(entry) for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else None
+    expected = _expected(recorded)
+    expected_own = _expected(extras)
     files_of_base = {_file_id(shard.path): shard for shard in (original or {}).values()}
     held = []
-    own = {shard.name for shard in shards} - {shard.name for shard in base_shards(tuple(shards))} if of_base else set()
+    own = set() if extras is None else {x.name for x in shards} - {x.name for x in base_shards(tuple(shards))}
     for shard in shards:
         found = shard.fingerprint()
-        state = "liger's own tensors" if shard.name in own else "not recorded"
-        if expected is not None and shard.name not in own:
-            state = "as recorded" if _marks(found) in expected else "differs"
+        wanted = expected_own if shard.name in own else expected
+        state = "not recorded"
+        if wanted is not None:
+            state = "as recorded" if _marks(found) in wanted else "differs"
             if state == "differs":
                 report["differences"].append(f"{shard.name} is not as recorded")
+        if shard.name in own:
+            state = f"liger's own tensors, {state}"
         links = os.stat(shard.path).st_nlink
         linked = files_of_base.get(_file_id(shard.path))
         file = "the base's own file (hard link)" if linked else "hard link" if links > 1 else "a file of its own"
@@ -194,8 +205,9 @@ def _weights(report: dict, shards, recorded, original, full: bool, of_base: bool
             if twin is not None and not linked and _sha256(twin.path) != held[-1]["sha256"]:
                 report["differences"].append(f"{shard.name} differs from the base's {twin.name} between the samples")
     report["shards"] = held
-    if expected is not None and len(expected) != len(shards) - len(own):
-        report["differences"].append(f"{len(expected)} shards are recorded and {len(shards) - len(own)} are there")
+    for wanted, count, whose in ((expected, len(shards) - len(own), ""), (expected_own, len(own), " of added tensors")):
+        if wanted is not None and len(wanted) != count:
+            report["differences"].append(f"{len(wanted)} shards{whose} are recorded and {count} are there")
 
 
 def _code(report: dict, found: Converted, recorded: dict | None) -> None:
@@ -221,6 +233,12 @@ def _code(report: dict, found: Converted, recorded: dict | None) -> None:
     report["code"] = states
 
 
+def _expected(recorded) -> list[tuple] | None:
+    """The marks of every recorded shard; None where nothing is recorded."""
+    entries = recorded.get("shards") if isinstance(recorded, dict) else None
+    return [_marks(entry) for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else None
+
+
 def _marks(entry: dict) -> tuple:
     return tuple(str(entry.get(name)) for name in ("size", "header_sha256", "samples_sha256"))
 
@@ -236,6 +254,19 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()
+
+
+def _calibration(section: dict, merged: bool) -> str:
+    """What `liger.json` says of a calibration, whatever stands there."""
+    number = lambda name, form: (  # noqa: E731
+        format(section[name], form) if type(section.get(name)) in (int, float) else "an unknown number"
+    )
+    when = ", as it was before the merge" if merged else ""
+    return (
+        f"calibrated on {number('tokens', ',')} tokens of {str(section.get('text'))[:500]}: KL divergence from the "
+        f"base on held-out rows of that text {number('kl', '.4f')} nats a token, the window alone "
+        f"{number('window_only_kl', '.4f')}{when}"
+    )
 
 
 def _lines(report: dict) -> list[str]:
@@ -260,7 +291,11 @@ def _lines(report: dict) -> list[str]:
         span = str(layer["first"]) if layer["first"] == layer["last"] else f"{layer['first']}-{layer['last']}"
         lines.append(f"layers {span}: {', '.join(part for part in describe(layer) if part)}")
     if "parameters" in report:
-        lines.append(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights")
+        added = report.get("added_parameters")
+        whose = f", {added:,} of them added to the base's" if added else ""
+        lines.append(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights{whose}")
+    if calibration := report.get("calibration"):
+        lines.append(_calibration(calibration, report["kind"] == "merged"))
     for shard in report.get("shards", []):
         whole = f", SHA-256 {shard['sha256']}" if "sha256" in shard else ""
         lines.append(f"  {shard['file']}: {size(shard['size'])}, {shard['state']}, {shard['is']}{whole}")

@@ -205,6 +205,7 @@ def _manifest(adapters: list[Adapter], model: Path, found: dict, dtype: str | No
             for adapter in adapters
         ],
         settings={"dtype": dtype, "link": "+".join(ways) or None, **_layers(converted)},
+        **({"calibration": converted["calibration"]} if "calibration" in converted else {}),
     )
 
 

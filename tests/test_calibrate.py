@@ -68,7 +68,9 @@ def test_the_shipped_base(tmp_path, monkeypatch):
 
 def test_what_makes_the_window_worse_is_dropped(tiny_base, tmp_path, monkeypatch):
     """Where neither fit nor kept tokens help, the folder is the window's: the figures are given here."""
-    monkeypatch.setattr(calibrate, "judge", lambda model, rows: {"kl": 2.0, "window_only_kl": 1.0})
+    monkeypatch.setattr(
+        calibrate, "judge", lambda model, rows: {"kl": 2.0, "window_only_kl": 1.0, "recurrent_layers": []}
+    )
     monkeypatch.setattr(calibrate, "ROW_TOKENS", 64)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{n % 120 + 4}" for n in range(3000)))
@@ -77,6 +79,7 @@ def test_what_makes_the_window_worse_is_dropped(tiny_base, tmp_path, monkeypatch
     assert (report["calibration"]["kl"], report["calibration"]["dropped_kl"]) == (1.0, 2.0)
     names = {name.rpartition(".")[2] for name, _ in load_model(tmp_path / "out").named_parameters()}
     assert "grm_scale" in names and "keep_score" not in names
+    assert "so none are kept" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_defaults_give_way(tiny_base, tmp_path):

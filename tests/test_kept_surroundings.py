@@ -1,17 +1,22 @@
 """What stands around kept tokens and calibration: benchmark, memory plan, card, inspect, merge, refresh and eval."""
 
+import json
+
 import pytest
 import torch
 from test_bench import _side
-from test_extras import converted
+from test_evaluate import _adapter
+from test_extras import converted, shaken
 from test_model import tokens
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from liger_cli import bench
-from liger_cli.checkpoint import read_checkpoint
-from liger_cli.columns import open_subject
+from liger_cli import bench, calibrate, evaluate, merge
+from liger_cli.checkpoint import EXTRAS, read_checkpoint
+from liger_cli.columns import COLUMNS, open_subject
 from liger_cli.contest import Decoding, cache_bytes, cache_shapes
-from liger_cli.convert import convert
+from liger_cli.convert import convert, refresh
+from liger_cli.inspection import inspect_folder, run
+from liger_cli.manifest import read_manifest
 from liger_cli.modeling import load_model
 from liger_cli.plan import make_plan
 from liger_cli.roofline import step_cost
@@ -49,14 +54,13 @@ def test_filled_caches_and_planned_bytes_are_those_of_a_read_text(tiny_base, tmp
         assert side.needed_bytes(position) == cache_bytes(read) == 2 * row["state_bytes"]
 
 
-def test_kept_tokens_of_local_layers(tiny_base):
+def test_kept_tokens_of_local_layers(tiny_base, tmp_path):
     """A layer that is local in the base keeps none; plan and cache agree."""
     base = tiny_base("mistral", sliding_window=24)
     settings = {"window": 16, "kept": 8}
     plan = make_plan(read_checkpoint(base), settings)
-    folder = base.parent / "liger"
-    convert(str(base), str(folder), settings=settings, force=True)
-    model = load_model(folder, dtype=torch.float32).eval()
+    convert(str(base), str(tmp_path / "liger"), settings=settings)
+    model = load_model(tmp_path / "liger", dtype=torch.float32).eval()
     for position in (10, 60):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
@@ -95,3 +99,142 @@ def test_bench_of_kept_tokens(tiny_base, tmp_path, capsys):
     assert entry["tensors"]["window_scores"] == [1, 2, 15, "float32"]
     assert row["cache_shapes"] == shape_row["cache_shapes"] and row["cache_bytes"] == shape_row["cache_bytes"]
     assert all(one["batch_size"] >= 1 for one in found["batch_sweep"])
+
+
+@pytest.mark.parametrize("cache", ["static", "offloaded"])
+def test_generation_with_other_caches(tiny_base, tmp_path, cache):
+    """transformers' own caches take Liger's layers in: the same tokens as without a cache, padding included."""
+    model = shaken(converted(tiny_base(), tmp_path, window=16, kept=8, branch_scales=True))
+    ids = tokens(60, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    settings = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation=cache, **settings), wanted)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "some | `text`.txt"
+    path.write_text(" ".join(f"w{(7 * n * n + n) % 120 + 4}" for n in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base, text, tmp_path_factory):
+    """A calibrated folder that keeps so many tokens that they cannot but help; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "ROW_TOKENS", 64)
+        settings = {"window": 4, "kept": 40}
+        convert(str(tiny_base()), str(folder), settings=settings, calibrate=True, calibration_data=str(text))
+    return folder
+
+
+def test_card(made, text):
+    card = (made / "README.md").read_text()
+    measured = read_manifest(made)["calibration"]
+    assert measured["kl"] < measured["window_only_kl"]
+    assert "| 40 |" in card and f"| parameters added to the base's | {4 * (2 * 16 + 4 + 4)} |" in card
+    section = card.partition("## Calibration")[2].partition("## Use")[0]
+    shown = str(text).replace("`", "'").replace("|", "\\|")
+    assert f"{measured['tokens']:,} tokens of `{shown}`" in section
+    assert f"Measured on {measured['held_out_tokens']:,} tokens of held-out rows of that text" in section
+    assert f"| the window alone | {measured['window_only_kl']:.4f} |" in section
+    assert f"| this model as converted | {measured['kl']:.4f} |" in section
+    assert "calibrated on" not in card.partition("## Calibration")[0]
+
+
+def test_card_without_calibration(tiny_base, tmp_path):
+    card = (converted(tiny_base(), tmp_path) / "README.md").read_text()
+    assert "alibrat" not in card and "kept tokens" not in card and "parameters added" not in card
+    assert "| mix | 0.5 |" in card
+
+
+def test_inspect(made, tmp_path, capsys):
+    """Settings, calibration and the shard of added tensors, which is compared with what was recorded."""
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(made, folder)
+    report = inspect_folder(folder)
+    assert not report["differences"] and report["added_parameters"] == 4 * (2 * 16 + 4 + 4)
+    assert report["calibration"] == read_manifest(made)["calibration"]
+    assert report["layers"][0]["kept"] == 40 and report["layers"][0]["branch_scales"]
+    states = {shard["file"]: shard["state"] for shard in report["shards"]}
+    assert states == {"model-base.safetensors": "as recorded", EXTRAS: "liger's own tensors, as recorded"}
+    assert run(str(folder)) == 0
+    out = capsys.readouterr().out
+    assert "kept 40" in out and "branch_scales True" in out and "160 of them added to the base's" in out
+    assert "held-out rows of that text" in out
+
+    with open(folder / EXTRAS, "r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x11")
+    assert inspect_folder(folder)["differences"] == [f"{EXTRAS} is not as recorded"]
+
+    # What an earlier liger wrote records no such shard; what a stranger wrote may record anything.
+    manifest = json.loads((folder / "liger.json").read_text())
+    del manifest["extras"]
+    manifest["calibration"] = {"tokens": "many", "kl": None, "text": ["a", "\x1b[2J"]}
+    (folder / "liger.json").write_text(json.dumps(manifest))
+    assert not inspect_folder(folder)["differences"]
+    assert run(str(folder)) == 0
+    assert "an unknown number" in (out := capsys.readouterr().out) and "\x1b" not in out
+
+
+def test_refresh_keeps_the_calibration(made, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(made, folder)
+    before = read_manifest(folder)
+    (folder / "liger_kept.py").write_text("old")
+    refresh(str(folder))
+    after = read_manifest(folder)
+    assert after["calibration"] == before["calibration"] and after["extras"] == before["extras"]
+    assert not inspect_folder(folder)["differences"]
+    assert (folder / "README.md").read_bytes() == (made / "README.md").read_bytes()
+
+
+def test_merge_keeps_the_calibration(made, tmp_path, capsys):
+    _adapter(made, tmp_path / "lora")
+    merge.run(tmp_path / "lora", output=tmp_path / "out", quiet=True)
+    assert read_manifest(tmp_path / "out")["calibration"] == read_manifest(made)["calibration"]
+    report = inspect_folder(tmp_path / "out")
+    assert not report["differences"] and report["added_parameters"] == 160
+    assert {shard["state"] for shard in report["shards"]} == {"as recorded"}
+    assert run(str(tmp_path / "out")) == 0
+    assert "as it was before the merge" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "before any fine-tuning" in card and "## Fine-tuned" in card
+    assert (tmp_path / "out" / EXTRAS).read_bytes() == (made / EXTRAS).read_bytes()
+
+
+@torch.no_grad()
+def test_columns(tiny_base, made, text, tmp_path):
+    """base = the base to the last bit; window_only = a conversion whose window runs alone and keeps nothing."""
+    convert(str(tiny_base()), str(tmp_path / "window"), settings={"window": 4, "mix": 0.0})
+    base = AutoModelForCausalLM.from_pretrained(tiny_base()).eval()
+    window = load_model(tmp_path / "window", dtype=torch.float32).eval()
+    ids = tokens(60)
+    adapter = _adapter(made, tmp_path / "lora")
+    for folder in (made, adapter):
+        subject = open_subject(folder)
+        assert subject.has_recovery
+        found = {}
+        for name in COLUMNS:
+            with subject.column(name) as model:
+                found[name] = model(ids).logits
+        assert torch.equal(found["base"], base(ids).logits)
+        if folder == made:
+            assert torch.equal(found["window_only"], window(ids).logits)
+            with subject.column("window_only") as model:
+                cache = model(ids, use_cache=True).past_key_values
+            assert all(layer.kept is None and layer.window_scores is None for layer in cache.layers)
+        assert not torch.allclose(found["model"], found["window_only"], atol=1e-3)
+    again = evaluate.run(str(adapter), perplexity=str(text), seq_len=64, output_format="json", save=False)
+    alone = evaluate.run(str(made), perplexity=str(text), seq_len=64, output_format="json", save=False)
+    perplexities = [{name: each["perplexity"][name] for name in COLUMNS} for each in (again, alone)]
+    assert perplexities[0]["base"] == perplexities[1]["base"]
+    assert perplexities[0]["window_only"] != perplexities[1]["window_only"]
