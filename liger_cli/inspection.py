@@ -20,6 +20,7 @@ from liger_cli.manifest import read_manifest
 from liger_cli.modeling import model_files
 from liger_cli.templates.liger_extras import NAMES
 from liger_cli.untrusted import read_bytes, read_json
+from liger_cli.wording import size
 
 MAX_CODE = 4 << 20  # bytes of a Python file
 CHECKPOINT_FILES = ("trainer_state.json", "run.json")
@@ -270,7 +271,7 @@ def _calibration(section: dict, merged: bool) -> str:
 
 
 def _lines(report: dict) -> list[str]:
-    from liger_cli.plan_table import describe, size
+    from liger_cli.plan_table import describe
 
     titles = {
         "base": "a base model", "converted": "a converted model", "adapter": "an adapter", "merged": "a merged model",
