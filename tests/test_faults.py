@@ -18,7 +18,7 @@ import pytest
 from conftest import TINY
 from test_convert import digest, entries
 
-from liger_cli import bench, convert, evaluate, finetune, merge, merged_shards, outputs
+from liger_cli import bench, convert, evaluate, finetune, inspection, merge, merged_shards, outputs
 from liger_cli.errors import LigerError, UsageError
 from liger_cli.manifest import read_manifest
 
@@ -58,6 +58,8 @@ def words(command: str, *more) -> list[str]:
     """The command line of a run in `place`."""
     lines = {
         "convert": ("convert", "base", "out", "--link", "copy"),
+        "calibrate": ("convert", "base", "out", "--link", "copy", "--calibrate", "--calibration-data", "text.jsonl",
+                      "--window", "4", "--kept", "40"),
         "finetune": ("finetune", "made", "--data", "text.jsonl", "--output", "out", *SMALL,
                      "--max-steps", "40", "--save-steps", "2", "--eval-steps", "10"),
         "merge": ("merge", "lora", "--output", "out"),
@@ -100,8 +102,11 @@ def check_whole(here: Path, base: dict[str, str], command: str) -> None:
         assert {"eval", "bench"} & set(results)
         assert (made / "README.md").read_text().startswith("---\n")
     if (here / "out").exists():
-        kind = {"convert": "converted", "finetune": "adapter", "merge": "merged"}[command]
-        assert read_manifest(here / "out")["kind"] == kind
+        kinds = {"convert": "converted", "calibrate": "converted", "finetune": "adapter", "merge": "merged"}
+        manifest = read_manifest(here / "out")
+        assert manifest["kind"] == kinds[command]
+        if command == "calibrate":
+            assert manifest["calibration"] and not inspection.inspect_folder(here / "out")["differences"]
         for shard in (here / "out").glob("*.safetensors"):
             header = int.from_bytes(shard.read_bytes()[:8], "little")
             ends = [
@@ -140,9 +145,9 @@ def kill_and_go_on(here: Path, command: str, number: int, moment: float) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", list(KILLED), ids=lambda number: number.name)
-@pytest.mark.parametrize("command", ["convert", "finetune", "merge", "eval", "bench"])
+@pytest.mark.parametrize("command", ["convert", "calibrate", "finetune", "merge", "eval", "bench"])
 def test_killed_at_a_random_moment(place, command, number):
-    """Two kills for each command and signal, 30 in all, anywhere from the interpreter's start to the end."""
+    """Two kills for each command and signal, 36 in all, anywhere from the interpreter's start to the end."""
     began = time.monotonic()
     assert run(words(command), place).returncode == 0
     whole = time.monotonic() - began
@@ -190,6 +195,23 @@ def test_ctrl_c_while_evaluating_leaves_nothing(place):
     assert one_sentence(stderr) == "liger: interrupted"
     assert digest(place / "made") == before
     check_whole(place, base, "eval")
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
+def test_killed_calibration_leaves_nothing(place, number):
+    """Killed while the base runs over the text: nothing is written by then, and the base is as it was."""
+    base, before = digest(place / "base"), entries(place)
+    process = start(words("calibrate"), place)
+    said = process.stderr.readline()
+    assert said.startswith("liger: calibrating on"), said + process.communicate()[1]
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == KILLED[number]
+    if number == signal.SIGTERM:
+        assert one_sentence(stderr) == "liger: interrupted"
+    assert digest(place / "base") == base and entries(place) == before
 
 
 def test_killed_merge_is_swept_by_the_next(place):
