@@ -246,7 +246,9 @@ def _documents(first: dict, rows: Iterable[dict], layout: str, name: str, tokeni
     number = 1
     while first is not None:
         try:
-            yield from ((segments, layout == "text") for segments in segments_of(first, layout, tokenizer))
+            for segments in segments_of(first, layout, tokenizer):
+                "".join(text for text, _ in segments).encode("utf-8")  # half a surrogate pair is no text
+                yield segments, layout == "text"
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise LigerError(
                 f"{name}: example {number} is not a whole {layout} example ({type(error).__name__}: {error})"

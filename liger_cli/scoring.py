@@ -51,6 +51,8 @@ def read_texts(path: Path) -> list[str]:
         raise LigerError(f"{path} has a line that is not a JSON object with a field `text`") from None
     if not all(isinstance(text, str) for text in texts):
         raise LigerError(f"{path} has a `text` that is no text")
+    if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+        raise LigerError(f"{path} has a `text` with half a surrogate pair, which is no text")
     if not any(text.strip() for text in texts):
         raise LigerError(f"{path} holds no text")
     return texts

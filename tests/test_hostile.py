@@ -22,7 +22,7 @@ from liger_cli.card import refresh_card
 from liger_cli.checkpoint import inside, read_checkpoint, read_shard
 from liger_cli.columns import open_subject
 from liger_cli.converted import read_converted
-from liger_cli.data import read_rows, segments_of
+from liger_cli.data import load_data, read_rows, segments_of
 from liger_cli.errors import LigerError, ModelError, UsageError, guarded
 from liger_cli.escape import code_span, csv_cell, markdown, printable, yaml_string
 from liger_cli.folders import resolve_model
@@ -30,6 +30,7 @@ from liger_cli.manifest import read_manifest
 from liger_cli.modeling import load_model
 from liger_cli.recipes import load_recipe
 from liger_cli.report import Table, print_tables
+from liger_cli.scoring import read_texts
 from liger_cli.tokenizer import load_tokenizer
 from liger_cli.train_view import write_plot
 
@@ -138,6 +139,16 @@ def test_nested_lines_do_not_crash_the_process(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(LigerError):
             list(read_rows(str(tmp_path / name)))
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path, tiny_base):
+    """JSON can write it, and tokenizers take it for a wrong type."""
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "w5 w6 \\ud800 w7"}\n' * 30)
+    with pytest.raises(LigerError, match="surrogate"):
+        read_texts(file)
+    with pytest.raises(LigerError, match="example 1"):
+        load_data(str(file), load_tokenizer(tiny_base()), 64, 2, 0)
 
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path, converted):
