@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = read_json(folder / MANIFEST)
     except LigerError:
         return None
-    if manifest.get("kind") not in KINDS or not _sections_fit(manifest):
+    if manifest.get("kind") not in KINDS or not _sections_fit(manifest) or not _is_strict(manifest):
         return None
     return {name: value for name, value in manifest.items() if value is not None}
 
@@ -92,6 +92,15 @@ def _sections_fit(manifest: dict) -> bool:
         and all(isinstance(one, dict) for one in adapters)
         and all(path is None or (isinstance(path, str) and "\0" not in path) for path in paths)
     )
+
+
+def _is_strict(manifest: dict) -> bool:
+    """Whether every number is finite, as in all that liger writes: sections are copied into other folders' files."""
+    try:
+        json.dumps(manifest, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _object(value) -> dict | None:

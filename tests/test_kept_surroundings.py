@@ -173,6 +173,11 @@ def test_inspect(made, tmp_path, capsys):
         file.write(b"\x11")
     assert inspect_folder(folder)["differences"] == [f"{EXTRAS} is not as recorded"]
 
+    manifest = json.loads((folder / "liger.json").read_text())
+    manifest["calibration"]["kl"] = float("nan")
+    (folder / "liger.json").write_text(json.dumps(manifest))
+    assert read_manifest(folder) is None
+
     # What an earlier liger wrote records no such shard; what a stranger wrote may record anything.
     manifest = json.loads((folder / "liger.json").read_text())
     del manifest["extras"]
