@@ -28,6 +28,7 @@ WINDOW = LayerSpec.window
 KEPT = (32, 64, 128, 256)
 SOFTMAX_HEADS = {"stories": "4:0"}  # what auto:1 finds; not measured again here
 BATCH = 16
+MEMORY_COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7")  # Okabe and Ito's palette
 CONTROL, STATE, TOKENS, HEADS = "control", "state", "kept tokens", "softmax head"
 
 
@@ -276,18 +277,19 @@ def plot(result: dict, home: Path) -> list[str]:
         points = sorted((int(number), 100 * share) for number, share in entry["recall"].items())
         left.plot(*zip(*points, strict=True), label=name, **_style(entry["group"], place))
     left.plot(
-        numbers, [100 / number for number in numbers], color="black", linewidth=0.8, linestyle=":", label="chance"
+        numbers,
+        [100 / number for number in numbers],
+        color="black",
+        linewidth=0.8,
+        linestyle=":",
+        label="a guess among them",
     )
     left.set(
         xlabel="facts in the document", ylabel="exact, %", title=f"one fact asked, {question['distance']} tokens back"
     )
     for index, (name, shares) in enumerate(result["states"].items()):
-        right.plot(
-            [int(size) for size in shares],
-            [100 * share for share in shares.values()],
-            label=name,
-            **_style(STATE, index),
-        )
+        style = {"color": MEMORY_COLOURS[index], "marker": "osvD^P"[index], "markersize": 4, "linewidth": 1.4}
+        right.plot([int(size) for size in shares], [100 * share for share in shares.values()], label=name, **style)
     width = question["head_dim"]
     right.axvline(width, color="black", linewidth=0.8, linestyle=":")
     right.set(xlabel="random associations written", title=f"one {width} x {width} state alone")
