@@ -196,7 +196,8 @@ PARTS = {
 def eval_notes(result: dict) -> list[str]:
     """Sentences that belong under the tables."""
     column = result["model"]["base_column"]
-    notes = [f"{column['label']}: {column['source']}. window only: the same weights without recurrent branch and kept tokens."]
+    control = "window only: the same weights without recurrent branch and kept tokens"
+    notes = [f"{column['label']}: {column['source']}. {control}."]
     if column["label"] != "base":
         notes.append("The original base is not at hand, so no recovery is shown; name it with --against.")
     if any(BASE_SCORES_0 in row for table in eval_tables(result) for row in table.rows):
