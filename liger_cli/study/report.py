@@ -10,6 +10,7 @@ from liger_cli.report import Table, number, percent
 from liger_cli.study.rows import DOCUMENTS, WINDOW_ONLY, show_tokens
 from liger_cli.study.runner import DONE, read_result
 
+LOWEST = -50  # percent: what is further behind the window than that stands at the lower edge of the plot
 # Two-sided 95 % points of Student's t with 1, 2 ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 HEADER = (
@@ -190,7 +191,7 @@ def plot(rows: list[dict], home: Path) -> list[str]:
                 if points:
                     axis.errorbar(
                         [point["budget"] for point in points],
-                        [100 * point[figure_name]["mean"] for point in points],
+                        [max(100 * point[figure_name]["mean"], LOWEST) for point in points],
                         [100 * (point[figure_name]["interval"] or 0) for point in points],
                         **_style(index, name),
                     )
@@ -200,13 +201,14 @@ def plot(rows: list[dict], home: Path) -> list[str]:
                     style = ":" if row["row"] == WINDOW_ONLY else "--"
                     axis.axhline(100 * row[figure_name]["mean"], color="black", linewidth=0.8, linestyle=style)
             axis.set(xlabel="training tokens", ylabel=label, title=base, xscale="log")
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], LOWEST - 5))
             ticks = sorted({row["budget"] for row in trained if row["base"] == base})
             axis.set_xticks(ticks, [show_tokens(tick) for tick in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     handles, labels = _all_labels(axes)
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    figure.supxlabel("dashed: the base; dotted: the window alone, untrained", fontsize=8)
+    figure.supxlabel(f"dashed: the base; dotted: the window alone, untrained; at {LOWEST} %: that or less", fontsize=8)
     return _save(figure, home, "recovery")
 
 
