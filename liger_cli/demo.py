@@ -36,9 +36,9 @@ RECIPE = {
     "save_steps": 1000,
     "eval_steps": 1000,
     "warmup": 0.05,
-    "stages": [{"objective": "distill", "lr": 3e-3}],
+    "stages": [{"objective": "distill", "lr": 1e-3, "train": "lora"}],
 }
-STEPS = {NAME: 60, HYBRID: 20}
+STEPS = {NAME: 30, HYBRID: 15}
 DISTANCES = (32, 64, 128, 256, 512)
 COUNT = 32
 SEQ_LEN = 8192

@@ -35,6 +35,8 @@ def kept_attention(
     """
     batch, kv_heads, _, dim = keys.shape
     length = q.shape[2]
+    if length == 1 and memory is not None and first < window:
+        return *_step(q, memory, scaling, softcap, dropout), memory
     rows = min(length, BLOCK)
     blocks = -(-length // rows)
     entering = [_entering(x, first - window, length, blocks * rows) for x in (keys, values)]
@@ -79,6 +81,20 @@ def kept_attention(
     return output, lse.squeeze(-1), tuple(_at(x, index.flip(2)) for x in pool)
 
 
+def _step(q, memory, scaling: float, softcap, dropout: float):
+    """One query where no token leaves the window: it sees what is kept, and nothing has to be chosen."""
+    keys, values, scores = memory
+    visible = scores.isfinite()[:, :, None]
+    logits = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() @ keys.float().mT * scaling  # [B, Hkv, G, count]
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    lse = logits.masked_fill(~visible, -torch.inf).logsumexp(-1)
+    lse = lse.clamp_min(torch.finfo(lse.dtype).min)
+    weights = (logits - lse.unsqueeze(-1)).exp().masked_fill(~visible, 0.0)
+    weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
+    return (weights @ values.float()).flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
+
+
 def add_kept(local, lse, kept, kept_lse):
     """One softmax over the window and the kept tokens, from both of its parts. [B, H, T, D] and [B, H, T]"""
     share = (kept_lse - lse).sigmoid().unsqueeze(-1)
@@ -102,8 +118,11 @@ def remember(memory, keys, values, scores, place: int):
         return memory
     new = (keys[:, :, place : place + 1], values[:, :, place : place + 1], scores[:, :, place : place + 1])
     pool = [torch.cat(pair, dim=2) for pair in zip(memory, new, strict=True)]
-    _, index = _scan(pool[2], memory[2].shape[2], 1, 1)
-    return tuple(_at(x, index.flip(2)) for x in pool)
+    # The lowest goes, of equal ones the oldest; the others keep their order.
+    lowest = pool[2].sort(dim=2, stable=True).indices[:, :, :1]
+    place = torch.arange(memory[2].shape[2], device=lowest.device)
+    index = place + (place >= lowest)
+    return tuple(_at(x, index) for x in pool)
 
 
 def _entering(x, start: int, length: int, padded: int, fill: float = 0.0):

@@ -156,7 +156,7 @@ TRAINED = (
     Row("kl-heads-auto1", ("--softmax-heads", "auto:1"), "distill", KL, control="window-only-kl", group="trained"),
 )  # fmt: skip
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
-FEW = ("window-only-best", "kl", "best")  # longer runs, and the second mixture
+FEW = ("window-only-kl", "kl", "window-only-best", "best")  # longer runs, and the second mixture
 
 
 def base_rows(base: StudyBase) -> tuple[Row, ...]:
