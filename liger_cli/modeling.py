@@ -23,6 +23,7 @@ MODULES = (
     "liger_kept",
     "liger_model",
     "liger_recurrence",
+    "liger_products",
     "liger_window",
 )
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import torch
 
 from .liger_backend import recurrence
@@ -62,7 +63,7 @@ def mixed_attention(
     size = CUDA_PIECE_SIZE if v.is_cuda else PIECE_SIZE
     if torch.is_grad_enabled() or whole or (mix == 0 and scores is None):
         size = length
-    output = v.new_empty(q.shape[0], length, q.shape[1], v.shape[-1]) if length > size else None
+    output = _empty_output(v, (q.shape[0], length, q.shape[1], v.shape[-1])) if length > size else None
     before = keys.shape[2] - length
     for start in range(0, max(length, 1), max(size, 1)):
         at = slice(start, start + size)
@@ -98,17 +99,25 @@ def mixed_attention(
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
                 lse = lse if joint else None
-        piece = _combine(recurrent, total, local, lse, mix, scales).to(v.dtype).transpose(1, 2)
         if output is None:
-            output = piece
+            output = _combine(recurrent, total, local, lse, mix, scales).to(v.dtype).transpose(1, 2)
         else:
-            output[:, at] = piece
+            _combine(recurrent, total, local, lse, mix, scales, out=output[:, at].transpose(1, 2))
     if cache is not None:
         cache.states = states
         if scores is not None:
             memory = empty_memory(keys, values, spec.kept) if memory is None else memory
             cache.kept = remember(memory, keys, values, scores, keys.shape[2] - window)
     return output
+
+
+def _empty_output(like, shape: tuple[int, ...]):
+    """An uninitialised tensor. On a CPU in numpy's memory, which asks Linux for huge pages: a long text's output is
+    written once, and three quarters of that time would go into faults of small pages."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    memory = numpy.empty(math.prod(shape) * like.element_size(), numpy.uint8)
+    return torch.from_numpy(memory).view(like.dtype).view(shape)
 
 
 def document_starts(position_ids, batch: int):
@@ -153,27 +162,32 @@ def packed_attention(starts, *tensors, **settings):
     return output.unflatten(0, (batch, length))
 
 
-def _combine(recurrent, total, local, lse, mix: float, scales=None):
-    """The weighted sum of the branches that are there; with `lse`, over one denominator. [B, Hq, T, D]"""
+def _combine(recurrent, total, local, lse, mix: float, scales=None, out=None):
+    """The weighted sum of the branches that are there; with `lse`, over one denominator. [B, Hq, T, D]
+
+    out: written to where it is given, whatever its dtype.
+    """
+    if out is not None and out.dtype != torch.float32:
+        return out.copy_(_combine(recurrent, total, local, lse, mix, scales))
     if recurrent is None:
-        return local
+        return local if out is None else out.copy_(local)
     if scales is not None:
         ours, theirs = (scale.float()[:, None, None] for scale in scales)
         if local is None:
-            return ours * recurrent
+            return torch.mul(recurrent, ours, out=out)
         if lse is None:
-            return torch.addcmul(theirs * local.float(), ours, recurrent)
+            return torch.addcmul(theirs * local.float(), ours, recurrent, out=out)
         tiny = torch.finfo(torch.float32).tiny
         odds = ours.clamp_min(tiny).log() - theirs.clamp_min(tiny).log()
     elif local is None:
-        return mix * recurrent
+        return torch.mul(recurrent, mix, out=out)
     elif lse is not None:
         odds = math.log(mix / (1 - mix))
     if lse is not None:
         # The recurrence's share of mix * total + (1 - mix) * exp(lse), without taking the exponential.
         weight = torch.log(total.clamp_min(torch.finfo(total.dtype).tiny)) - lse.unsqueeze(-1)
         mix = (weight + odds).sigmoid()
-    return torch.lerp(local.float(), recurrent, mix)
+    return torch.lerp(local.float(), recurrent, mix, out=out)
 
 
 def _recurrent(q, k, v, gate_logits, spec, valid, states):

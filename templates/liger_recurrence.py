@@ -14,6 +14,8 @@ from functools import lru_cache
 
 import torch
 
+from .liger_products import by_heads, product
+
 CHUNK_SIZE = 64
 # Tokens worked through at a time when no gradient is wanted: the intermediates of a piece stay in the CPU's caches.
 PIECE_SIZE = 4096
@@ -163,8 +165,10 @@ def _chunks(x, heads: int):
 
 
 def _unchunk(o, q):
-    """The inverse of `_chunks` for an output. [B, heads, N, G * C, V] -> [B, Hq, T, V]"""
+    """The inverse of `_chunks`, or of `_scaled_chunks`, for an output. [B, Hq, T, V]"""
     batch, heads, chunks, _, dim = o.shape
+    if heads == q.shape[1]:
+        return o.flatten(2, 3)
     o = o.view(batch, heads, chunks, -1, CHUNK_SIZE, dim).transpose(2, 3)
     return o.reshape(batch, q.shape[1], q.shape[2], dim)
 
@@ -240,14 +244,14 @@ def _chunk_decay(q, k, v, log_decay, state):
     k, v, log_decay = (_chunks(x, heads) for x in (k, v, log_decay))
     if factors := _factors(log_decay):
         queries, right = _scaled_chunks(q, factors.left), k * factors.right
-        scores = _lower(queries @ right.transpose(-1, -2))
-        updates = (right.transpose(-1, -2) @ v) * factors.behind
+        scores = _lower(product(queries, right.mT))
+        updates = product(right.mT, v) * factors.behind
         ahead, total = factors.ahead, factors.total
     else:
         queries = _chunks(q, heads)
         from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
         scores = _decayed_scores(queries, k, log_decay)
-        updates = (k * to_end.exp()).transpose(-1, -2) @ v
+        updates = product((k * to_end.exp()).mT, v)
         queries = _scale_rows(queries, from_start.exp())
         ahead, total = None, from_start[..., -1, :, None].exp()
     states, state = _scan(total, updates, state)
@@ -256,8 +260,10 @@ def _chunk_decay(q, k, v, log_decay, state):
 
 
 def _sum_of_products(a, b, c, d):
-    """a @ b + c @ d, added up in place, for any number of batch dimensions."""
-    output = a @ b
+    """a @ b + c @ d, added up in place; see `liger_products.product`."""
+    output = product(a, b)
+    if by_heads(a):
+        return product(c, d, out=output, bias=output)
     output.flatten(0, -3).baddbmm_(c.flatten(0, -3), d.flatten(0, -3))
     return output
 
@@ -335,13 +341,13 @@ def _causal(rows: int, size: int, dtype, device):
 
 
 def _scaled_chunks(q, factor):
-    """`_chunks(q)` times factor [B, Hkv, N, C, K or 1], in one pass where no gradient is wanted."""
+    """`_chunks(q)` times factor [B, Hkv, N, C, K or 1], or [B, Hq, N, C, K], as `liger_products.product` takes them."""
     batch, heads, chunks, size, _ = factor.shape
-    q = q.reshape(batch, heads, -1, chunks, size, q.shape[-1]).transpose(2, 3)
-    if torch.is_grad_enabled():
-        return (q * factor.unsqueeze(3)).flatten(3, 4)
-    scaled = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return torch.mul(q, factor.unsqueeze(3), out=scaled).flatten(3, 4)
+    q = q.reshape(batch, heads, -1, chunks, size, q.shape[-1])
+    if by_heads(q):
+        scaled = torch.empty(q.shape, dtype=q.dtype)
+        return torch.mul(q, factor.unsqueeze(2), out=scaled).flatten(1, 2)
+    return (q.transpose(2, 3) * factor.unsqueeze(3)).flatten(3, 4)
 
 
 def _chunk_value_decay(q, k, v, log_decay, state):
@@ -395,7 +401,7 @@ def _chunk_delta(q, k, v, log_decay, beta, state):
     k, v, log_decay, beta = (_chunks(x, heads) for x in (k, v, log_decay, beta))
     if factors := _factors(log_decay):
         queries, start, end = _scaled_chunks(q, factors.left), k * factors.left, k * factors.right
-        scores, inner = _lower(queries @ end.transpose(-1, -2)), start @ end.transpose(-1, -2)
+        scores, inner = _lower(product(queries, end.mT)), product(start, end.mT)
         ahead, behind, total = factors.ahead, factors.behind, factors.total
     else:
         queries = _chunks(q, heads)

@@ -9,10 +9,13 @@ from functools import lru_cache
 import torch
 
 from .liger_backend import flash_window
+from .liger_products import by_heads, product
 
 # Queries worked through at a time when no gradient is wanted: their scores stay in the CPU's caches.
-PIECE_SIZE = 1024
+PIECE_SIZE = 2048
 CUDA_PIECE_SIZE = 16384
+# Queries in a block where a query head is multiplied by itself: of 32 + 64 keys a window of 64 leaves two thirds.
+ROWS_OF_HEAD = 32
 
 
 def window_attention(
@@ -54,8 +57,13 @@ def window_attention(
         flash = flash_window(q, q.shape[-1], backend)
         if flash is not None:
             return _flash(flash, q, k, v, window, scaling, softcap, dropout), None
+    # float16 never goes to torch's attention: scores may be larger than what its lowest number, as a bias, could hide.
+    explicit = q.dtype == torch.float16 or (q.device.type == "cpu" and q.dtype != torch.bfloat16)
+    explicit = explicit or softcap is not None or sink_logits is not None or need_lse
     block = _block(window)
-    back = reach(window) // block
+    if explicit and sinks is None and by_heads(q):
+        block = min(block, ROWS_OF_HEAD)
+    back = _whole(window, block) // block
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     piece = length if needs_grad else max(1, (CUDA_PIECE_SIZE if q.is_cuda else PIECE_SIZE) // block)
     outputs, denominators = [], []
@@ -75,6 +83,7 @@ def window_attention(
             None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
             need_lse,
             dropout,
+            explicit,
         )
         outputs.append(o)
         denominators.append(lse)
@@ -104,7 +113,11 @@ def _block(window: int) -> int:
 
 def reach(window: int) -> int:
     """Past tokens that whole blocks of queries are given: those the window sees, rounded up to blocks."""
-    return -(-(window - 1) // _block(window)) * _block(window)
+    return _whole(window, _block(window))
+
+
+def _whole(window: int, block: int) -> int:
+    return -(-(window - 1) // block) * block
 
 
 def _segments(length: int, past: int, block: int, back: int, piece: int):
@@ -124,19 +137,18 @@ def _segments(length: int, past: int, block: int, back: int, piece: int):
         start += blocks * block
 
 
-def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks, need_lse, dropout):
+def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks, need_lse, dropout, explicit):
     """Blocks of one size; the keys are those of the blocks and of what lies before the first of them."""
     batch, kv_heads, _, dim = k.shape
     groups, rows = q.shape[1] // kv_heads, q.shape[2] // blocks
     back = (k.shape[2] - blocks * rows) // rows if blocks > 1 else 0
+    if explicit and q.dtype in (torch.float16, torch.bfloat16):
+        q, k = q.float(), k.float()
+    if explicit and sinks is None and blocks > 1 and by_heads(q):
+        return _attend_by_heads(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, need_lse, dropout)
     q = q.reshape(batch, kv_heads, groups, blocks, rows, dim).transpose(2, 3)
     q = q.reshape(batch, kv_heads, blocks, groups * rows, dim)
     k, v = (_with_past(x, blocks, back) for x in (k, v))
-    # float16 never goes to torch's attention: scores may be larger than what its lowest number, as a bias, could hide.
-    explicit = q.dtype == torch.float16 or (q.device.type == "cpu" and q.dtype != torch.bfloat16)
-    explicit = explicit or softcap is not None or sink_logits is not None or need_lse
-    if explicit and q.dtype in (torch.float16, torch.bfloat16):
-        q, k = q.float(), k.float()
     bias = _band(groups, rows, k.shape[3], window, q.dtype, q.device)
     if valid is not None:
         there = _with_past(valid[:, None, :, None], blocks, back)[..., 0].unsqueeze(3)
@@ -151,6 +163,26 @@ def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks
     if lse is not None:
         lse = lse.view(batch, kv_heads, blocks, groups, rows).transpose(2, 3).reshape(batch, -1, blocks * rows)
     return o.reshape(batch, kv_heads * groups, blocks * rows, dim), lse
+
+
+def _attend_by_heads(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, need_lse, dropout):
+    """`_attend` for every query head by itself, on overlapping views of the keys and values: nothing is copied."""
+    rows = q.shape[2] // blocks
+    size = k.shape[2] - (blocks - 1) * rows
+    blocked = q.unflatten(2, (blocks, rows))
+    k, v = (x.unfold(2, size, rows) for x in (k, v))  # [B, Hkv, N, D, S]
+    bias = _band(1, rows, size, window, q.dtype, q.device)
+    if valid is not None:
+        there = valid.unfold(1, size, rows)[:, None, :, None]
+        bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
+    if softcap is None:
+        scores = product(blocked, k, bias=bias, alpha=scaling)
+    else:
+        scores = _soft_capped(product(blocked, k), bias, scaling, softcap)
+    logits = None if sink_logits is None else sink_logits.to(scores.dtype).view(1, -1, 1, 1)
+    weights, lse = _weights(scores, logits, need_lse, dropout)
+    o = product(weights.to(v.dtype), v.mT)
+    return o.view(q.shape), None if lse is None else lse.flatten(2)
 
 
 def _with_past(x, blocks: int, back: int):
@@ -201,15 +233,26 @@ def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dr
         bias = bias.expand(shape).reshape(-1, *shape[3:]) if bias.shape[0] * bias.shape[2] > 1 else bias.view(shape[3:])
         scores = torch.baddbmm(bias, q.flatten(0, 2), k.flatten(0, 2).transpose(-1, -2), alpha=scaling).view(shape)
     else:
-        scores = (q @ k.transpose(-1, -2)) * (scaling / softcap)
-        scores = scores.tanh() * softcap + bias
-    lse = scores.logsumexp(-1) if need_lse or sink_logits is not None else None
-    weights = scores.softmax(-1)
+        scores = _soft_capped(q @ k.transpose(-1, -2), bias, scaling, softcap)
+    logits = None
     if sink_logits is not None:
         logits = sink_logits.to(scores.dtype).view(1, k.shape[1], 1, groups, 1)
         logits = logits.expand(-1, -1, -1, -1, shape[3] // groups).reshape(1, k.shape[1], 1, -1)
-        weights = weights * (lse - logits).sigmoid().unsqueeze(-1)
-        lse = torch.logaddexp(lse, logits)
+    weights, lse = _weights(scores, logits, need_lse, dropout)
+    return weights.to(v.dtype) @ v, lse
+
+
+def _soft_capped(scores, bias, scaling, softcap):
+    return (scores * (scaling / softcap)).tanh() * softcap + bias
+
+
+def _weights(scores, sink_logits, need_lse, dropout):
+    """Softmax weights, and the log of their denominator or None. sink_logits broadcast to the scores' rows, or None."""
+    lse = scores.logsumexp(-1) if need_lse or sink_logits is not None else None
+    weights = scores.softmax(-1)
+    if sink_logits is not None:
+        weights = weights * (lse - sink_logits).sigmoid().unsqueeze(-1)
+        lse = torch.logaddexp(lse, sink_logits)
     if dropout > 0:
         weights = torch.nn.functional.dropout(weights, dropout)
-    return weights.to(v.dtype) @ v, lse
+    return weights, lse
