@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MARK_TOKENS = {"\n": "Ċ"}  # as byte-level vocabularies write it
+BYTE_LEVEL = str.maketrans({"\n": "Ċ", " ": "Ġ"})  # as byte-level vocabularies write them
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def answer_mask(source: "Source", tokenizer: PreTrainedTokenizerFast, rows: torc
     index = torch.arange(rows.shape[1]).expand_as(rows)
     asked = torch.zeros_like(rows, dtype=torch.bool)
     for marks in source.answer_marks:
-        start, *stops = tokenizer.convert_tokens_to_ids([MARK_TOKENS.get(mark, mark) for mark in marks])
+        start, *stops = tokenizer.convert_tokens_to_ids([mark.translate(BYTE_LEVEL) for mark in marks])
         last_start = index.where(rows == start, -1).cummax(1).values
         last_stop = index.where(torch.isin(rows, torch.tensor(stops)), -1).cummax(1).values
         asked |= last_start > last_stop
@@ -163,10 +163,38 @@ def loss_weights(
     return weights.masked_fill(rows[:, 1:] == tokenizer.pad_token_id, 0.0)
 
 
+class Float32Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` in float32: that one orthogonalizes in bfloat16, which many processors only emulate."""
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                average = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+                average.lerp_(param.grad, 1 - group["momentum"])
+                update = orthogonalized(param.grad.lerp(average, group["momentum"]))
+                scale = max(1, param.shape[0] / param.shape[1]) ** 0.5
+                param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix` [M, N] with singular values near 1, by five quintic Newton-Schulz steps with Muon's coefficients."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
 def build_optimizers(
-    model: PreTrainedModel, muon_lr: float, adam_lr: float, gain_lr: float
+    model: PreTrainedModel, muon_lr: float, adam_lr: float, gain_lr: float, float32: bool = False
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embeddings and the norms."""
+    muon = Float32Muon if float32 else torch.optim.Muon
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim == 1]
     adam = torch.optim.AdamW(
@@ -177,7 +205,7 @@ def build_optimizers(
         betas=(0.9, 0.95),
         weight_decay=0.0,
     )
-    return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.05, momentum=0.95), adam]
+    return [muon(matrices, lr=muon_lr, weight_decay=0.05, momentum=0.95), adam]
 
 
 def learning_rate_scale(step: int, progress: float, warmup: int = 40, decay: float = 0.4) -> float:
@@ -203,6 +231,7 @@ def accumulate_gradients(
     rows: torch.Tensor,
     other_weight: float,
     micro_tokens: int,
+    float32: bool = False,
 ) -> float:
     """Adds the gradients of the weighted mean loss over `rows` [B, T + 1], some `micro_tokens` at a time; the loss."""
     weights = loss_weights(source, tokenizer, rows, other_weight)
@@ -210,7 +239,7 @@ def accumulate_gradients(
     size = max(1, micro_tokens // weights.shape[1])
     total = 0.0
     for batch, weight in zip(rows.split(size), weights.split(size), strict=True):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not float32):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
         loss = losses @ weight.flatten()
@@ -231,7 +260,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     tokenizer = recipe.build_tokenizer()
     model = recipe.build_model(tokenizer).train()
-    optimizers = build_optimizers(model, args.muon_lr, args.adam_lr, args.gain_lr)
+    optimizers = build_optimizers(model, args.muon_lr, args.adam_lr, args.gain_lr, args.float32)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     state_path = output / "training_state.pt"
     step, seen, seconds = 0, 0, 0.0
@@ -254,7 +283,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> dict:
         count = stage.batch_tokens // stage.seq_len
         rows = pack_rows(recipe.source, tokenizer, TRAIN_SEED + 1 + step, count, stage.seq_len, stage.kinds)
         log_loss.append(
-            accumulate_gradients(model, recipe.source, tokenizer, rows, stage.other_weight, args.micro_tokens)
+            accumulate_gradients(
+                model, recipe.source, tokenizer, rows, stage.other_weight, args.micro_tokens, args.float32
+            )
         )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -347,6 +378,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.005)
     parser.add_argument("--gain-lr", type=float, default=0.01)
+    parser.add_argument(
+        "--float32", action="store_true", help="no bfloat16, several times as fast on processors that emulate it"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--eval-every", type=int, default=100)
