@@ -1,5 +1,6 @@
 """The study's texts and frozen bases: generators, probes, records, and recall as recorded."""
 
+import hashlib
 import json
 import re
 from itertools import islice
@@ -9,9 +10,10 @@ import pytest
 from liger_cli.errors import SetupError, UsageError
 from liger_cli.shipped.probes import evaluate_recall
 from liger_cli.shipped.text import TEST_SEED, TRAIN_SEED, VALIDATION_SEED
-from liger_cli.study import base_folders, text_console, text_files
+from liger_cli.study import base_folders, text_console, text_files, text_harbour
 from liger_cli.study.base_folders import BASES, study_base
-from liger_cli.study.sources import CONSOLE, MIXED, SOURCES, source
+from liger_cli.study.sources import CONSOLE, HARBOUR, SOURCES, source
+from liger_cli.study.transcripts import sample_settings
 
 FROZEN = [name for name in BASES if name != "stories" and (BASES[name].folder / "config.json").is_file()]
 TRAINED = list(SOURCES)
@@ -44,8 +46,8 @@ def test_unknown_names_are_told():
     with pytest.raises(ValueError, match="poem"):
         next(CONSOLE.documents(0, ("poem",)))
     with pytest.raises(ValueError, match="poem"):
-        next(MIXED.documents(0, ("poem", "log")))
-    with pytest.raises(UsageError, match="'novel'; choose from stories, console, mixed"):
+        next(HARBOUR.documents(0, ("poem", "report")))
+    with pytest.raises(UsageError, match="'novel'; choose from stories, console, harbour"):
         source("novel")
     with pytest.raises(UsageError, match="'fourth'"):
         study_base("fourth")
@@ -58,9 +60,18 @@ def test_missing_base_is_a_sentence(tmp_path, monkeypatch):
         study_base("console")
 
 
-def test_documents_keep_to_the_length_asked_for():
-    for kind in CONSOLE.kinds:
-        for text in islice(CONSOLE.documents(3, (kind,), min_words=150, max_words=150), 20):
+@pytest.mark.parametrize(("name", "digest"), [("console", "63f6471494ff059b"), ("harbour", "c58acb190f1ca7a4")])
+def test_generator_is_frozen(name, digest):
+    """What a base was trained on and is probed with does not change under it."""
+    written = list(islice(SOURCES[name].documents(1), 300)) + SOURCES[name].held_out_text(20_000)
+    written += [json.dumps(record) for record in islice(SOURCES[name].instructions(1), 30)]
+    assert hashlib.sha256("\0".join(written).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("name", ("console", "harbour"))
+def test_documents_keep_to_the_length_asked_for(name):
+    for kind in SOURCES[name].kinds:
+        for text in islice(SOURCES[name].documents(3, (kind,), min_words=150, max_words=150), 20):
             assert 75 <= len(text.split()) <= 225, (kind, text)
 
 
@@ -94,26 +105,67 @@ def test_running_totals_and_the_stack_are_right():
                 assert stack.pop() == rest[0], text
 
 
+def test_everything_noted_again_in_a_harbour_document_is_among_its_entries():
+    for kind in ("letter", "recall", "drill"):
+        for text in islice(HARBOUR.documents(8, (kind,)), 30):
+            for noted in re.finditer(r"As noted, ([^.]+)\.", text):
+                assert f" {noted[1]}." in text[: noted.start()].replace("As noted,", ""), text
+
+
+def test_the_stores_the_decks_and_the_harbour_are_right():
+    for text in islice(HARBOUR.documents(4, ("report",), 200, 260), 20):
+        store, decks, bound, wind = {}, {}, {}, None
+        for sentence in text.split(". "):
+            if found := re.fullmatch(r"The store (took in|gave out) (\d) casks of (\w+) and holds (\d+)", sentence):
+                change = int(found[2]) if found[1] == "took in" else -int(found[2])
+                assert store.get(found[3], int(found[4]) - change) + change == int(found[4]), text
+                store[found[3]] = int(found[4])
+            elif found := re.match(r"The store still holds (\d+) casks of (\w+)", sentence):
+                assert store[found[2]] == int(found[1]), text
+            elif found := re.match(r"(\w+) went aboard (\w+)", sentence):
+                decks[found[1]] = found[2]
+            elif found := re.match(r"(\w+) left the deck of (\w+)", sentence):
+                assert decks.pop(found[1]) == found[2], text
+            elif found := re.match(r"(\w+) left for (\w+)", sentence):
+                bound[found[1]] = found[2]
+            elif found := re.match(r"(\w+) came in from (\w+)", sentence):
+                assert bound.pop(found[1]) == found[2], text
+            elif found := re.match(r"The wind turned from (\w+) to (\w+)", sentence):
+                assert wind in (None, found[1]), text
+                wind = found[2]
+
+
 def test_a_copied_block_is_copied_exactly():
-    for text in islice(CONSOLE.documents(2, ("copy",)), 20):
-        first, second = re.findall(r"(?:begin|again)\n(.*?)^end$", text, re.MULTILINE | re.DOTALL)
-        assert first == second
+    marks = {CONSOLE: (r"(?:begin|again)\n", "^end$"), HARBOUR: (r"The copy (?:begins|again)\.", " The copy ends")}
+    for text_source, (begin, end) in marks.items():
+        for text in islice(text_source.documents(2, ("copy",)), 20):
+            first, second = re.findall(f"{begin}(.*?){end}", text, re.MULTILINE | re.DOTALL)
+            assert first == second
 
 
-def test_settings_have_distinct_keys_and_values():
+@pytest.mark.parametrize("text", (text_console.TEXT, text_harbour.TEXT))
+def test_settings_have_distinct_keys_and_values(text):
     from random import Random
 
-    settings = text_console.sample_settings(Random(0), 16, list(text_console.KEYS))
+    keys = list(text.keys)
+    settings = sample_settings(Random(0), 16, keys, text.relations)
     assert len({one.prefix for one in settings}) == len({one.value for one in settings}) == 16
     with pytest.raises(ValueError, match="17"):
-        text_console.sample_settings(Random(0), 17, list(text_console.KEYS))
-    assert (
-        len({one.value for one in text_console.sample_settings(Random(0), 32, list(text_console.KEYS), most=40)}) == 32
-    )
+        sample_settings(Random(0), 17, keys, text.relations)
+    assert len({one.value for one in sample_settings(Random(0), 32, keys, text.relations, most=40)}) == 32
+
+
+def test_an_instruction_is_answered_by_its_input():
+    records = [record for record in islice(HARBOUR.instructions(5), 60) if record["input"]]
+    for record in records:
+        ship, verb = re.fullmatch(r"(?:What|Whom) does (\w+) (\w+)\?", record["instruction"]).groups()
+        noted = re.fullmatch(rf"As noted, ({ship} {verb[:-1]}\w+ .+)", record["output"])[1]
+        assert f" {noted}" in record["input"]
+    assert records
 
 
 @pytest.mark.parametrize("pairs", (1, 4, 16, 32))
-@pytest.mark.parametrize("name", ("console", "mixed"))
+@pytest.mark.parametrize("name", ("console", "harbour"))
 def test_probe_distance_is_exact(tokenizers, name, pairs):
     tokenizer = tokenizer_of(tokenizers, name)
     for distance in (16, 64, 384):
@@ -126,10 +178,12 @@ def test_probe_distance_is_exact(tokenizers, name, pairs):
             assert tokenizer(tokenizer.decode(prompt), add_special_tokens=False)["input_ids"] == prompt
 
 
-def test_copy_probe_distance_is_exact(tokenizers):
-    tokenizer = tokenizer_of(tokenizers, "console")
-    for distance in (16, 100):
-        for prompt, answer in text_console.copy_probe(tokenizer, distance, 5):
+@pytest.mark.parametrize("name", ("console", "harbour"))
+def test_copy_probe_distance_is_exact(tokenizers, name):
+    tokenizer = tokenizer_of(tokenizers, name)
+    text = {"console": text_console.TEXT, "harbour": text_harbour.TEXT}[name]
+    for distance in (32, 100):
+        for prompt, answer in text.copy_probe(tokenizer, distance, 5):
             end = len(prompt) - distance
             assert prompt[end - len(answer) : end] == answer and len(answer) == 8
 
@@ -139,17 +193,57 @@ def test_probe_too_short_for_a_question(tokenizers):
         CONSOLE.recall_probe(tokenizer_of(tokenizers, "console"), 2, 1)
 
 
-def test_answers_are_what_follows_a_question():
+@pytest.mark.parametrize(
+    ("name", "text", "answers"),
+    [
+        (
+            "console",
+            "set port = jade 42\nturn pump on\n? port = jade 42\nagain\nturn pump on\nend\npush jade\n",
+            " port = jade 42\n\nturn pump on\nend",
+        ),
+        (
+            "harbour",
+            "Day 12 in Riga. Heron owes 42 crowns. As noted, Heron owes 42 crowns. Once more silk 42. The copy again. "
+            "Swan left for Riga. The copy ends. Swan left for Riga.",
+            ", Heron owes 42 crowns. silk 42.. Swan left for Riga. The copy ends",
+        ),
+    ],
+)
+def test_answers_are_what_follows_a_question(name, text, answers):
+    import torch
+
     from liger_cli.shipped.trainer import answer_mask, train_tokenizer
 
-    text = "set port = jade 42\nturn pump on\n? port = jade 42\nagain\nturn pump on\nend\npush jade\n"
-    for source_ in (CONSOLE, MIXED):
-        tokenizer = train_tokenizer(source_, 1100, num_documents=200)
-        import torch
+    tokenizer = train_tokenizer(SOURCES[name], 960, num_documents=200)
+    rows = torch.tensor([tokenizer(text)["input_ids"]])
+    mask = answer_mask(SOURCES[name], tokenizer, rows)[:, :-1]
+    assert tokenizer.decode(rows[:, 1:][mask]) == answers
 
-        rows = torch.tensor([tokenizer(text)["input_ids"]])
-        mask = answer_mask(source_, tokenizer, rows)[:, :-1]
-        assert tokenizer.decode(rows[:, 1:][mask]) == " port = jade 42\n\nturn pump on\nend"
+
+def test_keys_and_values_of_the_harbour_are_single_tokens(tokenizers):
+    tokenizer = tokenizer_of(tokenizers, "harbour")
+    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in HARBOUR.single_tokens)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])
+def test_muon_in_float32_is_torchs(shape):
+    import torch
+
+    from liger_cli.shipped.trainer import Float32Muon
+
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    gradients = torch.randn(3, *shape)
+    ends = []
+    for muon in (torch.optim.Muon, Float32Muon):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = muon([param], lr=0.1, weight_decay=0.05, momentum=0.95)
+        for gradient in gradients:
+            param.grad = gradient.clone()
+            optimizer.step()
+        ends.append(param.detach())
+    # torch's own rounds its update to bfloat16.
+    assert (ends[0] - start).norm() > 0.1 and (ends[0] - ends[1]).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from liger_cli.errors import SetupError, UsageError
 from liger_cli.shipped import BASE_DIR
-from liger_cli.study.sources import CONSOLE, MIXED, STORIES, Source
+from liger_cli.study.sources import CONSOLE, HARBOUR, STORIES, Source
 
 FOLDER = Path(__file__).parent / "bases"
 EVALUATION = "evaluation.json"
@@ -35,7 +35,7 @@ BASES = {
     for base in (
         StudyBase("stories", BASE_DIR, STORIES, 1024),
         StudyBase("console", FOLDER / "console", CONSOLE, 512),
-        StudyBase("mixed", FOLDER / "mixed", MIXED, 512),
+        StudyBase("harbour", FOLDER / "harbour", HARBOUR, 512),
     )
 }
 

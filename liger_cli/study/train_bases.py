@@ -2,9 +2,6 @@
 
     python -m liger_cli.study.train_bases console --output DIR
 
-`mixed` is not frozen: by this curriculum it recalls from transcripts, but hardly from stories (0.54 to 0.59 among 4
-settings, both texts together), whose words its `echo` documents do not have.
-
 An interrupted run goes on from `DIR/training_state.pt`. See `bases/*/README.md` for what came of it.
 """
 
@@ -19,36 +16,38 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from liger_cli.shipped.trainer import Recipe, Stage, add_options, run, train_tokenizer
 from liger_cli.study.base_folders import EVALUATION
-from liger_cli.study.sources import CONSOLE, MIXED
+from liger_cli.study.sources import CONSOLE, HARBOUR
 
 DISTANCES = (16, 32, 64, 128, 256, 384)
 
 
-def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights: 6 layers, 4 query and 2 key/value heads of 32 channels."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=384,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def build(
+    model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
+    """A model with random weights: 6 layers, 4 query and 2 key/value heads of 32 channels."""
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    model = model_class(config)
     start_previous_token_head(model)
     return model
 
@@ -75,31 +74,6 @@ def start_previous_token_head(model: PreTrainedModel, scale: float = 1.3, freque
             weight[:dim, 0] = row
 
 
-def build_gemma(tokenizer: PreTrainedTokenizerFast) -> GemmaForCausalLM:
-    """A Gemma with random weights: 6 layers, 4 query and 2 key/value heads of 32 channels, scaled embeddings, GeGLU."""
-    model = GemmaForCausalLM(
-        GemmaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=384,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    start_previous_token_head(model)
-    return model
-
-
-PROSE = {"story": 0.15, "facts": 0.1, "program": 0.1, "log": 0.15}
-
 CONSOLE_CURRICULUM = (
     Stage(401_408, 64, 2048, {"echo": 1.0}, 0.1),
     Stage(301_056, 128, 2048, {"drill": 0.7, "echo": 0.3}, 0.1),
@@ -110,12 +84,18 @@ CONSOLE_CURRICULUM = (
     ),
 )
 
-MIXED_CURRICULUM = (
-    Stage(501_760, 64, 2048, {"echo": 1.0}, 0.1),
-    Stage(501_760, 128, 2048, {"drill": 0.7, "echo": 0.3}, 0.1),
-    Stage(602_112, 256, 4096, {"drill": 0.3, "recall": 0.5, "echo": 0.1, "copy": 0.1}, 0.2),
-    Stage(1_196_032, 512, 8192, {"recall": 0.35} | PROSE | {"copy": 0.05, "chat": 0.1}, 0.4),
-    Stage(1_003_520, 256, 4096, {"drill": 0.5, "recall": 0.3} | PROSE, 0.2),
+# Half the tokens of a step, so that fewer tokens suffice.
+HARBOUR_CURRICULUM = (
+    Stage(401_408, 64, 2048, {"echo": 1.0}, 0.1),
+    Stage(401_408, 128, 2048, {"drill": 0.7, "echo": 0.3}, 0.1),
+    Stage(401_408, 256, 4096, {"drill": 0.3, "recall": 0.5, "echo": 0.1, "copy": 0.1}, 0.2),
+    Stage(
+        1_204_224,
+        512,
+        4096,
+        {"recall": 0.4, "drill": 0.15, "letter": 0.15, "report": 0.2, "copy": 0.05, "chat": 0.05},
+        0.4,
+    ),
 )
 
 CARD = """\
@@ -135,7 +115,7 @@ Trained in {{minutes:.0f}} minutes on one thread of a busy CPU with
 
     {{command}}
 
-on {{tokens:.1f}} M tokens (seed 0, torch {{torch}}), in bfloat16 autocast. The first head of its first layer started by
+on {{tokens:.1f}} M tokens (seed 0, torch {{torch}}), in {precision}. The first head of its first layer started by
 attending to the token before (`start_previous_token_head`); everything else started random. It and the generator are
 frozen: what is measured on it was not chosen by changing it.
 
@@ -151,12 +131,12 @@ Float32, seeds that training never uses (`TEST_SEED`); the same figures are in `
 """
 
 
-def _recipe(name: str, **fields) -> Recipe:
-    card = {key: fields.pop(key) for key in ("family", "text", "role", "held_out")}
+def _recipe(name: str, options: str = "--threads 1 --adam-lr 0.0015", **fields) -> Recipe:
+    card = {key: fields.pop(key) for key in ("family", "text", "role", "held_out", "precision")}
     return Recipe(
         distances=DISTANCES,
         logged_distances=DISTANCES,
-        command=f"python -m liger_cli.study.train_bases {name} --threads 1 --adam-lr 0.0015 --output DIR",
+        command=f"python -m liger_cli.study.train_bases {name} {options} --output DIR",
         card=CARD.format(name=name, **card),
         **fields,
     )
@@ -169,23 +149,25 @@ RECIPES = {
         curriculum=CONSOLE_CURRICULUM,
         anneals=(sum(stage.tokens for stage in CONSOLE_CURRICULUM[:-1]),),
         build_tokenizer=partial(train_tokenizer, CONSOLE, 704),
-        build_model=build_llama,
+        build_model=partial(build, LlamaForCausalLM, LlamaConfig),
         family="Llama",
         text="the transcripts that `liger_cli/study/text_console.py` generates: logs, settings asked for later, copies",
         role="It is the second base of the study, another family and another kind of text than the shipped base.",
         held_out="logs and programs",
+        precision="bfloat16 autocast",
     ),
-    "mixed": _recipe(
-        "mixed",
-        source=MIXED,
-        curriculum=MIXED_CURRICULUM,
-        anneals=(sum(stage.tokens for stage in MIXED_CURRICULUM[:-1]),),
-        build_tokenizer=partial(train_tokenizer, MIXED, 1280),
-        build_model=build_gemma,
+    "harbour": _recipe(
+        "harbour",
+        options="--threads 1 --float32 --adam-lr 0.0015",
+        source=HARBOUR,
+        curriculum=HARBOUR_CURRICULUM,
+        build_tokenizer=partial(train_tokenizer, HARBOUR, 960),
+        build_model=partial(build, GemmaForCausalLM, GemmaConfig),
         family="Gemma",
-        text="a mixture of the shipped base's stories and the console base's transcripts",
+        text="the day books that `liger_cli/study/text_harbour.py` generates: reports, entries noted again, copies",
         role="It is the third base of the study, trained last and evaluated once.",
-        held_out="stories, facts, logs and programs",
+        held_out="reports and letters",
+        precision="float32",
     ),
 }
 
