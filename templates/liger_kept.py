@@ -5,10 +5,18 @@ embedding. A token is kept at time t if it left the window by then and fewer tha
 higher score, or the same and a later place. So the choice depends on the text alone, not on how it is fed or padded.
 """
 
+import heapq
+import math
+
 import torch
+
+from .liger_products import by_heads, product
+from .liger_window import log_denominator, soft_capped
 
 # Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
 BLOCK = 64
+SPAN = 1024  # the most queries multiplied at once on a CPU: bounds their scores
+NEVER = 2**31 - 1
 STEPS = 1024  # scores are rounded to 1 / STEPS: equal keys have to get equal scores in sums of any order
 
 
@@ -37,6 +45,8 @@ def kept_attention(
     length = q.shape[2]
     if length == 1 and memory is not None and first < window:
         return *_step(q, memory, scaling, softcap, dropout), memory
+    if length > BLOCK and by_heads(q):
+        return _attend_by_spans(q, keys, values, scores, first, memory, window, count, scaling, softcap, dropout)
     rows = min(length, BLOCK)
     blocks = -(-length // rows)
     entering = [_entering(x, first - window, length, blocks * rows) for x in (keys, values)]
@@ -79,6 +89,98 @@ def kept_attention(
     lse = (total.masked_fill(~some, 1.0).log() + highest).masked_fill(~some, lowest)
     output, lse = (x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length] for x in (output, lse))
     return output, lse.squeeze(-1), tuple(_at(x, index.flip(2)) for x in pool)
+
+
+def _attend_by_spans(q, keys, values, scores, first, memory, window, count, scaling, softcap, dropout):
+    """`kept_attention` on a CPU without gradients. Few tokens are ever kept, so long spans of queries share theirs: a
+    span is multiplied at once with all that is kept at some time during it."""
+    length, lowest = q.shape[2], torch.finfo(torch.float32).min
+    new = [_entering(x, first - window, length, length) for x in (keys, values)]
+    new.append(_entering(scores.unsqueeze(-1), first - window, length, length, -torch.inf).squeeze(-1))
+    memory = empty_memory(keys, values, count) if memory is None else memory
+    pool = [torch.cat(pair, dim=2) for pair in zip(memory, new, strict=True)]
+    since, until = lifetimes(pool[2], count)
+    output, lse = q.new_zeros(*q.shape[:3], values.shape[-1], dtype=torch.float32), torch.full(q.shape[:3], lowest)
+    for start, stop in _spans(since, count):
+        index = _alive(since, until, start, stop)
+        if index.shape[2] == 0:
+            continue
+        k, v = (_at(x, index).float().unsqueeze(2) for x in pool[:2])
+        time = torch.arange(start, stop, dtype=since.dtype).unsqueeze(1)
+        visible = (time >= _at(since, index).unsqueeze(2)) & (time < _at(until, index).unsqueeze(2))
+        bias = (~visible).float().mul_(lowest).unsqueeze(2)  # [B, Hkv, 1, t, P]
+        queries = q[:, :, start:stop].float().unsqueeze(2)
+        if softcap is None:
+            logits = product(queries, k.mT, bias=bias, alpha=scaling).squeeze(2)
+        else:
+            bias = bias.repeat_interleave(q.shape[1] // bias.shape[1], dim=1)
+            logits = soft_capped(product(queries, k.mT), bias, scaling, softcap).squeeze(2)
+        weights = logits.softmax(-1)
+        # Where nothing is visible every logit is the lowest number, and what comes of it is given no share.
+        lse[:, :, start:stop] = log_denominator(logits, weights)
+        weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
+        output[:, :, start:stop] = product(weights.unsqueeze(2), v).squeeze(2)
+    return output, lse, _remembered(pool, since, until, count)
+
+
+def lifetimes(scores, count: int):
+    """When each token of a stream is kept, if the `count` best so far are: since and until which row.
+
+    Args:
+        scores: [B, H, count + T]: what was kept, oldest first, then one token a row; -inf is never kept.
+    Returns:
+        since, until: [B, H, count + T] int32; NEVER for both where a token is not kept, until where it still is.
+    """
+    since = torch.full(scores.shape, NEVER, dtype=torch.int32)
+    until = since.clone()
+    rows = zip(*(x.flatten(0, 1).numpy() for x in (scores.detach(), since, until)), strict=True)
+    for stream, begins, ends in rows:
+        heap = [(score, place) for place, score in enumerate(stream[:count].tolist()) if score > -math.inf]
+        heapq.heapify(heap)
+        begins[[place for _, place in heap]] = 0
+        for start in range(count, len(stream), BLOCK):
+            part = stream[start : start + BLOCK]
+            # A token that is no better than the worst one kept by now never will be.
+            better = part >= heap[0][0] if len(heap) == count else part > -math.inf
+            for offset in better.nonzero()[0].tolist():
+                entry = (float(part[offset]), start + offset)
+                row = start + offset - count
+                if len(heap) < count:
+                    heapq.heappush(heap, entry)
+                elif entry > heap[0]:
+                    ends[heapq.heapreplace(heap, entry)[1]] = row
+                else:
+                    continue
+                begins[start + offset] = row
+    return since, until
+
+
+def _spans(since, count: int):
+    """Cut the rows where a head has kept `count` new tokens, but not below BLOCK rows or above SPAN."""
+    taken = (since[:, :, count:] != NEVER).flatten(0, 1).cumsum(1)
+    start, length = 0, taken.shape[1]
+    while start < length:
+        before = taken[:, start - 1 : start] if start else 0
+        full = (taken - before > max(count, BLOCK)).any(0).nonzero()
+        stop = max(start + BLOCK, int(full[0])) if len(full) else length
+        stop = min(stop, start + SPAN, length)
+        yield start, stop
+        start = stop
+
+
+def _alive(since, until, start: int, stop: int):
+    """Places of the tokens kept at some time in these rows, [B, H, P]; heads with fewer than P get others behind."""
+    alive = (since < stop) & (until > start)
+    most = int(alive.sum(-1).max()) if alive.numel() else 0
+    return alive.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[:, :, :most]
+
+
+def _remembered(pool, since, until, count: int):
+    """The memory after all rows: what is still kept, oldest first, behind empty places."""
+    kept = (since != NEVER) & (until == NEVER)
+    index = kept.to(torch.uint8).sort(dim=2, stable=True).indices[:, :, -count:]
+    keys, values, scores = (_at(x, index) for x in pool)
+    return keys, values, scores.masked_fill(~_at(kept, index), -torch.inf)
 
 
 def _step(q, memory, scaling: float, softcap, dropout: float):

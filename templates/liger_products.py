@@ -18,7 +18,7 @@ def product(a, b, out=None, bias=None, alpha: float = 1.0):
 
     Args:
         a: [B, Hq, N, M, K], or [B, Hkv, N, G * M, K] stacked. b: [B, Hkv, N, K, S].
-        bias: [B or 1, 1, N or 1, M, S], or `out` itself, which is then added to.
+        bias: [B or 1, Hkv or 1, N or 1, M, S], or `out` itself, which is then added to.
     Returns:
         `out`, or a new tensor of a's layout. [..., M, S]
     """
@@ -32,9 +32,11 @@ def product(a, b, out=None, bias=None, alpha: float = 1.0):
         rights = rights.unbind(0)
         for head, (left, target) in enumerate(zip(lefts.unbind(0), outs.unbind(0), strict=True)):
             right = rights[head // groups]
-            if bias is None:
+            if bias is None and alpha == 1:
                 torch.bmm(left, right, out=target)
+            elif bias is None:
+                torch.baddbmm(target, left, right, beta=0, alpha=alpha, out=target)
             else:
-                added = target if bias is out else bias[row % bias.shape[0], 0]
+                added = target if bias is out else bias[row % bias.shape[0], head // groups % bias.shape[1]]
                 torch.baddbmm(added, left, right, alpha=alpha, out=target)
     return out

@@ -178,7 +178,7 @@ def _attend_by_heads(q, k, v, blocks, window, scaling, valid, softcap, sink_logi
     if softcap is None:
         scores = product(blocked, k, bias=bias, alpha=scaling)
     else:
-        scores = _soft_capped(product(blocked, k), bias, scaling, softcap)
+        scores = soft_capped(product(blocked, k), bias, scaling, softcap)
     logits = None if sink_logits is None else sink_logits.to(scores.dtype).view(1, -1, 1, 1)
     weights, lse = _weights(scores, logits, need_lse, dropout)
     o = product(weights.to(v.dtype), v.mT)
@@ -233,7 +233,7 @@ def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dr
         bias = bias.expand(shape).reshape(-1, *shape[3:]) if bias.shape[0] * bias.shape[2] > 1 else bias.view(shape[3:])
         scores = torch.baddbmm(bias, q.flatten(0, 2), k.flatten(0, 2).transpose(-1, -2), alpha=scaling).view(shape)
     else:
-        scores = _soft_capped(q @ k.transpose(-1, -2), bias, scaling, softcap)
+        scores = soft_capped(q @ k.transpose(-1, -2), bias, scaling, softcap)
     logits = None
     if sink_logits is not None:
         logits = sink_logits.to(scores.dtype).view(1, k.shape[1], 1, groups, 1)
@@ -242,14 +242,22 @@ def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dr
     return weights.to(v.dtype) @ v, lse
 
 
-def _soft_capped(scores, bias, scaling, softcap):
+def soft_capped(scores, bias, scaling, softcap):
+    """softcap * tanh(scores * scaling / softcap) + bias (Gemma 2)."""
     return (scores * (scaling / softcap)).tanh() * softcap + bias
+
+
+def log_denominator(scores, weights):
+    """Log of the denominator of weights = softmax(scores), from the largest of both; logsumexp takes exponentials."""
+    if torch.is_grad_enabled():
+        return scores.logsumexp(-1)
+    return scores.amax(-1) - weights.amax(-1).log()
 
 
 def _weights(scores, sink_logits, need_lse, dropout):
     """Softmax weights, and the log of their denominator or None. sink_logits broadcast to the scores' rows, or None."""
-    lse = scores.logsumexp(-1) if need_lse or sink_logits is not None else None
     weights = scores.softmax(-1)
+    lse = log_denominator(scores, weights) if need_lse or sink_logits is not None else None
     if sink_logits is not None:
         weights = weights * (lse - sink_logits).sigmoid().unsqueeze(-1)
         lse = torch.logaddexp(lse, sink_logits)
