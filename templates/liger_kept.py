@@ -116,10 +116,14 @@ def _attend_by_spans(q, keys, values, scores, first, memory, window, count, scal
             bias = bias.repeat_interleave(q.shape[1] // bias.shape[1], dim=1)
             logits = soft_capped(product(queries, k.mT), bias, scaling, softcap).squeeze(2)
         weights = logits.softmax(-1)
-        # Where nothing is visible every logit is the lowest number, and what comes of it is given no share.
         lse[:, :, start:stop] = log_denominator(logits, weights)
         weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
         output[:, :, start:stop] = product(weights.unsqueeze(2), v).squeeze(2)
+        nothing = ~visible.any(-1)
+        if nothing.any():
+            nothing = nothing.repeat_interleave(q.shape[1] // nothing.shape[1], dim=1)
+            output[:, :, start:stop].masked_fill_(nothing.unsqueeze(-1), 0.0)
+            lse[:, :, start:stop].masked_fill_(nothing, lowest)
     return output, lse, _remembered(pool, since, until, count)
 
 

@@ -53,11 +53,15 @@ def example(
 
 
 def run(form: str, rule: str, inputs, state, dtype, gradients=False):
-    """Output, states, and the gradients of a fixed loss of both with regard to the inputs and the initial state."""
+    """Output, states, and the gradients of a fixed loss of both with regard to the inputs and the initial state.
+
+    Without gradients the operations run as in inference, where a CPU takes other ways through them.
+    """
     leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in inputs]
     states = None if state is None else tuple(x.to(dtype).requires_grad_(gradients) for x in tuple_of(state))
     initial = states if states is None or rule == "slots" else states[0]
-    output, final = getattr(recurrence, f"{form}_{rule}")(*leaves, initial_state=initial)
+    with torch.set_grad_enabled(gradients):
+        output, final = getattr(recurrence, f"{form}_{rule}")(*leaves, initial_state=initial)
     results = [output, *tuple_of(final)]
     if gradients:
         weights = [torch.linspace(-1, 1, x.numel(), dtype=dtype).view(x.shape) for x in results]

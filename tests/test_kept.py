@@ -9,7 +9,8 @@ from test_extras import converted, shaken
 from test_model import close, in_pieces, tokens
 
 from liger_cli.convert import convert
-from liger_cli.templates.liger_kept import add_kept, keep_scores, kept_attention
+from liger_cli.templates import liger_kept
+from liger_cli.templates.liger_kept import add_kept, keep_scores, kept_attention, lifetimes
 from liger_cli.templates.liger_window import window_attention
 
 WINDOW, COUNT, SCALING = 16, 8, 0.3
@@ -29,8 +30,20 @@ def kept_at(scores, time: int) -> list[int]:
     return sorted(left, key=lambda place: (-scores[place].item(), -place))[:COUNT]
 
 
-def test_definition():
+@pytest.fixture(params=["gradients", "inference"])
+def ways(request):
+    """With gradients enabled queries are read in blocks, without on a CPU in spans."""
+    with torch.set_grad_enabled(request.param == "gradients"):
+        yield
+
+
+@pytest.mark.parametrize("order", ["random", "rising", "falling", "equal"])
+def test_definition(ways, order, monkeypatch):
+    monkeypatch.setattr(liger_kept, "SPAN", 100)
     q, k, v, scores = example()
+    if order != "random":
+        step = {"rising": 1.0, "falling": -1.0, "equal": 0.0}[order]
+        scores = torch.where(scores.isfinite(), torch.arange(200.0) * step, scores)
     output, lse, _ = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
     for row, head, time in [(r, h, t) for r in (0, 1) for h in range(4) for t in range(0, 200, 3)]:
         places = kept_at(scores[row, head // 2], time)
@@ -43,7 +56,7 @@ def test_definition():
 
 
 @pytest.mark.parametrize("piece", [1, 37, 64, 130])
-def test_pieces(piece):
+def test_pieces(piece, ways):
     """However the queries are cut, each sees the same tokens."""
     q, k, v, scores = example()
     whole, _, memory = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
@@ -56,7 +69,28 @@ def test_pieces(piece):
     assert all(torch.equal(a, b) for a, b in zip(carried, memory, strict=True))
 
 
-def test_one_softmax_over_window_and_kept_tokens():
+def test_both_ways():
+    """Soft-capped, from a memory that is not full: the same output, denominators and memory."""
+    q, k, v, scores = example()
+    memory = kept_attention(q[:, :, :40], k, v, scores, 0, None, WINDOW, COUNT, SCALING)[2]
+    run = lambda: kept_attention(q[:, :, 40:], k, v, scores, 40, memory, WINDOW, COUNT, SCALING, softcap=2.0)  # noqa: E731
+    blocks = run()
+    with torch.no_grad():
+        spans = run()
+    for a, b in zip((*blocks[:2], *blocks[2]), (*spans[:2], *spans[2]), strict=True):
+        close(a, b, 1e-5)
+
+
+def test_lifetimes():
+    """Two are kept; of equal scores the later one; what has no score never is."""
+    scores = torch.tensor([[[-torch.inf, 1.0, 3.0, 2.0, -torch.inf, 3.0, 0.0, 3.0]]])
+    since, until = lifetimes(scores, 2)
+    never = 2**31 - 1
+    assert since.tolist() == [[[never, 0, 0, 1, never, 3, never, 5]]]
+    assert until.tolist() == [[[never, 1, 5, 3, never, never, never, never]]]
+
+
+def test_one_softmax_over_window_and_kept_tokens(ways):
     """With room for every token, window and kept tokens together are causal softmax attention."""
     q, k, v, _ = example(length=100)
     scores = torch.randn(2, 2, 100)

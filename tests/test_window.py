@@ -50,15 +50,17 @@ def example(batch, kv_heads, groups, length, past, dim, seed=0, dtype=torch.floa
     padded=st.booleans(),
     piece=st.sampled_from([64, 100000]),
     seed=st.integers(0, 100),
+    gradients=st.booleans(),
 )
-def test_fuzz(window, length, past, kv_heads, groups, batch, softcap, with_sink_logits, padded, piece, seed):
+def test_fuzz(window, length, past, kv_heads, groups, batch, softcap, with_sink_logits, padded, piece, seed, gradients):
     """Any window, length and past; soft-capped, with learned sink logits, padded; worked through in pieces or not."""
     q, k, v = example(batch, kv_heads, groups, length, past, 8, seed)
     logits = torch.linspace(-2, 2, q.shape[1], dtype=q.dtype) if with_sink_logits else None
     valid = torch.rand(batch, past + length, generator=torch.Generator().manual_seed(seed)) > 0.3 if padded else None
     before, liger_window.PIECE_SIZE = liger_window.PIECE_SIZE, piece
     try:
-        o, lse = window_attention(q, k, v, window, 0.3, valid, softcap, logits, need_lse=True)
+        with torch.set_grad_enabled(gradients):
+            o, lse = window_attention(q, k, v, window, 0.3, valid, softcap, logits, need_lse=True)
     finally:
         liger_window.PIECE_SIZE = before
     expected, expected_lse = reference(q, k, v, window, 0.3, valid, softcap, logits)

@@ -1,6 +1,6 @@
 """How fast Liger attention is on this CPU, as ratios to torch's causal attention within one run.
 
-    python tests/benchmarks/attention_speed.py [--gates gla,gdn] [--lengths 2048,32768] [--repetitions 7]
+    python tests/benchmarks/attention_speed.py [--gates gla,gdn] [--lengths 2048,32768] [--kept 128] [--repetitions 7]
 
 Both branches (gated recurrence and window of 64) of one layer, without its projections: float32, batch 1, 4 query and
 2 key/value heads of 64. The two are timed in turns, so that what else the machine does meets both; a ratio is the
@@ -25,6 +25,7 @@ from liger_cli.templates.liger_branches import mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_kept import keep_scores
 
 QUERY_HEADS, KV_HEADS, DIM = 4, 2, 64
 
@@ -37,10 +38,11 @@ def inputs(length: int, grad: bool = False):
     ]
 
 
-def liger(q, k, v, gate: str, cache=None):
-    spec = LayerSpec(gate=gate)
+def liger(q, k, v, gate: str, cache=None, kept: int = 0):
+    spec = LayerSpec(gate=gate, kept=kept)
     pooled = GATES[gate].pool(k, spec)
-    return mixed_attention(q, k, v, q, k, pooled, None, spec, window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
+    scores = keep_scores(k, torch.linspace(-1, 1, DIM).expand(KV_HEADS, -1)) if kept else None
+    return mixed_attention(q, k, v, q, k, pooled, scores, spec, window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
 
 
 def softmax(q, k, v):
@@ -82,10 +84,10 @@ def matrix_rate() -> float:
     return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(5))
 
 
-def forward(length: int, gate: str, repetitions: int) -> dict:
+def forward(length: int, gate: str, repetitions: int, kept: int = 0) -> dict:
     q, k, v = inputs(length)
     with torch.no_grad():
-        return ratio(lambda: softmax(q, k, v), lambda: liger(q, k, v, gate), repetitions)
+        return ratio(lambda: softmax(q, k, v), lambda: liger(q, k, v, gate, kept=kept), repetitions)
 
 
 def training(length: int, gate: str, repetitions: int) -> dict:
@@ -182,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gates", default="gla,gdn,kda")
     parser.add_argument("--lengths", default="2048,32768")
+    parser.add_argument("--kept", type=int, default=0, help="also time the forward pass with so many kept tokens")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -196,6 +199,8 @@ def main() -> None:
             repetitions = options.repetitions * (8 if length <= 4096 else 1)
             row = rows[f"forward {length}"] = forward(length, gate, repetitions)
             row["matrix_rate_fraction"] = operations(length) / row["liger_s"] / rate
+            if options.kept:
+                rows[f"forward {length}, {options.kept} kept"] = forward(length, gate, repetitions, options.kept)
         rows["forward + backward 4096"] = training(4096, gate, options.repetitions * 2)
         rows["step at 32K over step at 1K"] = decoding(gate)
         rows["peak MiB"] = memory(gate)
