@@ -24,6 +24,7 @@ from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.selection import say
 from liger_cli.selection_meter import divergence, load_base
+from liger_cli.templates.liger_cache import CACHE
 
 ROWS, HELD_OUT, ROW_TOKENS = 24, 8, 512
 TEXT_KINDS = ("story", "facts", "recall", "drill", "chat")
@@ -298,7 +299,7 @@ def _branches(attention, args, kwargs):
     try:
         for mix in (1.0, 0.0):
             attention.liger_spec = replace(spec, mix=mix, branch_scales=False)
-            attention.forward(*args, **{**kwargs, "attention_mask": None, "past_key_values": None})
+            attention.forward(*args, **{**kwargs, "attention_mask": None, CACHE: None})
     finally:
         hook.remove()
         attention.liger_spec, attention.liger_mode = spec, mode
@@ -339,7 +340,7 @@ def _output(attention, args, kwargs):
     hook = _projection(attention).register_forward_pre_hook(lambda module, args: seen.append(args[0][0].float()))
     mode, attention.liger_mode = attention.liger_mode, "liger"
     try:
-        attention.forward(*args, **{**kwargs, "attention_mask": None, "past_key_values": None})
+        attention.forward(*args, **{**kwargs, "attention_mask": None, CACHE: None})
     finally:
         hook.remove()
         attention.liger_mode = mode

@@ -37,21 +37,26 @@ class Side:
         """Seconds to read `tokens` random tokens, and the cache. Raises OutOfTime after `limit` seconds."""
         import torch
 
+        from liger_cli.templates.liger_cache import CACHE
+
         ids = self._random_ids(tokens)
         with self.activate() as model, torch.inference_mode(), _deadline(model, limit):
             cache, start = None, _now(self.device)
             for part in ids.split(self.chunk or tokens, dim=1):
-                cache = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+                output = model(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+                cache = output[CACHE]
             return _now(self.device) - start, cache
 
     def step(self, cache) -> float:
         """Seconds of one decoding step, [B, 1] tokens, from the cache."""
         import torch
 
+        from liger_cli.templates.liger_cache import CACHE
+
         with self.activate() as model, torch.inference_mode():
             ids = self._random_ids(1)
             start = _now(self.device)
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
             logits[:, -1].argmax(-1)
             return _now(self.device) - start
 

@@ -131,6 +131,8 @@ def _measure(family: Family, config: dict) -> GateResult:
     import transformers
     from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
+    from liger_cli.templates.liger_cache import CACHE
+
     tiny = _tiny(family, config)
     torch.manual_seed(0)
     base = getattr(transformers, f"{family.prefix}ForCausalLM")(tiny).eval()
@@ -147,7 +149,7 @@ def _measure(family: Family, config: dict) -> GateResult:
             config=tiny,
             inputs_embeds=base.get_input_embeddings()(ids),
             attention_mask=None,
-            past_key_values=None,
+            **{CACHE: None},
             and_mask_function=sliding_window_overlay(WINDOW),
         )
         if (base(ids).logits - base(ids, attention_mask=band).logits).abs().max() < SEEN:

@@ -6,6 +6,7 @@ import torch
 
 from liger_cli.selection_choice import Head, Kept
 from liger_cli.selection_meter import Batch, Meter
+from liger_cli.templates.liger_cache import CACHE
 from liger_cli.templates.liger_heads import masked_attention
 
 SAMPLE = 64  # tokens of a row that are looked at beside the hard ones
@@ -95,7 +96,7 @@ def _reaches(meter: Meter, batch: Batch, weights, layers: list[int]) -> dict[int
 def _added(attention, hidden_states, keywords: dict, positions):
     """Norm of what each key/value head adds to the residual stream from beyond the window. [B, P, Hkv]"""
     keywords.pop("attention_mask", None)
-    keywords.pop("past_key_values", None)
+    keywords.pop(CACHE, None)
     q, k, v = attention.project(hidden_states)
     q, k = attention.rotate(q, k, keywords.pop("position_embeddings", None), **keywords)
     q = q[:, :, positions]

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .liger_branches import document_starts, mixed_attention, packed_attention
+from .liger_cache import CACHE
 from .liger_config import LayerSpec
 from .liger_extras import extra_tensors
 from .liger_gates import GATES
@@ -107,22 +108,27 @@ class LigerAttention:
         position_embeddings=None,
         attention_mask=None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
-        """hidden_states [B, T, D_model] -> the same shape, and None for the attention weights of a Liger layer."""
+        """hidden_states [B, T, D_model] -> the same shape, and None for the attention weights of a Liger layer.
+
+        The model's cache comes by either name, as transformers has it.
+        """
         padding = unpack_padding(attention_mask)
+        model_cache = past_key_values if cache is None else cache
         if not self.keeps_state:
-            mask = self._softmax_mask(hidden_states, padding, past_key_values, kwargs.get("position_ids"))
+            mask = self._softmax_mask(hidden_states, padding, model_cache, kwargs.get("position_ids"))
             return super().forward(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                **{CACHE: model_cache},
                 **kwargs,
             )
         length = hidden_states.shape[1]
         valid = None if padding is None else padding[:, -length:]
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = None if model_cache is None else model_cache.layers[self.layer_idx]
         q, k, v = self.project(hidden_states)
         rotated_q, rotated_k = self.rotate(q, k, position_embeddings, **kwargs)
 
@@ -236,14 +242,14 @@ class LigerAttention:
         output, _ = attend(self, q, k, v, mask, dropout=self._dropout(), scaling=self.scaling, **extra)
         return output.transpose(1, 2)
 
-    def _softmax_mask(self, hidden_states, padding, past_key_values, position_ids):
+    def _softmax_mask(self, hidden_states, padding, cache, position_ids):
         """The mask that the family's model would have made for this layer."""
-        layer = None if past_key_values is None else Cache(layers=[past_key_values.layers[self.layer_idx]])
+        layer = None if cache is None else Cache(layers=[cache.layers[self.layer_idx]])
         make = create_causal_mask if self.local_window is None else create_sliding_window_causal_mask
         return make(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=padding,
-            past_key_values=layer,
             position_ids=position_ids,
+            **{CACHE: layer},
         )

@@ -4,8 +4,14 @@ transformers builds its caches from the base's `layer_types`, which know nothing
 its own layers in on first touch, in a DynamicCache or StaticCache alike; the memory of a layer is constant.
 """
 
+from inspect import signature
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+
+# What transformers calls a cache that it passes on: `cache` since 5.24.
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
 
 class LigerCacheLayer(CacheLayerMixin):

@@ -4,7 +4,7 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .liger_attention import MODES, LigerAttention, pack_padding
-from .liger_cache import adapt_cache, cache_for
+from .liger_cache import CACHE, adapt_cache, cache_for
 from .liger_config import check_softmax_heads, layer_specs
 from .liger_extras import NAMES
 from .liger_families import attention_mixin
@@ -43,9 +43,10 @@ class LigerDecoder:
         past_key_values: Cache | None = None,
         inputs_embeds=None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
-        """As the family's; `attention_mask` is the [B, S] padding mask or None.
+        """As the family's; `attention_mask` is the [B, S] padding mask or None, the cache comes by either name.
 
         Raises:
             ValueError: a mask that is not [B, S]. A recurrence has no pairs of positions to mask.
@@ -56,17 +57,18 @@ class LigerDecoder:
             )
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", True) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = cache_for(self.config)
-        if past_key_values is not None:
-            adapt_cache(past_key_values, self.liger_attentions())
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = cache_for(self.config)
+        if cache is not None:
+            adapt_cache(cache, self.liger_attentions())
         return super().forward(
             input_ids=input_ids,
             attention_mask=pack_padding(attention_mask),
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
