@@ -6,10 +6,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.checkpoint import Shard, Tensor, inside, read_config, read_shard
+from liger_cli.checkpoint import Shard, inside, read_config, read_shard
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.manifest import read_manifest
 from liger_cli.templates.liger_extras import NAMES
+from liger_cli.tensors import read_tensor
 from liger_cli.untrusted import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -31,6 +32,7 @@ class Adapter:
     """A LoRA adapter, read but for its tensors.
 
     Attributes:
+        weights: the file of its tensors.
         scales: name of the weight in the base -> alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
         transposed: the weights are stored [in, out] (`fan_in_fan_out`).
         ranks: name of the weight in the base -> rank of its update.
@@ -40,6 +42,7 @@ class Adapter:
     folder: Path
     manifest: dict | None
     config: dict
+    weights: Shard
     scales: dict[str, float]
     transposed: bool
     ranks: dict[str, int]
@@ -71,7 +74,8 @@ def read_adapter(folder: Path) -> Adapter:
         raise ModelError(f"{folder} has trained biases, which liger does not merge; use PEFT's merge_and_unload")
     if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         raise ModelError(f"{folder} lacks {ADAPTER_WEIGHTS}; an adapter in any other format is never opened")
-    tensors = _adapter_tensors(folder)
+    weights = _adapter_weights(folder)
+    tensors = weights.tensors
     replaced = {name for name in tensors if is_extra(name)}
     scales, ranks = {}, {}
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors if name not in replaced}):
@@ -84,7 +88,8 @@ def read_adapter(folder: Path) -> Adapter:
         name = f"{module.removeprefix(PREFIX)}.weight"
         scales[name], ranks[name] = _scale(folder, config, module, a[0]), a[0]
     whole = frozenset(name.removeprefix(PREFIX) for name in replaced)
-    return Adapter(folder, read_manifest(folder), config, scales, bool(config.get("fan_in_fan_out")), ranks, whole)
+    transposed = bool(config.get("fan_in_fan_out"))
+    return Adapter(folder, read_manifest(folder), config, weights, scales, transposed, ranks, whole)
 
 
 def find_base(adapter: Adapter, given: str | Path | None) -> Path:
@@ -131,22 +136,15 @@ def peft_config(adapter: Adapter):
 
 def delta(adapter: Adapter, name: str):
     """What an adapter adds to the weight `name`: scale * B A, a float32 tensor [out, in]."""
-    from safetensors import safe_open
-
     module = PREFIX + name.removesuffix(".weight")
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        a = file.get_tensor(f"{module}.lora_A.weight").float()
-        b = file.get_tensor(f"{module}.lora_B.weight").float()
+    a, b = (read_tensor(adapter.weights, f"{module}.lora_{side}.weight") for side in "AB")
     update = (b @ a) * adapter.scales[name]
     return update.T if adapter.transposed else update
 
 
 def whole_tensor(adapter: Adapter, name: str):
     """The extra tensor `name` as the adapter trained it, in float32."""
-    from safetensors import safe_open
-
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        return file.get_tensor(PREFIX + name).float()
+    return read_tensor(adapter.weights, PREFIX + name)
 
 
 def is_extra(name: str) -> bool:
@@ -167,9 +165,7 @@ def check_fits(adapter: Adapter, model: Path, shards: tuple[Shard, ...], found: 
 def check_shapes(adapter: Adapter, model: Path, shards: tuple[Shard, ...]) -> None:
     """Raises ModelError where the adapter names tensors that are not there, or of another shape."""
     tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    shapes = {
-        name: tensor.shape for shard_ in _adapter_shards(adapter.folder) for name, tensor in shard_.tensors.items()
-    }
+    shapes = {name: tensor.shape for name, tensor in adapter.weights.tensors.items()}
     for name in adapter.replaced:
         shape = shapes[PREFIX + name]
         if name not in tensors or tensors[name].shape != shape:
@@ -197,19 +193,16 @@ def recipe_of(adapter: Adapter) -> dict:
     return ((adapter.manifest or {}).get("settings") or {}).get("recipe") or {}
 
 
-def _adapter_shards(folder: Path) -> tuple[Shard, ...]:
-    return (read_shard(folder.resolve(), ADAPTER_WEIGHTS),)
-
-
-def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    names = {name: tensor for shard in _adapter_shards(folder) for name, tensor in shard.tensors.items()}
-    for name in names:
+def _adapter_weights(folder: Path) -> Shard:
+    """The header of the adapter's tensors. Raises ModelError where they are no plain LoRA."""
+    shard = read_shard(folder.resolve(), ADAPTER_WEIGHTS)
+    for name in shard.tensors:
         lora = name.endswith((".lora_A.weight", ".lora_B.weight"))
         if not name.startswith(PREFIX) or not (lora or is_extra(name)):
             raise ModelError(f"{folder} holds {name}, which is not LoRA of a linear layer; use PEFT's merge_and_unload")
-    if not names:
+    if not shard.tensors:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is empty")
-    return names
+    return shard
 
 
 def _scale(folder: Path, config: dict, module: str, rank: int) -> float:

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
-from liger_cli.errors import ModelError, UsageError
+from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.experimental import experimental_family
 from liger_cli.families import FAMILIES, Family
 from liger_cli.family_tensors import decoder_tensors
@@ -50,11 +50,12 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of a safetensors header. `nbytes` are the bytes it takes in the shard."""
+    """One entry of a safetensors header. Its data are `nbytes` bytes of the shard, from `begin` behind the header."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int
 
     @property
     def numel(self) -> int:
@@ -75,6 +76,18 @@ class Shard:
     size: int
     header: bytes
     tensors: dict[str, Tensor]
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of one tensor, read and not mapped: a mapped file that others shorten is a bus error.
+
+        Raises LigerError where the file has ended by now.
+        """
+        content = bytearray(self.tensors[name].nbytes)
+        with open(self.path, "rb") as file:
+            file.seek(8 + len(self.header) + self.tensors[name].begin)
+            if file.readinto(content) < len(content):
+                raise LigerError(f"{self.path} was changed while it was read; run the command again")
+        return content
 
     def fingerprint(self) -> dict:
         """Size, hash of the header and hash of 64 samples of 64 KiB, evenly spaced (a small shard is hashed whole)."""
@@ -329,7 +342,7 @@ def _tensors(entries: dict) -> tuple[dict[str, Tensor], int]:
         if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
             raise ValueError(f"{name} has {end - begin} bytes, which is not {dtype} {list(shape)}")
         spans.append((begin, end, name))
-        tensors[name] = Tensor(dtype, shape, end - begin)
+        tensors[name] = Tensor(dtype, shape, end - begin, begin)
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:

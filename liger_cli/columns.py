@@ -115,7 +115,8 @@ def open_subject(
     kind = manifest["kind"]
     adapter = read_adapter(folder) if kind == "adapter" else None
     weights = adapter_base(folder, manifest) if kind == "adapter" else folder
-    versions = file_versions(shard.path for shard in read_weights(weights))
+    files = [shard.path for shard in read_weights(weights)]
+    versions = file_versions([*files, adapter.weights.path] if adapter else files)
     model = _load_liger(weights, torch_dtype, device)
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").exists() else weights, model.config)
     if kind == "adapter":

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from liger_cli import __version__, interrupts
+from liger_cli import __version__, bus_error, interrupts
 from liger_cli.convert_options import convert
 from liger_cli.errors import flush_stdout, guarded
 from liger_cli.finetune_options import finetune
@@ -45,6 +45,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. Ctrl-C and termination unwind a command, so that half-written folders are removed."""
+    bus_error.explain()
     app(prog_name="liger")
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from liger_cli import publish
-from liger_cli.adapters import ADAPTER_WEIGHTS, Adapter, check_fits, find_base, read_adapter, recipe_of, window_only
+from liger_cli.adapters import Adapter, check_fits, find_base, read_adapter, recipe_of, window_only
 from liger_cli.checkpoint import INDEX, PICKLES, Shard, fingerprint, inside, read_config, read_shard, read_weights
 from liger_cli.converted import read_converted
 from liger_cli.errors import UsageError
@@ -120,7 +120,7 @@ def merge(
     with atomic_folder(target, force) as folder:
         for shard in shards:
             if is_rewritten(shard, trained, dtype):
-                with unchanged(shard.path):
+                with unchanged(shard.path, *(adapter.weights.path for adapter in adapters)):
                     write_shard(shard, folder / shard.name, adapters, dtype)
             else:
                 ways.add(place(shard.path, folder / shard.name, link))
@@ -200,7 +200,7 @@ def _manifest(adapters: list[Adapter], model: Path, found: dict, dtype: str | No
             {
                 "path": str(adapter.folder.resolve()),
                 "settings": (adapter.manifest or {}).get("settings"),
-                "sha256": _sha256(adapter.folder / ADAPTER_WEIGHTS),
+                "sha256": _sha256(adapter.weights.path),
             }
             for adapter in adapters
         ],

@@ -6,6 +6,7 @@ from pathlib import Path
 from liger_cli.adapters import Adapter, delta, whole_tensor
 from liger_cli.checkpoint import EXTRAS, Shard
 from liger_cli.errors import LigerError, ModelError
+from liger_cli.tensors import read_tensor
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 COPIED = 16 << 20  # bytes copied at a time
@@ -43,23 +44,18 @@ def write_shard(shard: Shard, target: Path, adapters: list[Adapter], dtype: str 
         for name in names:
             first, last = layout[name]["data_offsets"]
             touched = [adapter for adapter in adapters if name in adapter.trained]
-            reader.seek(start + first)
             if touched or header[name]["dtype"] != shard.tensors[name].dtype:
-                _write_merged(shard, name, touched, header[name]["dtype"], reader, writer)
+                _write_merged(shard, name, touched, header[name]["dtype"], writer)
             else:
+                reader.seek(start + first)
                 _copy(reader, writer, last - first)
 
 
-def _write_merged(shard: Shard, name: str, adapters: list[Adapter], kind: str, reader, writer) -> None:
-    """Read from the file, not through a memory map: a shard that others shorten would end the process by a signal."""
+def _write_merged(shard: Shard, name: str, adapters: list[Adapter], kind: str, writer) -> None:
     import torch
 
-    tensor = shard.tensors[name]
-    content = bytearray(reader.read(tensor.nbytes))
-    if len(content) < tensor.nbytes:
-        raise _ended_early(reader)
     names = {value: key for key, value in DTYPES.items()}
-    merged = torch.frombuffer(content, dtype=getattr(torch, names[tensor.dtype])).view(tensor.shape).float()
+    merged = read_tensor(shard, name)
     for adapter in adapters:
         merged = whole_tensor(adapter, name) if name in adapter.replaced else merged + delta(adapter, name)
     if not torch.isfinite(merged).all():
@@ -72,10 +68,6 @@ def _copy(reader, writer, count: int) -> None:
     while count:
         block = reader.read(min(count, COPIED))
         if not block:
-            raise _ended_early(reader)
+            raise LigerError(f"{reader.name} was changed while it was read; run the command again")
         writer.write(block)
         count -= len(block)
-
-
-def _ended_early(reader) -> LigerError:
-    return LigerError(f"{reader.name} was changed while it was read; run the command again")
