@@ -61,7 +61,7 @@ def words(command: str, *more) -> list[str]:
         "calibrate": ("convert", "base", "out", "--link", "copy", "--calibrate", "--calibration-data", "text.jsonl",
                       "--window", "4", "--kept", "40"),
         "finetune": ("finetune", "made", "--data", "text.jsonl", "--output", "out", *SMALL,
-                     "--max-steps", "40", "--save-steps", "2", "--eval-steps", "10"),
+                     "--max-steps", "12", "--save-steps", "2", "--eval-steps", "6"),
         "merge": ("merge", "lora", "--output", "out"),
         "eval": ("eval", "made", "--perplexity", "text.jsonl", "--seq-len", "32"),
         "bench": ("bench", "made", "--seq-len", "64", "--repetitions", "2", "--new-tokens", "2"),
@@ -73,9 +73,11 @@ def environment(**more) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def start(command: list[str], cwd: Path, **options) -> subprocess.Popen:
+def start(command: list[str], cwd: Path) -> subprocess.Popen:
+    """Ctrl-C counts for it, which it would not where the tests themselves run as a job in the background."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), **pipes, **options)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, cwd=cwd, env=environment(), preexec_fn=heard, **pipes)
 
 
 def run(command: list[str], cwd: Path, **options) -> subprocess.CompletedProcess:
