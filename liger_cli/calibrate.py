@@ -12,6 +12,7 @@ No weight of the base changes. Rows that took no part decide whether a layer kee
 whole model is nearer to the base than its window; where it is not, the window and the kept tokens run alone.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,7 @@ from liger_cli.extras import extra_shapes
 from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.selection import say
-from liger_cli.selection_meter import divergence, load_base
+from liger_cli.selection_meter import divergence, load_base, not_finite
 from liger_cli.templates.liger_cache import CACHE
 
 ROWS, HELD_OUT, ROW_TOKENS = 24, 8, 512
@@ -75,6 +76,8 @@ def calibrate(plan: Plan, data: str | None = None) -> tuple[Plan, dict, dict]:
     report = {"text": data or "the shipped text", "tokens": tokens, "held_out_tokens": held_out.numel()}
     fit(model, rows, held_out)
     report |= judge(model, held_out)
+    if not math.isfinite(report["kl"] + report["window_only_kl"]):
+        raise not_finite(model, held_out, "the calibration")
     if report["kl"] > report["window_only_kl"]:
         plan = replace(plan, specs=tuple(replace(spec, kept=0) for spec in plan.specs))
         report |= {"dropped_kl": report["kl"], "kl": report["window_only_kl"]}
@@ -134,6 +137,8 @@ def fit(model, rows: torch.Tensor, held_out: torch.Tensor) -> None:
         judged = _collect(model, plain, held_out, _products, step)
         for attention, statistics, unseen in zip(plain, fitted, judged, strict=True):
             grm, swa = fit_scales(statistics)
+            if not (grm.isfinite().all() and swa.isfinite().all()):
+                raise not_finite(model, rows, "the calibration")
             window = torch.cat([torch.zeros_like(grm), torch.ones_like(swa)])
             if _error(unseen, torch.cat([grm, swa])) > _error(unseen, window):
                 grm, swa = window.chunk(2)
@@ -168,8 +173,6 @@ def fit_scales(statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
     # A branch of tiny output has a tiny diagonal of its own: the penalty is relative to each.
     penalty = RIDGE * torch.diag(gram.diagonal() + 1e-6 * gram.diagonal().mean() + 1e-12)
     found = prior + torch.linalg.solve(gram + penalty, target - gram @ prior)
-    if not found.isfinite().all():
-        raise LigerError("the calibration gave numbers that are not finite; use another text")
     return found[:heads].float(), found[heads:].float()
 
 

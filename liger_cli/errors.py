@@ -130,6 +130,8 @@ def _os_sentence(error: OSError) -> str:
         advice = "; free some space or choose an output on another disk"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "; check the permissions or choose another output"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        advice = "; a file is in the way where a folder has to be"
     else:
         advice = ""
     where = f"{os.fspath(error.filename)}: " if error.filename else ""

@@ -11,6 +11,7 @@ import torch
 from liger_cli import selection
 from liger_cli.columns import load_tokenizer, pick_device, pick_dtype
 from liger_cli.errors import LigerError, ModelError
+from liger_cli.finite import first_non_finite
 from liger_cli.memory import available
 from liger_cli.plan import Plan
 from liger_cli.progress import progress
@@ -168,7 +169,10 @@ class Meter:
                     tally.add(batch, kl, guess)
         self.passes += 1 + len(settings)
         self.base = base_tally.figures()
-        return [tally.figures() for tally in tallies]
+        found = [tally.figures() for tally in tallies]
+        if not all(math.isfinite(figures.kl + figures.kl_hard) for figures in found):
+            raise not_finite(self.model, self.batches[0].ids, "the measurement")
+        return found
 
     def _logits(self, batch: Batch):
         """[B, P, V]"""
@@ -199,9 +203,6 @@ class Tally:
             self.tokens += int(batch.judged.sum())
 
     def figures(self) -> Figures:
-        """Raises LigerError where a divergence is not finite."""
-        if not self.kl + self.kl_hard < float("inf"):
-            raise LigerError("the measurement of layers gave numbers that are not finite; name the layers yourself")
         return Figures(
             kl=self.kl / self.tokens,
             kl_hard=self.kl_hard / max(self.hard, 1),
@@ -215,6 +216,21 @@ def divergence(base_log_probs, logits):
     for reference, row in zip(base_log_probs, logits, strict=True):
         found.append((reference.exp() * (reference - row.float().log_softmax(-1))).sum(-1))
     return torch.stack(found)
+
+
+def not_finite(model, ids, what: str) -> LigerError:
+    """The sentence for figures that are none: where the base, or else the linearized model, leaves the finite numbers.
+
+    Args:
+        ids: [B, T], of which the first row is run again. what: was measured.
+    """
+    ids = ids[:1].to(model.device)
+    advice = {"softmax": "the base's own; check its weights", "liger": "the linearized model's; choose another --gate"}
+    for mode, whose in advice.items():
+        model.set_attention_mode(mode)
+        if where := first_non_finite(model, lambda: model(input_ids=ids, use_cache=False)):
+            return LigerError(f"{what} gave numbers that are not finite, first in {where}: {whose}")
+    return LigerError(f"{what} gave numbers that are not finite; use another text")
 
 
 def open_meter(plan: Plan, data: str | None) -> Meter:

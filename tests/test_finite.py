@@ -1,9 +1,11 @@
 """NaN and overflow are reported with where they came from: the layer, its part, and the step of a training run."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from liger_cli import convert, finetune, training
 from liger_cli.columns import open_subject
@@ -67,3 +69,24 @@ def test_a_run_that_diverges(converted, tmp_path, monkeypatch):
         finetune.run(
             converted, data=str(data), output=tmp_path / "out", max_steps=4, schedule="constant", quiet=True, **sizes
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"calibrate": True, "settings": {"window": 4, "kept": 8}}, "the calibration"),
+        ({"softmax_layers": "auto:1", "settings": {"window": 4}}, "the measurement"),
+    ],
+)
+def test_a_base_that_overflows_while_it_is_measured(tiny_base, tmp_path, options, what):
+    """Finite weights, an infinite product: the layer is named, and nothing is written."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base(), base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{4 + i % 90}" for i in range(4000)))
+    with pytest.raises(LigerError, match=rf"{what} gave numbers .* first in layer 1 \(mlp\): the base's own"):
+        convert.convert(str(base), str(tmp_path / "out"), calibration_data=str(text), **options)
+    assert not (tmp_path / "out").exists()
