@@ -406,7 +406,7 @@ def test_interrupted(sparse_base, tmp_path, number):
     caught = 0
     for _ in range(6):
         process = subprocess.Popen(command, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not entries(here) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(clock.uniform(0, 0.25))
