@@ -114,6 +114,8 @@ def _print(report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from liger_cli.terminal import print_table
+
     console = Console(highlight=False, markup=False)
     console.print(f"liger {report['liger']}, Python {report['python']}, {report['platform']}")
     table = Table("package", "installed", "wanted or used for")
@@ -121,7 +123,7 @@ def _print(report: dict) -> None:
         table.add_row(name, row["version"] or "missing", row["wanted"])
     for name, row in report["optional"].items():
         table.add_row(name, row["version"] or "-", row["for"])
-    console.print(table)
+    print_table(console, table)
     for device in report["devices"]:
         memory = f", {size(device['memory_bytes'], 0)}" if "memory_bytes" in device else ""
         threads = f", {device['threads']} threads" if "threads" in device else ""
@@ -130,5 +132,5 @@ def _print(report: dict) -> None:
         table = Table("gate", "runs on", "why")
         for name, row in {**report["gates"], "window": report["window"]}.items():
             table.add_row(name, row["backend"], row["why"])
-        console.print(table)
+        print_table(console, table)
         console.print(f"backend asked for: {report['backend']} (LIGER_BACKEND, or `backend` in a model's config.json)")

@@ -23,13 +23,15 @@ def run(as_json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from liger_cli.terminal import print_table
+
     table = Table(title=f"{len(rows)} model families", title_justify="left")
     for name in ("model_type", "architecture", "special"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     for row in rows:
         table.add_row(row["model_type"], row["architecture"], row["special"])
     console = Console(highlight=False, markup=False)
-    console.print(table)
+    print_table(console, table)
     console.print(
         "Each passes the identity gate: mix 0 and a window over the whole text give the base's logits bit for bit."
     )

@@ -33,12 +33,14 @@ def run(as_json: bool, head_dim: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from liger_cli.terminal import print_table
+
     table = Table(title=f"State per key/value head at head dim {head_dim}, float32")
     for name in ("gate", "formula", "state", "KiB"):
-        table.add_column(name, justify="right" if name == "KiB" else "left", overflow="fold")
+        table.add_column(name, justify="right" if name == "KiB" else "left")
     for row in rows:
         state = " + ".join(f"{a} x {b}" for a, b in row["state_shapes"])
         table.add_row(row["gate"], row["formula"], state, f"{row['state_bytes'] / 1024:.1f}")
     console = Console(highlight=False, markup=False)
-    console.print(table)
+    print_table(console, table)
     console.print("p is the gate's source (--gate-source, keys by default) before RoPE; phi is --feature-map.")

@@ -10,14 +10,15 @@ from rich.text import Text
 from liger_cli.escape import printable
 from liger_cli.plan import Plan
 from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.terminal import print_table
 from liger_cli.wording import size
 
 
 def print_plan(report: dict, plan: Plan) -> None:
     """Print the report of `convert` to stdout: layers, totals, memory against the KV cache, and what was written."""
     console = Console(highlight=False, markup=False, emoji=False)
-    console.print(_layers(report))
-    console.print(_memory(report))
+    print_table(console, _layers(report))
+    print_table(console, _memory(report))
     if "selection" in report:
         from liger_cli.selection_view import print_selection
 

@@ -49,9 +49,11 @@ def print_tables(tables: list[Table], output_format: str = "table", notes: tuple
     if output_format == "table":
         from rich.console import Console
 
+        from liger_cli.terminal import print_table
+
         console = Console(highlight=False, markup=False, emoji=False)
         for table in tables:
-            console.print(table.rich())
+            print_table(console, table.rich())
         for note in notes:
             console.print(printable(note, keep="\n"), soft_wrap=True)
         return

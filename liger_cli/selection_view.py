@@ -4,6 +4,8 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from liger_cli.terminal import print_table
+
 WIDTH = 24  # characters of a full bar
 
 
@@ -11,15 +13,15 @@ def print_selection(report: dict, console: Console) -> None:
     """Bars of every layer and of every measured head, and what the steps of the choice came to."""
     if "softmax_layers" in report:
         found = report["softmax_layers"]
-        console.print(_layers(found))
+        print_table(console, _layers(found))
         steps = [(f"auto, step {i + 1}: layer {step['layer']}", step) for i, step in enumerate(found["greedy"])]
         steps += [(f"{one['name']}: layers {', '.join(map(str, one['layers']))}", one) for one in found["spacings"]]
-        console.print(_together(found, steps, "softmax layers"))
+        print_table(console, _together(found, steps, "softmax layers"))
     if "softmax_heads" in report:
         found = report["softmax_heads"]
-        console.print(_heads(found))
+        print_table(console, _heads(found))
         steps = [(f"auto, + {', '.join(step['heads'])}", step) for step in found["greedy"]]
-        console.print(_together(found, steps, "softmax heads"))
+        print_table(console, _together(found, steps, "softmax heads"))
 
 
 def _layers(found: dict) -> Table:

@@ -247,7 +247,8 @@ def test_hang_ups_that_nohup_ignores_stay_ignored(place):
     )
     done = subprocess.run([sys.executable, "-c", script], preexec_fn=ignore, capture_output=True, text=True)
     assert done.stdout == "alive\n", done.stderr
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", script], preexec_fn=heed, capture_output=True, text=True)
     assert done.stdout == ""
 
 

@@ -12,7 +12,7 @@ from liger_cli.card import refresh_card
 from liger_cli.errors import LigerError, UsageError
 from liger_cli.outputs import write_whole
 from liger_cli.published import BASES, published_figures
-from liger_cli.report import Table, eval_notes, eval_tables, number, percent
+from liger_cli.report import Table, eval_notes, eval_tables, number, percent, print_tables
 from liger_cli.results import BEGIN, END, keep, read_results, rewrite_card
 
 
@@ -189,3 +189,14 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(LigerError, match="not valid JSON"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 200])
+def test_tables_lose_nothing_on_narrow_terminals(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    figures = [f"{index}.25 ± 0.5" for index in range(8)]
+    table = Table("Speeds", ["tokens", *(f"column number {index}" for index in range(8))], [["1,024", *figures]])
+    print_tables([table])
+    out = capsys.readouterr().out
+    assert all(figure.split()[0] in out for figure in figures) and "1,024" in out and "…" not in out
+    assert max(map(len, out.splitlines())) <= columns

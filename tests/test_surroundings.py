@@ -102,6 +102,7 @@ def test_lists_and_help_in_a_c_locale(run, command):
 def test_lists_and_help_on_a_narrow_terminal(run, command):
     out = text_of(run(*command, env={"COLUMNS": "40"}))
     assert max(map(len, out.splitlines())) <= 40
+    assert "--help" in command or "…" not in out  # nothing is cut
 
 
 @pytest.mark.parametrize("settings", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"LC_ALL": "xx_YY"}, {"LANG": ""}])
@@ -116,6 +117,8 @@ def test_the_plan_on_a_narrow_terminal(sparse_base, run, tmp_path):
         out = text_of(run("convert", base, "--dry-run", env=settings))
         assert "gla" in out or settings["COLUMNS"] == "1"
         assert "-liger-gla was not written" in out  # paths are kept whole, to be copied
+        assert "…" not in out or settings["COLUMNS"] == "1"
+        assert settings["COLUMNS"] != "40" or re.search(r"parameters: [\d,]{5,}\n", out)
 
 
 def terminal(command: list[str], cwd: Path, **environment) -> bytes:
