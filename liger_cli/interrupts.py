@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 AGAIN = 0.1  # seconds
 
 _received: list[int] = []
+_postponed = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,6 +59,28 @@ def unwinding() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def postponed() -> Iterator[Callable[[], None]]:
+    """Signals of `unwind` wait in the block until the function that it gives is called, which raises one that came.
+
+    For what is made and has to be removed again: it is called where that is looked after.
+    """
+    global _postponed
+    before = len(_received)
+
+    def go_on() -> None:
+        global _postponed
+        _postponed = False
+        if len(_received) > before:
+            raise Interrupted(_received[-1])
+
+    _postponed = True
+    try:
+        yield go_on
+    finally:
+        _postponed = False
+
+
 def _handle(handler) -> None:
     for name in NAMES:
         number = getattr(signal, name, None)
@@ -67,7 +90,8 @@ def _handle(handler) -> None:
 
 def _raise(number: int, _frame) -> None:
     _received.append(number)
-    raise Interrupted(number)
+    if not _postponed:
+        raise Interrupted(number)
 
 
 def _unraisable(failure) -> None:

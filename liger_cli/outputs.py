@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.interrupts import postponed
 from liger_cli.manifest import MANIFEST, read_manifest
 
 LINKS = ("auto", "hard", "copy")
@@ -54,18 +55,20 @@ def atomic_folder(output: Path, force: bool = False) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     _restore_replaced(output)
     _remove_stale(output)
-    partial, lock = _locked_temporary(output, folder=True)
-    try:
-        yield partial
-        _sync_tree(partial)
-        partial.chmod(0o777 & ~_umask())
-        if os.path.lexists(output) or not _rename_new(partial, output):
-            check_output(output, force)  # a run beside this one may have made it meanwhile
-            _exchange(partial, output)
-        _sync(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+    with postponed() as go_on:
+        partial, lock = _locked_temporary(output, folder=True)
+        try:
+            go_on()
+            yield partial
+            _sync_tree(partial)
+            partial.chmod(0o777 & ~_umask())
+            if os.path.lexists(output) or not _rename_new(partial, output):
+                check_output(output, force)  # a run beside this one may have made it meanwhile
+                _exchange(partial, output)
+            _sync(output.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
 
 
 @contextmanager
@@ -100,17 +103,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
     path = Path(os.path.abspath(path))
     _remove_stale(path)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-    temporary, descriptor = _locked_temporary(path, folder=False)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode)
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with postponed() as go_on:
+        temporary, descriptor = _locked_temporary(path, folder=False)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                go_on()
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), mode)
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

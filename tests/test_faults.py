@@ -252,6 +252,31 @@ def test_hang_ups_that_nohup_ignores_stay_ignored(place):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("write", ["folder", "file"])
+def test_a_signal_while_something_temporary_is_made(tmp_path, monkeypatch, write):
+    """Between its making and the place that removes it again there is no moment for an interruption."""
+    from liger_cli import interrupts
+
+    real, sent = outputs._locked_temporary, []
+
+    def slow(*arguments, **options):
+        found = real(*arguments, **options)
+        sent.append(found[0])
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+        return found
+
+    monkeypatch.setattr(outputs, "_locked_temporary", slow)
+    monkeypatch.setattr(interrupts, "_received", [])
+    with pytest.raises(interrupts.Interrupted) as caught, interrupts.unwinding():
+        if write == "file":
+            outputs.write_whole(tmp_path / "f", "x")
+        with outputs.atomic_folder(tmp_path / "out"):
+            pytest.fail("went on")
+    assert sent and caught.value.exit_code == 143 and entries(tmp_path) == set()
+
+
 def test_an_interruption_that_a_finalizer_swallows_comes_again():
     script = (
         "import gc, os, signal, sys, time\n"
