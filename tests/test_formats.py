@@ -20,6 +20,7 @@ from liger_cli.convert import refresh
 from liger_cli.errors import ModelError
 from liger_cli.main import app
 from liger_cli.modeling import load_model
+from liger_cli.templates.liger_cache import CACHE
 from liger_cli.templates.liger_config import FORMAT
 
 DATA = Path(__file__).parent / "data"
@@ -50,6 +51,7 @@ def test_todays_code_runs_the_sample(sample):
     check_same(load_model(sample, dtype=torch.float32))
 
 
+@pytest.mark.skipif(CACHE == "cache", reason="from 5.24 on transformers has another name for the cache: --refresh")
 def test_the_samples_own_code_runs_it_without_liger(sample, tmp_path):
     script = BLOCKER + (
         "import json, torch\n"
