@@ -25,6 +25,7 @@ from liger_cli.shapes import shapes_subject
 SIDES = ("model", "base")
 FIRST_POSITION = 1024
 SWEEP_END = 1024  # sequences
+SWEEP_STEPS = 3
 MAX_PREFILLS = 3  # runs of one prefill at most
 PREFILL_SECONDS = 10.0  # a prefill is repeated only while it took less in all
 MEMORY_SHARE = 0.8  # of the free memory that caches may take
@@ -105,8 +106,9 @@ def bench(
         sides: of `SIDES`.
         batch_sweep: find the largest batch of `seq_len` tokens that fits, too.
     Returns:
-        What `--json` prints: `rows`, one for each side and position; `flatness`, of each side the latency at the
-        longest position over that at the shortest, a ratio for each repetition, its steps taken in turn;
+        What `--json` prints: `rows`, one for each side and position, with times as means with their spread,
+        `cache_bytes`, which are counted, and `peak_bytes`, the most of several runs; `flatness`, of each side the
+        latency at the longest position over that at the shortest, a ratio for each repetition, its steps taken in turn;
         `prefill_speedup`, the base's time over the model's at the longest position that both have read; `backend`,
         what the kernels run on.
     """
@@ -215,11 +217,13 @@ def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, 
             "cache_bytes": None,
             "cache_shapes": None,
             "peak_bytes": None,
+            "peak_bytes_spread": None,
             "roofline_ms": None,
             "roofline_fraction": None,
             "cache": None,
         }
         seconds: list[float] = []
+        peaks: list[int | None] = []
         try:
             while stopped is None and len(seconds) < MAX_PREFILLS and sum(seconds) < PREFILL_SECONDS:
                 row["cache"] = None
@@ -228,7 +232,7 @@ def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, 
                 seconds.append(taken)
                 row["cache_bytes"], row["cache_shapes"] = cache_bytes(row["cache"]), cache_shapes(row["cache"])
                 side.step(row["cache"])
-                row["peak_bytes"] = peak.stop()
+                peaks.append(peak.stop())
         except OutOfTime:
             row["prefill_note"] = f"stopped after {limit:g} s"
             stopped = f"not tried: {position} tokens took more than {limit:g} s"
@@ -241,6 +245,8 @@ def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, 
         if seconds:
             read = position, min(seconds)
             row["prefill_s"] = spread(seconds)
+            if held := [nbytes for nbytes in peaks if nbytes is not None]:
+                row["peak_bytes"], row["peak_bytes_spread"] = max(held), spread(held)
             row["prefill_tokens_per_s"] = side.batch_size * position / statistics.mean(seconds)
         if side.which == "base":
             row["cache"] = None  # grows with the text; decoding makes one for all positions
@@ -323,40 +329,44 @@ def largest_batch(side: Side, tokens: int, limit: float) -> dict:
     """The largest batch, by doubling and then halving the gap, whose caches of `tokens` tokens fit and take a step.
 
     Returns:
-        `{which, position, batch_size, latency_ms, tokens_per_s, note}`; the note says why it ended.
+        `{which, position, batch_size, at_least, latency_ms, tokens_per_s, note}`; the note says why it ended,
+        `at_least` whether that was before anything did not fit.
     """
     began = time.perf_counter()
-    good, bad, latency, note = 0, None, None, f"the sweep ends at {SWEEP_END}"
+    good, bad, latency, note, at_least = 0, None, None, "", False
     while bad is None or bad - good > max(1, good // 8):
         batch = (2 * good or 1) if bad is None else (good + bad) // 2
         if batch > SWEEP_END:
+            note, at_least = f"the sweep ends at {SWEEP_END}", True
             break
         if time.perf_counter() - began > limit:
-            note = f"the sweep ends after {limit:g} s"
+            note, at_least = f"the sweep ends after {limit:g} s", True
             break
-        seconds, reason = _try_batch(replace(side, batch_size=batch), tokens)
-        if seconds is None or seconds > limit:
+        milliseconds, reason = _try_batch(replace(side, batch_size=batch), tokens)
+        if milliseconds is None or milliseconds["mean"] > 1e3 * limit:
             bad, note = batch, reason or f"a step of {batch} takes more than {limit:g} s"
         else:
-            good, latency = batch, 1e3 * seconds
+            good, latency = batch, milliseconds
     return {
         "which": side.which,
         "position": tokens,
         "batch_size": good,
+        "at_least": at_least,
         "latency_ms": latency,
-        "tokens_per_s": None if latency is None else 1e3 * good / latency,
+        "tokens_per_s": None if latency is None else 1e3 * good / latency["mean"],
         "note": note,
     }
 
 
-def _try_batch(side: Side, tokens: int) -> tuple[float | None, str]:
+def _try_batch(side: Side, tokens: int) -> tuple[dict | None, str]:
+    """Milliseconds of a step with their spread, or None and why there are none."""
     free, needed = available(side.device), 2 * side.needed_bytes(tokens)
     if free is not None and needed > MEMORY_SHARE * free:
         return None, "the caches of more do not fit into memory"
     try:
         contestant = Decoding(side, tokens, side.filled_cache(tokens))
         contestant.step()
-        return min(contestant.step() for _ in range(3)), ""
+        return spread([1e3 * contestant.step() for _ in range(SWEEP_STEPS)]), ""
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

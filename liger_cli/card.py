@@ -7,8 +7,8 @@ from pathlib import Path
 from liger_cli.errors import LigerError
 from liger_cli.escape import markdown, printable
 from liger_cli.plots import bench_plot, recall_plot
-from liger_cli.report import bench_notes, bench_tables, eval_notes, eval_tables
-from liger_cli.results import RESULTS, keep, read_results, rewrite_card, shown
+from liger_cli.report import bench_notes, bench_tables, eval_notes, eval_tables, sample_table
+from liger_cli.results import EVALUATED, RESULTS, keep, read_results, rewrite_card, shown
 
 PLOT = re.compile(r"\w+\.png", re.ASCII)
 PLOTS = {"eval": recall_plot, "bench": bench_plot}
@@ -21,15 +21,17 @@ def keep_result(folder: Path, part: str, result: dict) -> list[str]:
     """
     try:
         result["plots"] = PLOTS[part](result, folder)
-        path = keep(folder, part, result)
+        gone = keep(folder, part, result)
         refresh_card(folder)
     except (OSError, LigerError) as error:
         reason = getattr(error, "strerror", None) or error
         print(printable(f"liger: the results could not be kept in {folder}: {reason}"), file=sys.stderr)
         return []
-    return [
-        f"wrote {', '.join(str(folder / plot) for plot in result['plots']) or 'no plot'}, {path} and the model card"
-    ]
+    files = [str(folder / name) for name in (*result["plots"], RESULTS)]
+    notes = [f"wrote {', '.join(files)} and the model card"]
+    if gone:
+        notes.append(f"gone from there: {', '.join(gone)}, measured on other weights, dtype or device, or another base")
+    return notes
 
 
 def refresh_card(folder: Path) -> Path:
@@ -54,8 +56,24 @@ def section(results: dict, folder: Path) -> str:
         result = results[name]
         parts.append(f"### {title}")
         parts += [table.markdown() for table in tables(result)]
+        parts += [sample_table(result).markdown()] if result.get("samples") else []
         parts += map(markdown, notes(result))
         parts += [f"![{title}]({plot})" for plot in result.get("plots", []) if PLOT.fullmatch(plot)]
-        versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
-        parts.append(markdown(f"Measured {result['created'][:16].replace('T', ' ')} UTC with {versions}."))
+        parts += [markdown(sentence) for sentence in _measured(result)]
     return "\n\n".join(parts)
+
+
+def _measured(result: dict) -> list[str]:
+    """When and with which versions; a sentence of its own for what an earlier run measured."""
+    earlier: dict[str, list[str]] = {}
+    for name in EVALUATED:
+        if stamp := result.get(name, {}).get("measured"):
+            earlier.setdefault(_stamped(stamp), []).append(name)
+    return [f"Measured {_stamped(result)}."] + [
+        f"{', '.join(names).capitalize()}: measured {stamp}." for stamp, names in earlier.items()
+    ]
+
+
+def _stamped(stamp: dict) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in stamp["versions"].items() if version)
+    return f"{stamp['created'][:16].replace('T', ' ')} UTC with {versions}"

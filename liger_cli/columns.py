@@ -24,6 +24,7 @@ COLUMNS = ("base", "model", "window_only")
 TITLES = {"base": "base", "model": "model", "window_only": "window only"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE, TUNED = "base", "softmax, tuned weights"
+SWITCH = "the same weights run as softmax attention"
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Subject:
         original: the base as a model of its own, where the switch cannot give it back, else None.
         base_label: `base`, or `softmax, tuned weights` where the original is not at hand; then there is no recovery.
         base_source: where the base column comes from, in words.
-        fingerprint: of the weights that the folder holds.
+        fingerprint: of the weights that the folder holds, or, of an adapter, of the model it belongs to.
+        adapter: fingerprint of the adapter's own weights, else None.
         versions: of the files that the weights were read from, and may still be read from.
     """
 
@@ -48,8 +50,9 @@ class Subject:
     tokenizer: Any
     original: Any = None
     base_label: str = BASE
-    base_source: str = "the softmax switch"
+    base_source: str = SWITCH
     fingerprint: dict = field(default_factory=dict)
+    adapter: dict | None = None
     versions: dict = field(default_factory=dict)
 
     @property
@@ -84,6 +87,7 @@ class Subject:
             "folder": str(self.folder),
             "kind": self.kind,
             "fingerprint": self.fingerprint,
+            **({} if self.adapter is None else {"adapter": self.adapter}),
             "dtype": str(self.liger_model.dtype).removeprefix("torch."),
             "device": str(self.liger_model.device),
             "base_column": {"label": self.base_label, "source": self.base_source},
@@ -126,12 +130,13 @@ def open_subject(
         model = PeftModel.from_pretrained(model, str(folder.resolve()), config=peft_config(adapter))
     subject = Subject(folder, kind, model.eval(), tokenizer, fingerprint=_fingerprint(weights), versions=versions)
     if kind == "adapter":
-        subject.base_source = "the softmax switch with LoRA off"
+        subject.adapter = fingerprint((adapter.weights,))
+        subject.base_source = f"{SWITCH}, LoRA off"
     if kind != "merged" and _base_digest(weights) != (read_manifest(weights) or {}).get("fingerprint", {}).get(
         "digest"
     ):
         subject.base_label = TUNED
-        subject.base_source = f"the softmax switch; the weights in {weights} are not the ones that were converted"
+        subject.base_source = f"{SWITCH}; the weights in {weights} are not the ones that were converted"
     if against is not None:
         subject.original = _load_original(_base_folder(against), torch_dtype, device)
         subject.base_label, subject.base_source = BASE, against
@@ -139,12 +144,12 @@ def open_subject(
         base = named_base(manifest)
         if base is None:
             subject.base_label = TUNED
-            subject.base_source = "the softmax switch; the base that liger.json names is not there or has changed"
+            subject.base_source = f"{SWITCH}; the base that liger.json names is not there or has changed"
         else:
             subject.original = _load_original(base, torch_dtype, device)
             subject.base_source = str(base)
     elif kind == "merged":
-        subject.base_label, subject.base_source = TUNED, "the softmax switch"
+        subject.base_label, subject.base_source = TUNED, SWITCH
     return subject
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from liger_cli.columns import COLUMNS, Subject, open_subject
 from liger_cli.errors import UsageError
 from liger_cli.folders import resolve_model
-from liger_cli.harness import parse_tasks, run_tasks
+from liger_cli.harness import check_tasks, parse_tasks, run_tasks
 from liger_cli.progress import progress
 from liger_cli.published import TASKS as PUBLISHED_TASKS
 from liger_cli.published import published_figures
 from liger_cli.recall import KINDS, METHODS, generated_count, measure
 from liger_cli.report import (
     FORMATS,
+    comparison_notes,
     comparison_tables,
     eval_notes,
     eval_tables,
@@ -76,7 +77,16 @@ def run(
     parts = {"perplexity": perplexity is not None, "recall": recall, "agreement": agreement}
     if not (any(parts.values()) or tasks or samples):
         parts = dict.fromkeys(parts, True)
+    for option, value in (
+        ("--seq-len", seq_len),
+        ("--batch-size", batch_size),
+        ("--recall-count", count),
+        ("--samples", samples or None),
+    ):
+        _check_positive(option, value)
     task_names = parse_tasks(tasks) if tasks else ()
+    if task_names:
+        check_tasks(task_names, num_fewshot, limit, include_path)
     subject = open_subject(folder, against=against, device=device, dtype=dtype)
     result = evaluate(
         subject,
@@ -117,7 +127,8 @@ def _compare(files: tuple[str, ...], output_format: str) -> dict:
     if output_format == "json":
         print(shown(lambda: json.dumps(results, indent=2, allow_nan=False), where))
     else:
-        print_tables(shown(lambda: comparison_tables(results), where), output_format)
+        notes = shown(lambda: comparison_notes(results), where)
+        print_tables(shown(lambda: comparison_tables(results), where), output_format, notes)
     return results
 
 
@@ -151,12 +162,21 @@ def evaluate(
         count: probes of each kind and distance.
         batch_size: sequences a pass; as many as fit by default.
     """
-    _check_positive("--seq-len", seq_len)
-    _check_positive("--batch-size", batch_size)
-    _check_positive("--recall-count", count)
     result = {**stamp(), "seed": seed, "model": subject.describe()}
+    given = None if text is None else read_texts(Path(text))
+    if tasks:  # first: their data may be missing
+        result["tasks"] = _tasks(
+            subject,
+            tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            include_path=include_path,
+            metadata=metadata,
+        )
     if "perplexity" in parts or "agreement" in parts:
-        result |= _score(subject, parts, text, seq_len, batch_size)
+        texts = given or held_out_text(SHIPPED_CHARACTERS)
+        result |= _score(subject, parts, text, texts, seq_len, batch_size)
     if "recall" in parts:
         steps = len(kinds) * len(distances) * len(COLUMNS) * len(methods)
         with progress("recall", steps) as step:
@@ -172,33 +192,20 @@ def evaluate(
             )
         counts = {"teacher_forced": count, "generation": generated_count(count)}
         result["recall"] = {**found, "recovery": _recovery(found, subject), "count": counts}
-    if tasks:
-        result["tasks"] = _tasks(
-            subject,
-            tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            include_path=include_path,
-            metadata=metadata,
-        )
     if samples:
-        result["samples"] = write_samples(subject, _texts(text, samples), samples)
+        result["samples"] = write_samples(subject, given or held_out_text(4000 * samples), samples)
     return result
 
 
 def _tasks(subject: Subject, tasks: tuple[str, ...], **settings) -> dict:
     found = run_tasks(subject, tasks, **settings)
-    values = {
-        column: {
-            task: {metric: figure["value"] for metric, figure in metrics.items()}
-            for task, metrics in found[column].items()
-        }
-        for column in COLUMNS
+    recovery = {
+        task: {metric: _regained(found["base"][task][metric], figure) for metric, figure in metrics.items()}
+        for task, metrics in found["model"].items()
     }
     result = {
         **found,
-        "recovery": _recovery(values, subject),
+        "recovery": recovery if subject.has_recovery else None,
         "settings": {name: settings[name] for name in ("num_fewshot", "limit", "metadata")},
     }
     if set(tasks) & set(PUBLISHED_TASKS):
@@ -206,15 +213,17 @@ def _tasks(subject: Subject, tasks: tuple[str, ...], **settings) -> dict:
     return result
 
 
-def _texts(text: str | None, documents: int = 0) -> list[str]:
-    if text is not None:
-        return read_texts(Path(text))
-    return held_out_text(max(SHIPPED_CHARACTERS, 4000 * documents))
+def _regained(base: dict, model: dict) -> float | None:
+    """Of a task's figure: model over base, or base over model where lower is better; None where there is no ratio."""
+    over, under = model["value"], base["value"]
+    if model["higher_is_better"] is False:
+        over, under = under, over
+    return None if over is None or not under else over / under
 
 
-def _score(subject: Subject, parts, text: str | None, seq_len: int, batch_size: int | None) -> dict:
+def _score(subject: Subject, parts, text: str | None, texts: list[str], seq_len: int, batch_size: int | None) -> dict:
     name = "the shipped held-out text" if text is None else str(text)
-    rows = make_rows(subject.tokenizer, _texts(text), seq_len)
+    rows = make_rows(subject.tokenizer, texts, seq_len)
     check_ids(int(rows.ids.max()), subject.liger_model.config.vocab_size, subject.folder)
     size = batch_size_for(rows, subject.liger_model.config.vocab_size, batch_size)
     with progress("perplexity", -(-len(rows.ids) // size) * len(COLUMNS)) as step:

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 
 from liger_cli.columns import COLUMNS, Subject
@@ -47,7 +49,10 @@ def run_tasks(
     seed: int = 0,
     columns: tuple[str, ...] = COLUMNS,
 ) -> dict:
-    """Run tasks and return `{column: {task: {metric: {value, stderr}}}}`.
+    """Run tasks and return `{column: {task: {metric: {value, stderr, higher_is_better}}}, "details", "harness"}`.
+
+    `details` has of each task the examples in its prompt, its version and how many of its examples were run, `harness`
+    the version of lm-eval and the seed.
 
     Args:
         tasks: names or groups of the harness, or of YAML files under `include_path`.
@@ -56,24 +61,18 @@ def run_tasks(
         batch_size: sequences a pass; as many as fit by default.
         metadata: handed to the tasks, as `lm_eval --metadata` does; RULER reads `max_seq_lengths`.
     Raises:
-        SetupError: lm-eval is missing, or a task's data cannot be had. UsageError: an unknown task.
+        SetupError: lm-eval is missing, or a task's data cannot be had. LigerError: the harness failed. What
+        `check_tasks` finds is not looked for again.
     """
     lm_eval, tasks_module, huggingface = _import()
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"--include-path names {include_path}, which is not a folder")
-    for noisy in ("lm_eval", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Asks git about the current folder for a figure nobody reads, and git complains where that is no repository.
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     with tempfile.TemporaryDirectory(prefix="liger-tokenizer-") as folder:
         metadata = {"tokenizer": _plain_tokenizer(subject.tokenizer, Path(folder)), **(metadata or {})}
         manager = tasks_module.TaskManager(include_path=include_path, metadata=metadata)
-        for name in tasks:
-            if name not in manager.all_tasks:
-                raise UsageError(
-                    f"--tasks names {name!r}, which the harness does not have{did_you_mean(name, manager.all_tasks)}"
-                )
         spare_retries()
         settings = {
-            "limit": limit,
+            "limit": limit if limit is None or limit < 1 else int(limit),
             "task_manager": manager,
             "log_samples": False,
             "random_seed": seed,
@@ -82,6 +81,7 @@ def run_tasks(
             "fewshot_random_seed": seed,
         }
         found: dict[str, dict] = {column: {} for column in columns}
+        details: dict[str, dict] = {}
         for column in columns:
             for shots, names in _by_fewshot(tasks, num_fewshot).items():
                 # The harness prints to stdout, which is the results' own.
@@ -100,8 +100,37 @@ def run_tasks(
                     except Exception as error:
                         raise _as_sentence(error, names) from error
                 for name in names:
-                    found[column] |= _of_task(results, name)
-    return found
+                    figures = _of_task(results, name)
+                    found[column] |= figures
+                    details |= {task: _details(results, task) for task in figures}
+    return {**found, "details": details, "harness": {"lm_eval": version("lm_eval"), "seed": seed}}
+
+
+def check_tasks(
+    tasks: tuple[str, ...], num_fewshot: int | None = None, limit: float | None = None, include_path: str | None = None
+) -> None:
+    """Find out what cannot be run before anything is: options, the harness itself, and names that it does not have.
+
+    Raises:
+        UsageError: an option or a name. SetupError: lm-eval is missing.
+    """
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"--num-fewshot is {num_fewshot}, but has to be 0 or more")
+    if limit is not None and not (0 < limit < 1 or (math.isfinite(limit) and limit >= 1 and limit == int(limit))):
+        raise UsageError(f"--limit is {limit:g}, but has to be a number of examples, or a share between 0 and 1")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"--include-path names {include_path}, which is not a folder")
+    tasks_module = _import()[1]
+    for noisy in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        known = tasks_module.TaskManager(include_path=include_path).all_tasks
+    except Exception as error:  # whatever a YAML file that is none of the harness's makes it raise
+        where = f" (one of them under --include-path {include_path})" if include_path else ""
+        raise LigerError(f"the harness cannot read its task files{where}: {_sentence(error)}") from error
+    for name in tasks:
+        if name not in known:
+            raise UsageError(f"--tasks names {name!r}, which the harness does not have{did_you_mean(name, known)}")
 
 
 def parse_metadata(text: str | None) -> dict | None:
@@ -138,6 +167,7 @@ def _automatic_batch_size(model) -> int | str:
 def _import():
     try:
         import lm_eval
+        import lm_eval.evaluator
         import lm_eval.tasks
         from lm_eval.models import huggingface
     except ModuleNotFoundError as error:
@@ -156,15 +186,27 @@ def _by_fewshot(tasks: tuple[str, ...], num_fewshot: int | None) -> dict[int | N
 
 def _of_task(results: dict, name: str) -> dict[str, dict]:
     """The task's figures, or, of a group that has none of its own, those of its tasks."""
-    metrics = _metrics(results["results"].get(name, {}))
+    metrics = _metrics(results["results"].get(name, {}), results.get("higher_is_better", {}).get(name) or {})
     children = results.get("group_subtasks", {}).get(name, [])
     if metrics or not children:
         return {name: metrics}
     return {child: figures for each in children for child, figures in _of_task(results, each).items()}
 
 
-def _metrics(results: dict) -> dict:
-    """`acc,none` and `acc_stderr,none` as `{"acc": {value, stderr}}`; a filter's name is kept where it is not none."""
+def _details(results: dict, name: str) -> dict:
+    """What a task's figures rest on; None where a group's tasks differ."""
+    return {
+        "num_fewshot": results.get("n-shot", {}).get(name),
+        "version": results.get("versions", {}).get(name),
+        "examples": (results.get("n-samples", {}).get(name) or {}).get("effective"),
+    }
+
+
+def _metrics(results: dict, better: dict) -> dict:
+    """`acc,none` and `acc_stderr,none` as `{"acc": {value, stderr, higher_is_better}}`.
+
+    A filter's name is kept where it is not none. `better`: of each metric, None where the harness cannot tell.
+    """
     metrics = {}
     for key, value in results.items():
         name, _, chosen = key.partition(",")
@@ -172,10 +214,18 @@ def _metrics(results: dict) -> dict:
             continue
         if value == -1:  # RULER's mark of a length that was not asked for
             continue
-        stderr = results.get(f"{name}_stderr,{chosen}")
         shown = name if chosen == "none" else f"{name} ({chosen})"
-        metrics[shown] = {"value": float(value), "stderr": stderr if isinstance(stderr, float) else None}
+        metrics[shown] = {
+            "value": _finite(value),
+            "stderr": _finite(results.get(f"{name}_stderr,{chosen}")),
+            "higher_is_better": better.get(name),
+        }
     return metrics
+
+
+def _finite(value) -> float | None:
+    """A figure, or None for what JSON has no number for: the error of a single example is NaN, or the text N/A."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _as_sentence(error: Exception, tasks) -> LigerError:
@@ -193,4 +243,8 @@ def _as_sentence(error: Exception, tasks) -> LigerError:
             f"the data of {', '.join(tasks)} could not be had from the hub; check the network, or run local tasks with "
             "--include-path"
         )
-    return LigerError(f"the harness failed on {', '.join(tasks)}: {reasons[0]}")
+    return LigerError(f"the harness failed on {', '.join(tasks)}: {_sentence(error)}")
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -85,11 +85,11 @@ def spare_retries() -> None:
     """Without network, switch `datasets` to its cache: its retries would take most of a minute before they fail."""
     import datasets
 
-    if not _answers():
+    if not reachable():
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
-def _answers() -> bool:
+def reachable() -> bool:
     """Whether the hub can be reached; taken for granted behind a proxy, where a connection of our own tells nothing."""
     import socket
     from urllib.parse import urlsplit

@@ -13,38 +13,42 @@ MARKERS = {"model": "o", "base": "s"}
 
 
 def bench_plot(result: dict, folder: Path) -> list[str]:
-    """Decoding latency, prefill time and cache memory against length, both sides. Returns the files' names."""
+    """Decoding latency, prefill time and cache memory against length, both sides. Returns the files' names.
+
+    A cross at the upper edge marks a length at which a run was stopped or not tried.
+    """
     from matplotlib.ticker import LogLocator
 
     figure, axes = _figure(1, 3, (10.5, 3.1))
     panels = (
-        ("latency_ms", "decoding, ms a token", 1),
-        ("prefill_s", "prefill, s", 1),
-        ("cache_bytes", "cache, MiB", 1 << 20),
+        ("latency_ms", "decoding, ms a token", "tokens before", 1),
+        ("prefill_s", "prefill, s", "tokens read", 1),
+        ("cache_bytes", "cache, MiB", "tokens before", 1 << 20),
     )
-    for axis, (name, label, unit) in zip(axes[0], panels, strict=True):
+    ticks = sorted({row["position"] for row in result["rows"]})
+    for axis, (name, label, length, unit) in zip(axes[0], panels, strict=True):
         for which in ("base", "model"):
-            rows = [row for row in result["rows"] if row["which"] == which and row[name] is not None]
-            values = [row[name]["mean"] if isinstance(row[name], dict) else row[name] / unit for row in rows]
-            errors = [(row[name]["std"] or 0) if isinstance(row[name], dict) else 0 for row in rows]
-            axis.errorbar(
-                [row["position"] for row in rows],
-                values,
-                errors,
-                label=LABELS[which],
-                color=COLOURS[which],
-                marker=MARKERS[which],
-                markersize=4,
-                capsize=2,
-            )
-        axis.set(xlabel="tokens before", ylabel=label, xscale="log", yscale="log")
-        ticks = sorted({row["position"] for row in result["rows"]})
+            rows = [row for row in result["rows"] if row["which"] == which]
+            style = {"color": COLOURS[which], "markersize": 4}
+            known = [row for row in rows if row[name] is not None]
+            values = [row[name]["mean"] if isinstance(row[name], dict) else row[name] / unit for row in known]
+            errors = [(row[name]["std"] or 0) if isinstance(row[name], dict) else 0 for row in known]
+            places = [row["position"] for row in known]
+            axis.errorbar(places, values, errors, label=LABELS[which], marker=MARKERS[which], capsize=2, **style)
+            if stopped := [row["position"] for row in rows if row[name] is None]:
+                at_the_edge = {"transform": axis.get_xaxis_transform(), "linestyle": ""}
+                edge = {"base": 0.96, "model": 0.92}[which]
+                label_ = f"{LABELS[which]}: stopped"
+                axis.plot(stopped, [edge] * len(stopped), marker="x", label=label_, **at_the_edge, **style)
+        axis.set(xlabel=length, ylabel=label, xscale="log", yscale="log")
         axis.set_xticks(ticks, [_tokens(tick) for tick in ticks])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].legend(frameon=False)
+    if any(row["prefill_s"] is None for row in result["rows"]):
+        axes[0][1].legend(frameon=False, fontsize=8)
     return _save(figure, folder, "bench")
 
 

@@ -3,9 +3,10 @@
 import csv
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from liger_cli.columns import TITLES
+from liger_cli.columns import BASE, TITLES
 from liger_cli.escape import csv_cell, markdown, printable
 from liger_cli.wording import size
 
@@ -31,17 +32,39 @@ class Table:
         writer.writerows([list(map(csv_cell, cells)) for cells in (self.header, *self.rows)])
         return text.getvalue()
 
-    def rich(self):
+    def rich(self, width: int):
+        """Without its title, for a terminal of `width` columns: only headers are wrapped where that is enough."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(printable(self.title)), title_justify="left", box=box.SIMPLE_HEAD)
-        for index, name in enumerate(self.header):
-            table.add_column(Text(printable(name)), justify="right" if index else "left", no_wrap=index == 0)
-        for row in self.rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
+        header, *rows = [[printable(cell) for cell in row] for row in (self.header, *self.rows)]
+        table = RichTable(box=box.SIMPLE_HEAD)
+        for index, (name, columns) in enumerate(zip(header, _widths(header, rows, width), strict=True)):
+            table.add_column(Text(name), justify="right" if index else "left", width=columns, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
         return table
+
+
+def _widths(header: list[str], rows: list[list[str]], width: int) -> list[int | None]:
+    """Columns that every cell and every word of the header fit into, and what is left of `width` for the headers.
+
+    None for each where they do not fit: rich then breaks cells as it sees fit.
+    """
+    from rich.cells import cell_len
+
+    least = [
+        max(map(cell_len, (*name.split(), *(row[index] for row in rows), " "))) for index, name in enumerate(header)
+    ]
+    left = width - sum(least) - 3 * len(least) - 1  # borders, and a space on either side of a cell
+    if left < 0:
+        return [None] * len(header)
+    for index, name in enumerate(header):
+        more = min(left, max(cell_len(name) - least[index], 0))
+        least[index] += more
+        left -= more
+    return least
 
 
 def print_tables(tables: list[Table], output_format: str = "table", notes: tuple[str, ...] = ()) -> None:
@@ -53,7 +76,8 @@ def print_tables(tables: list[Table], output_format: str = "table", notes: tuple
 
         console = Console(highlight=False, markup=False, emoji=False)
         for table in tables:
-            print_table(console, table.rich())
+            console.print(printable(table.title), soft_wrap=True)
+            print_table(console, table.rich(console.width))
         for note in notes:
             console.print(printable(note, keep="\n"), soft_wrap=True)
         return
@@ -111,13 +135,15 @@ def _perplexity_tables(result: dict, columns: list[str], head: list[str]) -> lis
 
 def _agreement_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
     values = result["agreement"]
-    table = Table(f"agreement with the {head[0]} column on the same text", ["", *head])
-    table.rows.append(["KL divergence, nats a token", *(number(values[column]["kl"]) for column in columns)])
-    table.rows.append(["same most likely token", *(percent(values[column]["top1"]) for column in columns)])
+    table = Table(f"agreement with the {head[0]} column on the same text", ["", *head, "recovery"])
+    table.rows.append(["KL divergence, nats a token", *(number(values[column]["kl"]) for column in columns), "-"])
+    shares = [percent(values[column]["top1"]) for column in columns]
+    table.rows.append(["same most likely token", *shares, percent(values["recovery"])])
     return [table]
 
 
-BASE_SCORES_0 = "base scores 0"
+BASE_FAILS = "base fails"
+FAILS_BELOW = 0.1  # of recall probes: a base that answers fewer has not learned to
 RECALL_TITLES = {
     "single": "one fact",
     "key_value": "one of four facts",
@@ -139,7 +165,7 @@ def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Ta
         for kind, methods in values["model"].items():
             for distance in methods.get(method, {}):
                 cells = [values[column][kind][method][distance] for column in columns]
-                recovered = _recovered(values, (kind, method, distance))
+                recovered = _recovered(values, (kind, method, distance), fails_below=FAILS_BELOW)
                 table.rows.append([RECALL_TITLES[kind], distance, *map(percent, cells), recovered])
         if table.rows:
             tables.append(table)
@@ -148,19 +174,40 @@ def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Ta
 
 def _task_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
     values = result["tasks"]
-    limit = values["settings"]["limit"]
-    scope = "" if limit is None else f" (the first {limit:g} examples of each task)"
-    table = Table(f"lm-evaluation-harness{scope}", ["task", "metric", *head, "recovery"])
+    harness = values.get("harness", {}).get("lm_eval")
+    title = " ".join(filter(None, ("lm-evaluation-harness", harness, _scope(values["settings"]["limit"]))))
+    table = Table(title, ["task", "shots", "metric", *head, "recovery"])
     for task, metrics in values["model"].items():
+        shots = values.get("details", {}).get(task, {}).get("num_fewshot")
         for metric in metrics:
-            cells = []
-            for column in columns:
-                figure = values[column][task][metric]
-                spread = "" if figure["stderr"] is None else f" ± {100 * figure['stderr']:.1f}"
-                cells.append(f"{100 * figure['value']:.1f}{spread}")
-            table.rows.append([task, metric, *cells, _recovered(values, (task, metric), lambda cell: cell["value"])])
+            figures = [values[column][task][metric] for column in columns]
+            share = _is_share(figures)
+            cells = [_task_figure(figure, share) for figure in figures]
+            recovered = _recovered(values, (task, metric), lambda cell: cell["value"])
+            name = f"{metric}, %" if share else metric
+            table.rows.append([task, "-" if shots is None else f"{shots}", name, *cells, recovered])
     published = values.get("published")
     return [table, _published_table(published)] if published else [table]
+
+
+def _scope(limit: float | None) -> str:
+    if limit is None:
+        return ""
+    share = percent(limit) if limit < 1 else f"the first {limit:g}"
+    return f"({share} of each task's examples)"
+
+
+def _is_share(figures: list[dict]) -> bool:
+    """Whether a metric is an accuracy or the like, shown in percent, and no perplexity."""
+    known = [figure["value"] for figure in figures if figure["value"] is not None]
+    return figures[0].get("higher_is_better") is not False and all(0 <= value <= 1 for value in known)
+
+
+def _task_figure(figure: dict, share: bool) -> str:
+    if figure["value"] is None:
+        return "-"
+    show = (lambda value: f"{100 * value:.1f}") if share else number
+    return show(figure["value"]) + ("" if figure["stderr"] is None else f" ± {show(figure['stderr'])}")
 
 
 def _published_table(published: dict) -> Table:
@@ -176,15 +223,16 @@ def _published_table(published: dict) -> Table:
     return table
 
 
-def _recovered(values: dict, path: tuple[str, ...], figure=lambda cell: cell) -> str:
-    """The recovery at `path`, or, where the base has nothing to recover, words that say so."""
+def _recovered(values: dict, path: tuple[str, ...], figure=lambda cell: cell, fails_below: float = 0.0) -> str:
+    """The recovery at `path`, or, where the base scores nothing or less than `fails_below`, words that say so."""
     recovery, base = values["recovery"], values.get("base")
     if recovery is None:
         return "-"
     for name in path:
         recovery = recovery[name]
         base = base[name]
-    return BASE_SCORES_0 if figure(base) == 0 else percent(recovery)
+    share = figure(base)
+    return BASE_FAILS if share is not None and (share == 0 or share < fails_below) else percent(recovery)
 
 
 PARTS = {
@@ -200,10 +248,13 @@ def eval_notes(result: dict) -> list[str]:
     column = result["model"]["base_column"]
     control = "window only: the same weights without recurrent branch and kept tokens"
     notes = [f"{column['label']}: {column['source']}. {control}."]
-    if column["label"] != "base":
+    if column["label"] != BASE:
         notes.append("The original base is not at hand, so no recovery is shown; name it with --against.")
-    if any(BASE_SCORES_0 in row for table in eval_tables(result) for row in table.rows):
-        notes.append(f"{BASE_SCORES_0}: the base itself scores 0 there, so nothing can be concluded.")
+    if any(BASE_FAILS in row for table in eval_tables(result) for row in table.rows):
+        notes.append(
+            f"{BASE_FAILS}: the base itself scores 0, or recalls less than {100 * FAILS_BELOW:g} %, so nothing can be "
+            "concluded about the model."
+        )
     tasks = result.get("tasks", {})
     if "published" in tasks and tasks["published"] is None:
         notes.append("No figures are published for a base of these shapes.")
@@ -229,46 +280,82 @@ def sample_lines(result: dict) -> list[str]:
 
 
 def comparison_tables(results: dict[str, dict]) -> list[Table]:
-    """The figures of several results files beside one another: a column for each model, its own base's under base.
+    """The figures of several results files beside one another, a column for each: model (base; window only).
 
     Args:
         results: name -> results file.
     """
-    table = Table("figures of the model (of its base)", ["", *results])
-    lines: dict[str, dict[str, str]] = {}
-    for name, found in results.items():
-        for label, shown in _headline(found).items():
-            lines.setdefault(label, {})[name] = shown
-    table.rows = [[label, *(cells.get(name, "-") for name in results)] for label, cells in lines.items()]
-    return [table]
+    tables = []
+    for title, figures in COMPARED.items():
+        lines: dict[str, dict[str, str]] = {}
+        for name, found in results.items():
+            for label, shown in figures(found).items():
+                lines.setdefault(label, {})[name] = shown
+        table = Table(title, ["", *results])
+        table.rows = [[label, *(cells.get(name, "-") for name in results)] for label, cells in lines.items()]
+        tables += [table] if table.rows else []
+    return tables
 
 
-def _headline(found: dict) -> dict[str, str]:
-    lines = {}
-    evaluation = found.get("eval", {})
+def comparison_notes(results: dict[str, dict]) -> list[str]:
+    """A sentence for each model whose base column is not its base."""
+    labels = {
+        name: found["eval"]["model"]["base_column"]["label"] for name, found in results.items() if "eval" in found
+    }
+    return [f"{name}: in place of its base stands {label}." for name, label in labels.items() if label != BASE]
+
+
+def _evaluated(found: dict) -> dict[str, str]:
+    lines, evaluation = {}, found.get("eval", {})
+
+    def add(label: str, part: str, show: Callable[[dict], str]) -> None:
+        model, base, window = (show(evaluation[part][column]) for column in ("model", "base", "window_only"))
+        lines[label] = f"{model} ({base}; {window})"
+
     if "perplexity" in evaluation:
-        values = evaluation["perplexity"]
-        label = f"perplexity, {values['text']['name']}"
-        lines[label] = f"{number(values['model']['token'])} ({number(values['base']['token'])})"
+        text = evaluation["perplexity"]["text"]
+        where = f"{text['name']}, rows of {text['seq_len']}"
+        add(f"perplexity a token, {where}", "perplexity", lambda column: number(column["token"]))
+        add(f"perplexity a byte, {where}", "perplexity", lambda column: number(column["byte"]))
     if "agreement" in evaluation:
-        lines["KL from the base, nats a token"] = number(evaluation["agreement"]["model"]["kl"])
+        add("KL from the base, nats a token", "agreement", lambda column: number(column["kl"]))
+        add("same most likely token", "agreement", lambda column: percent(column["top1"]))
     for kind, methods in evaluation.get("recall", {}).get("model", {}).items():
         for method, cells in methods.items():
-            for distance, share in cells.items():
-                base = evaluation["recall"]["base"][kind][method][distance]
+            for distance in cells:
                 label = f"recall, {RECALL_TITLES[kind]}, {METHOD_TITLES[method]}, {distance}"
-                lines[label] = f"{percent(share)} ({percent(base)})"
+                add(label, "recall", lambda column, place=(kind, method, distance): percent(_at(column, place)))
     for task, metrics in evaluation.get("tasks", {}).get("model", {}).items():
-        for metric, figure in metrics.items():
-            base = evaluation["tasks"]["base"][task][metric]["value"]
-            lines[f"{task}, {metric}"] = f"{percent(figure['value'])} ({percent(base)})"
+        for metric in metrics:
+            share = _is_share([evaluation["tasks"][column][task][metric] for column in TITLES])
+            label = f"{task}, {metric}, %" if share else f"{task}, {metric}"
+            shown = lambda column, place=(task, metric), share=share: _task_figure(_at(column, place), share)  # noqa: E731
+            add(label, "tasks", shown)
+    return lines
+
+
+def _at(values: dict, path: tuple[str, ...]):
+    for name in path:
+        values = values[name]
+    return values
+
+
+def _timed(found: dict) -> dict[str, str]:
+    lines = {}
     rows = {(row["which"], row["position"]): row for row in found.get("bench", {}).get("rows", [])}
     for (which, position), row in rows.items():
         if which == "model":
-            base = rows.get(("base", position), {"latency_ms": None, "cache_bytes": None})
+            base = rows.get(("base", position), {"latency_ms": None, "prefill_s": None, "cache_bytes": None})
             lines[f"ms a token after {position}"] = f"{_mean(row['latency_ms'])} ({_mean(base['latency_ms'])})"
+            lines[f"s to read {position}"] = f"{_mean(row['prefill_s'])} ({_mean(base['prefill_s'])})"
             lines[f"cache after {position}"] = f"{_bytes(row['cache_bytes'])} ({_bytes(base['cache_bytes'])})"
     return lines
+
+
+COMPARED = {
+    "evaluation: the model (its base; its window alone)": _evaluated,
+    "speed and memory: the model (its base)": _timed,
+}
 
 
 def _mean(figure: dict | None) -> str:
@@ -283,20 +370,19 @@ def bench_tables(result: dict) -> list[Table]:
     where = f"{result['model']['folder']}, {result['model']['dtype']}, batch {settings['batch_size']}"
     tables = []
     for title, columns in BENCH_TABLES.items():
-        header = ["tokens", *(f"{which}, {unit}" for _, unit, _, _ in columns for which in sides)]
+        header = ["tokens", *(f"{which}, {unit}" for _, unit, _ in columns for which in sides)]
         table = Table(f"{title}: {where}", header)
         for position in sorted({row["position"] for row in result["rows"]}):
             both = [rows[which, position] for which in sides]
-            cells = [show(row[name], row.get(note)) for name, _, note, show in columns for row in both]
+            cells = [show(row, name) for name, _, show in columns for row in both]
             table.rows.append([str(position), *cells])
         tables.append(table)
     if "batch_sweep" in result:
         table = Table(f"largest batch at {settings['seq_len']} tokens", ["", "batch", "ms a step", "tokens/s", "why"])
         for row in result["batch_sweep"]:
-            speed = (
-                ("-", "-") if row["latency_ms"] is None else (f"{row['latency_ms']:.3g}", f"{row['tokens_per_s']:.4g}")
-            )
-            table.rows.append([row["which"], str(row["batch_size"]), *speed, row["note"]])
+            batch = f"{'at least ' if row.get('at_least') else ''}{row['batch_size']}"
+            speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.4g}"
+            table.rows.append([row["which"], batch, _figure(row["latency_ms"]), speed, row["note"]])
         tables.append(table)
     return tables
 
@@ -304,12 +390,13 @@ def bench_tables(result: dict) -> list[Table]:
 def bench_notes(result: dict) -> list[str]:
     """Sentences that belong under the table."""
     machine, settings = result["machine"], result["settings"]
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
     notes = [
-        f"{machine['name']}, {machine['threads']} threads. Base: the same weights run as softmax attention with a "
+        f"{machine['name']}, {threads}. Base: the same weights run as softmax attention with a "
         f"growing cache. Decoding: medians of {settings['new_tokens']} interleaved steps, mean and standard deviation "
         f"of {settings['repetitions']}; the base's cache is filled with random numbers, since a step takes as long "
         "whatever they are. Peak: weights and all that was allocated while reading the text and decoding a token. Of "
-        f"limit: the least time that {machine['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s of memory and "
+        f"roofline: the least time that {machine['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s of memory and "
         f"{machine['matmul_flops_per_s'] / 1e9:.3g} GFLOP/s, both measured here, allow; weights that stay in the "
         "processor's cache can beat it.",
         *_backend_notes(result.get("backend")),
@@ -339,25 +426,42 @@ def _backend_notes(backend: dict | None) -> list[str]:
     return ["Kernels: " + "; ".join(f"{name} on {row['backend']} ({row['why']})" for name, row in rows.items()) + "."]
 
 
-def _spread(figure: dict | None, note: str | None) -> str:
+def _figure(figure) -> str:
+    """A mean with its standard deviation. Results of earlier versions have a plain number in some places."""
     if figure is None:
-        return (note or "-").partition(":")[0]
+        return "-"
+    if not isinstance(figure, dict):
+        return f"{figure:.3g}"
     spread = "" if figure["std"] is None else f" ± {figure['std']:.2g}"
     return f"{figure['mean']:.3g}{spread}"
 
 
-def _bytes(count: int | None, _note: str | None = None) -> str:
+def _timing(row: dict, name: str) -> str:
+    note = row["prefill_note" if name == "prefill_s" else "latency_note"]
+    return _figure(row[name]) if row[name] is not None else (note or "-").partition(":")[0]
+
+
+def _bytes(count: int | None) -> str:
     return "-" if count is None else size(count)
+
+
+def _peak(row: dict, name: str) -> str:
+    """The mean over runs with its standard deviation, in the mean's unit."""
+    found = row.get(f"{name}_spread")
+    if row[name] is None or found is None or found["std"] is None:
+        return _bytes(row[name])
+    mean, unit = size(found["mean"]).split()
+    return f"{mean} ± {found['std'] * float(mean) / found['mean']:.1f} {unit}" if found["mean"] else _bytes(row[name])
 
 
 BENCH_TABLES = {
     "decoding after that many tokens": (
-        ("latency_ms", "ms a token", "latency_note", _spread),
-        ("roofline_fraction", "of limit", None, lambda value, _note: percent(value)),
-        ("cache_bytes", "cache", None, _bytes),
+        ("latency_ms", "ms a token", _timing),
+        ("roofline_fraction", "of roofline", lambda row, name: percent(row[name])),
+        ("cache_bytes", "cache", lambda row, name: _bytes(row[name])),
     ),
     "reading that many tokens": (
-        ("prefill_s", "s", "prefill_note", _spread),
-        ("peak_bytes", "peak memory", None, _bytes),
+        ("prefill_s", "s", _timing),
+        ("peak_bytes", "peak memory", _peak),
     ),
 }

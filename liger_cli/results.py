@@ -20,6 +20,8 @@ T = TypeVar("T")
 RESULTS = "results.json"
 FORMAT = 1
 PARTS = ("eval", "bench")
+STAMP = ("created", "command", "versions")
+EVALUATED = ("perplexity", "agreement", "recall", "tasks")
 BEGIN, END = "<!-- results: written by liger, rewritten by every eval and bench -->", "<!-- end of results -->"
 CARD = "README.md"
 
@@ -58,11 +60,14 @@ def shown(make: Callable[[], T], path: Path) -> T:
         ) from error
 
 
-def keep(folder: Path, part: str, result: dict) -> Path:
-    """Put the result of `eval` or `bench` into the folder's results file, beside the other's, and return the file.
+def keep(folder: Path, part: str, result: dict) -> list[str]:
+    """Put the result of `eval` or `bench` into the folder's results file, beside the other's.
 
-    Parts of an evaluation that this run did not measure stay as they were if the weights are the same.
+    What an earlier evaluation measured and this one did not stays, with a stamp of its own (`measured`), if it was the
+    same model against the same base, in the same dtype on the same device.
 
+    Returns:
+        What was measured earlier on something else, and is gone now.
     Raises:
         OSError: the folder cannot be written to.
     """
@@ -71,13 +76,30 @@ def keep(folder: Path, part: str, result: dict) -> Path:
         found = read_results(path)
     except (UsageError, LigerError):
         found = {"format": FORMAT}
-    before = found.get(part)
-    model = before.get("model") if before else None
-    if part == "eval" and isinstance(model, dict) and model.get("fingerprint") == result["model"]["fingerprint"]:
-        result = {**{name: value for name, value in before.items() if name != "samples"}, **result}
+    before, gone = found.get(part, {}), []
+    if part == "eval":
+        earlier = {
+            name: before[name] for name in EVALUATED if isinstance(before.get(name), dict) and name not in result
+        }
+        if _subject(before) == _subject(result):
+            stamp_ = {name: before[name] for name in (*STAMP, "seed") if name in before}
+            result = {**result, **{name: {"measured": stamp_, **value} for name, value in earlier.items()}}
+            result["plots"] = list(dict.fromkeys([*_names(before.get("plots")), *_names(result.get("plots"))]))
+        else:
+            gone = list(earlier)
     found[part] = result
     write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
-    return path
+    return gone
+
+
+def _subject(evaluation: dict) -> dict | None:
+    """What an evaluation measured, whatever its folder was called."""
+    model = evaluation.get("model")
+    return {**model, "folder": None} if isinstance(model, dict) else None
+
+
+def _names(plots) -> list[str]:
+    return [name for name in plots if isinstance(name, str)] if isinstance(plots, list) else []
 
 
 def rewrite_card(folder: Path, section: str) -> Path:

@@ -1,14 +1,17 @@
 """A model of random weights from a config alone, so that speed and memory are known before anything is downloaded."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from liger_cli.checkpoint import read_config, supported_family
-from liger_cli.columns import DTYPES, Subject, pick_device, pick_dtype
+from liger_cli.columns import DTYPES, SWITCH, Subject, pick_device, pick_dtype
 from liger_cli.errors import ModelError, SetupError, UsageError
 from liger_cli.families import FAMILIES
-from liger_cli.hub import HUB_ID
+from liger_cli.hub import HUB_ID, reachable
+from liger_cli.memory import available
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, liger_block
 from liger_cli.untrusted import read_json
+from liger_cli.wording import size
 
 
 def shapes_subject(name: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
@@ -41,11 +44,26 @@ def shapes_subject(name: str, *, device: str = "auto", dtype: str = "auto") -> S
         name_of = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         torch_dtype = getattr(torch, name_of) if name_of in DTYPES else torch.bfloat16
     try:
+        _check_memory(name, lambda: model_class._from_config(config_class.from_dict(config)), torch_dtype, device)
         with torch.device(device):
             model = model_class._from_config(config_class.from_dict(config), dtype=torch_dtype)
     except LigerConfigError as error:
         raise ModelError(f"{name}: {error}") from None
-    return Subject(Path(name), "converted", model.eval(), None, base_source="the softmax switch; random weights")
+    return Subject(Path(name), "converted", model.eval(), None, base_source=f"{SWITCH}; random weights")
+
+
+def _check_memory(name: str, build: Callable, dtype, device: str) -> None:
+    """Raises SetupError where the weights do not fit: on a CPU the system would end the process without a word."""
+    import torch
+
+    with torch.device("meta"):
+        wanted = sum(x.numel() for x in build().parameters()) * dtype.itemsize
+    free = available(device)
+    if free is not None and wanted > free:
+        raise SetupError(
+            f"{name}: its weights of {size(wanted)} in {str(dtype).removeprefix('torch.')} do not fit into the "
+            f"{size(free)} that are free on {device}; try another --dtype or --device"
+        )
 
 
 def _config(name: str) -> dict:
@@ -59,7 +77,11 @@ def _config(name: str) -> dict:
     import huggingface_hub
 
     try:
-        return read_json(Path(huggingface_hub.hf_hub_download(name, "config.json")))
+        # Without network only what was downloaded before: the retries would take most of a minute.
+        return read_json(Path(huggingface_hub.hf_hub_download(name, "config.json", local_files_only=not reachable())))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SetupError(f"the config of {name} could not be had from the hub ({reason}); give a config.json") from None
+        raise SetupError(
+            f"the config of {name} could not be had from the hub ({reason}); check the name and the network, or give a "
+            "config.json"
+        ) from None

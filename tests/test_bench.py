@@ -11,7 +11,7 @@ import pytest
 from liger_cli import bench, convert
 from liger_cli.columns import open_subject
 from liger_cli.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, growing
-from liger_cli.errors import UsageError
+from liger_cli.errors import SetupError, UsageError
 from liger_cli.memory import PeakMemory
 from liger_cli.report import bench_notes, bench_tables
 
@@ -47,6 +47,9 @@ def test_rows(result):
         assert row["prefill_s"]["mean"] > 0 and 1 <= row["prefill_s"]["runs"] <= bench.MAX_PREFILLS
         assert row["prefill_tokens_per_s"] == pytest.approx(row["position"] / row["prefill_s"]["mean"])
         assert row["prefill_note"] is None and row["latency_note"] is None
+        if row["peak_bytes"] is not None:
+            held = row["peak_bytes_spread"]
+            assert held["runs"] == row["prefill_s"]["runs"] and held["mean"] <= row["peak_bytes"]
     json.dumps(result, allow_nan=False)
 
 
@@ -362,10 +365,54 @@ def test_shapes_only(tiny_base, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "converted"]
     assert {entry["which"] for entry in result["batch_sweep"]} == {"model", "base"}
     assert all(entry["batch_size"] >= 1 and entry["note"] for entry in result["batch_sweep"])
+    for entry in result["batch_sweep"]:
+        assert entry["latency_ms"]["runs"] == bench.SWEEP_STEPS
+        assert entry["tokens_per_s"] == pytest.approx(1e3 * entry["batch_size"] / entry["latency_ms"]["mean"])
     with pytest.raises(UsageError, match="--shapes-only needs"):
         bench.run(shapes_only=True)
     with pytest.raises(UsageError, match="does not exist"):
         bench.run("no such model", shapes_only=True)
+
+
+def test_shapes_that_do_not_fit_into_memory(tiny_base, tmp_path, capsys):
+    """A sentence before anything is allocated: the system would end the process without one."""
+    config = json.loads((tiny_base() / "config.json").read_text()) | {"vocab_size": 1 << 40}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SetupError, match=r"its weights of [\d.]+ TiB in float32 do not fit into the"):
+        bench.run(str(tmp_path / "config.json"), shapes_only=True)
+
+
+def test_a_config_of_the_hub_without_network(liger, tmp_path):
+    """Found out at once: no retries, no traceback."""
+    cut_off = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "")
+    ran = liger("bench", "Qwen/Qwen3-8B", "--shapes-only", env={**cut_off, **proxies})
+    assert ran.returncode == 4 and not ran.stdout
+    assert ran.stderr.startswith("liger: the config of Qwen/Qwen3-8B could not be had from the hub")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_sweep_that_ends_early_says_at_least(subject, result, monkeypatch):
+    monkeypatch.setattr(bench, "SWEEP_END", 4)
+    found = bench.largest_batch(_side(subject, "model"), 100, 60.0)
+    assert found["batch_size"] == 4 and found["at_least"] and found["note"] == "the sweep ends at 4"
+    table = bench_tables({**result, "batch_sweep": [found]})[-1]
+    assert table.rows[0][:2] == ["model", "at least 4"] and "±" in table.rows[0][2]
+
+
+def test_plot_marks_what_was_stopped(result, tmp_path):
+    """A curve that ends early has a cross where it was stopped, and says so."""
+    from copy import deepcopy
+
+    from liger_cli.plots import bench_plot
+
+    bench_plot(result, tmp_path)
+    whole = (tmp_path / "bench.svg").read_text()
+    cut = deepcopy(result)
+    cut["rows"][-1] |= {"prefill_s": None, "prefill_note": "stopped after 7 s"}
+    bench_plot(cut, tmp_path)
+    stopped = (tmp_path / "bench.svg").read_text()
+    assert "softmax base: stopped" in stopped and "softmax base: stopped" not in whole
 
 
 def test_sweep_stops_at_memory(subject, monkeypatch):
@@ -373,4 +420,4 @@ def test_sweep_stops_at_memory(subject, monkeypatch):
     fits = 5 * 2 * side.needed_bytes(100) / bench.MEMORY_SHARE
     monkeypatch.setattr(bench, "available", lambda device: fits)
     found = bench.largest_batch(side, 100, 60.0)
-    assert found["batch_size"] == 5 and "do not fit" in found["note"]
+    assert found["batch_size"] == 5 and "do not fit" in found["note"] and not found["at_least"]

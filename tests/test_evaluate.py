@@ -5,12 +5,13 @@ import io
 import json
 import math
 import shutil
+import sys
 
 import pytest
 
 from liger_cli import convert, evaluate
 from liger_cli.columns import COLUMNS, TUNED, open_subject
-from liger_cli.errors import LigerError, UsageError
+from liger_cli.errors import LigerError, SetupError, UsageError
 from liger_cli.harness import SUITES, parse_metadata, parse_tasks, run_tasks
 from liger_cli.manifest import new_manifest, read_manifest, write_manifest
 from liger_cli.recall import KINDS, generated, make_probes, teacher_forced
@@ -250,6 +251,7 @@ def test_run_keeps_results_and_card(tiny, tmp_path, capsys):
     evaluate.run(str(tiny), recall=True, distances=(24,), count=2)
     capsys.readouterr()
     kept = json.loads((tiny / "results.json").read_text())
+    assert kept["eval"]["perplexity"].pop("measured")["created"] == result["created"]
     assert kept["eval"]["perplexity"] == result["perplexity"] and "recall" in kept["eval"]
     twice = (tiny / "README.md").read_text()
     assert twice.count("## Results") == 1 and "recall.png" in twice and (tiny / "recall.svg").stat().st_size > 1000
@@ -372,6 +374,8 @@ def test_local_task_offline(shipped, pets, capsys, monkeypatch, tmp_path):
     values = result["tasks"]
     assert values["base"]["liger_pets"]["acc"]["value"] == 1
     assert values["recovery"]["liger_pets"]["acc"] == values["model"]["liger_pets"]["acc"]["value"]
+    assert values["base"]["liger_pets"]["acc"]["higher_is_better"] is True
+    assert values["details"]["liger_pets"]["examples"] == 4 and values["harness"]["lm_eval"]
     one = evaluate.run(str(shipped), batch_size=1, **options)["tasks"]
     assert [one[column] for column in COLUMNS] == [values[column] for column in COLUMNS]
     with pytest.raises(UsageError, match="liger_pet'.*did you mean liger_pets"):
@@ -404,6 +408,84 @@ def test_suites():
         parse_tasks(",")
 
 
+@pytest.fixture
+def no_harness(monkeypatch):
+    """lm-eval as far as its list of tasks, which is [piqa]; opening a model fails the test."""
+    from types import SimpleNamespace
+
+    from liger_cli import harness
+
+    tasks = SimpleNamespace(TaskManager=lambda include_path=None: SimpleNamespace(all_tasks=["piqa"]))
+    monkeypatch.setattr(harness, "_import", lambda: (None, tasks, None))
+    monkeypatch.setattr(evaluate, "open_subject", lambda *_, **__: pytest.fail("the model was opened"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"limit": -3.0}, "--limit is -3"),
+        ({"limit": 0.0}, "--limit is 0,"),
+        ({"limit": 1.5}, "--limit is 1.5"),
+        ({"limit": float("nan")}, "--limit is nan"),
+        ({"limit": float("inf")}, "--limit is inf"),
+        ({"num_fewshot": -1}, "--num-fewshot is -1"),
+        ({"include_path": "nowhere"}, "--include-path names nowhere"),
+        ({"tasks": "piqa,piqua"}, "--tasks names 'piqua'.*did you mean piqa"),
+        ({"samples": -1}, "--samples is -1"),
+        ({"count": 0}, "--recall-count is 0"),
+    ],
+)
+def test_refused_before_anything_is_measured(tiny, no_harness, options, words):
+    """An evaluation takes hours; that a name is wrong is not found out at its end."""
+    with pytest.raises(UsageError, match=words):
+        evaluate.run(str(tiny), **{"tasks": "piqa", "recall": True, **options})
+
+
+def test_a_missing_harness_is_found_out_first(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(evaluate, "open_subject", lambda *_, **__: pytest.fail("the model was opened"))
+    with pytest.raises(SetupError, match="--tasks needs lm-evaluation-harness"):
+        evaluate.run(str(tiny), tasks="piqa", recall=True)
+
+
+def test_recovery_of_a_task_goes_by_what_is_better(subject, monkeypatch):
+    def found(accuracy, perplexity):
+        return {
+            "t": {
+                "acc": {"value": accuracy, "stderr": None, "higher_is_better": True},
+                "word_perplexity": {"value": perplexity, "stderr": None, "higher_is_better": False},
+            }
+        }
+
+    columns = {"base": found(0.8, 4.0), "model": found(0.4, 5.0), "window_only": found(0.1, 8.0)}
+    monkeypatch.setattr(evaluate, "run_tasks", lambda *_, **__: {**columns, "details": {}, "harness": {}})
+    result = evaluate.evaluate(subject, parts=(), tasks=("t",))
+    assert result["tasks"]["recovery"] == {"t": {"acc": 0.5, "word_perplexity": 0.8}}
+    columns["model"], columns["base"] = found(0.4, None), found(0.0, 4.0)
+    assert evaluate.evaluate(subject, parts=(), tasks=("t",))["tasks"]["recovery"] == {
+        "t": {"acc": None, "word_perplexity": None}
+    }
+
+
+def test_what_the_harness_says_of_a_task():
+    from liger_cli.harness import _details, _of_task
+
+    results = {
+        "results": {"t": {"alias": "t", "acc,none": 1.0, "acc_stderr,none": "N/A", "ppl,none": float("inf")}},
+        "higher_is_better": {"t": {"acc": True, "ppl": False}},
+        "n-shot": {"t": 5},
+        "versions": {"t": 1.0},
+        "n-samples": {"t": {"original": 9, "effective": 3}},
+    }
+    assert _of_task(results, "t") == {
+        "t": {
+            "acc": {"value": 1.0, "stderr": None, "higher_is_better": True},
+            "ppl": {"value": None, "stderr": None, "higher_is_better": False},
+        }
+    }
+    assert _details(results, "t") == {"num_fewshot": 5, "version": 1.0, "examples": 3}
+
+
 def test_groups_without_figures_give_those_of_their_tasks():
     from liger_cli.harness import _of_task
 
@@ -411,7 +493,7 @@ def test_groups_without_figures_give_those_of_their_tasks():
         "results": {"ruler": {"4096,none": -1, "4096_stderr,none": "N/A"}, "a": {"8192,none": 0.5, "4096,none": -1}},
         "group_subtasks": {"ruler": ["a"], "a": []},
     }
-    assert _of_task(results, "ruler") == {"a": {"8192": {"value": 0.5, "stderr": None}}}
+    assert _of_task(results, "ruler") == {"a": {"8192": {"value": 0.5, "stderr": None, "higher_is_better": None}}}
 
 
 def test_automatic_batch_size_is_bounded(subject):
@@ -453,6 +535,18 @@ def test_samples_as_rows(shipped, capsys):
     evaluate.run(str(shipped), samples=1, save=False, output_format="csv")
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert rows[0] == ["prompt", "base", "model", "window only"] and len(rows) == 2 and all(rows[1])
+
+
+def test_samples_of_a_single_text(subject, tmp_path):
+    """A plain text is one document: further prompts stand further on in it, as many as there are."""
+    from liger_cli.samples import PROMPT_TOKENS, write_samples
+
+    text = " ".join(held_out_text(4000))
+    pieces = len(subject.tokenizer(text).input_ids) // PROMPT_TOKENS
+    samples = write_samples(subject, [text, "Mia has a dog"], 2 + pieces, columns=("base",))
+    prompts = [sample["prompt"] for sample in samples]
+    assert pieces > 2 and len(prompts) == 1 + pieces and prompts[1] == "Mia has a dog"
+    assert "".join([prompts[0], *prompts[2:]]) == text[: sum(map(len, prompts)) - len(prompts[1])]
 
 
 def test_samples_are_greedy_generations(shipped, capsys):

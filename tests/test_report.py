@@ -56,19 +56,29 @@ def test_a_base_that_scores_nothing():
     result["recall"]["base"]["single"]["teacher_forced"]["64"] = 0.0
     result["recall"]["recovery"]["single"]["teacher_forced"]["64"] = None
     _, recall = eval_tables(result)
-    assert recall.rows == [["one fact", "64", "0.0 %", "25.0 %", "0.0 %", "base scores 0"]]
-    assert any("the base itself scores 0 there, so nothing can be concluded" in note for note in eval_notes(result))
+    assert recall.rows == [["one fact", "64", "0.0 %", "25.0 %", "0.0 %", "base fails"]]
+    assert any("the base itself scores 0, or recalls less than 10 %" in note for note in eval_notes(result))
     assert not any("scores 0" in note for note in eval_notes(_result()))
 
 
+def test_a_base_that_recalls_by_chance():
+    """One probe of 32 is no recall: 100 % or 0 % of that would say nothing."""
+    result = _result()
+    for column in ("base", "model"):
+        result["recall"][column]["single"]["teacher_forced"]["64"] = 1 / 32
+    result["recall"]["recovery"]["single"]["teacher_forced"]["64"] = 1.0
+    assert eval_tables(result)[1].rows == [["one fact", "64", "3.1 %", "3.1 %", "0.0 %", "base fails"]]
+
+
 def _with_tasks(published):
-    figure = {"value": 0.5, "stderr": 0.01}
+    figure = {"value": 0.5, "stderr": 0.01, "higher_is_better": True}
     result = _result()
     del result["perplexity"], result["recall"]
     columns = {column: {"piqa": {"acc": figure}} for column in ("base", "model", "window_only")}
     settings = {"num_fewshot": None, "limit": None, "metadata": None}
     recovery = {"piqa": {"acc": 1.0}}
-    return {**result, "tasks": {**columns, "recovery": recovery, "settings": settings, "published": published}}
+    found = {**columns, "recovery": recovery, "settings": settings, "published": published}
+    return {**result, "tasks": {**found, "details": {"piqa": {"num_fewshot": 5}}, "harness": {"lm_eval": "0.4.13"}}}
 
 
 def test_published_figures_stand_apart():
@@ -76,12 +86,31 @@ def test_published_figures_stand_apart():
     figures = published_figures(config)
     assert figures["label"] == "published" and figures["base"] == "Llama-3-8B"
     measured, published = eval_tables(_with_tasks(figures))
-    assert measured.rows == [["piqa", "acc", "50.0 ± 1.0", "50.0 ± 1.0", "50.0 ± 1.0", "100.0 %"]]
+    assert measured.title == "lm-evaluation-harness 0.4.13"
+    assert measured.rows == [["piqa", "5", "acc, %", "50.0 ± 1.0", "50.0 ± 1.0", "50.0 ± 1.0", "100.0 %"]]
     assert published.title.startswith("published") and "not measured here" in published.title
     assert published.header[0] == "published"
     rows = {row[0]: row[1:] for row in published.rows}
     assert rows["Liger-GLA-8B"] == ["0.02", "80.3", "81.1", "52.5", "76.3", "72", "43.4", "67.6", "72.4"]
     assert "**published" in published.markdown()
+
+
+def test_a_perplexity_of_the_harness_is_no_percentage():
+    result = _with_tasks(None)
+    for column, value in (("base", 4.0), ("model", 5.0), ("window_only", 8.0)):
+        result["tasks"][column] = {"t": {"ppl": {"value": value, "stderr": None, "higher_is_better": False}}}
+    result["tasks"]["recovery"] = {"t": {"ppl": 0.8}}
+    assert eval_tables(result)[0].rows == [["t", "-", "ppl", "4.000", "5.000", "8.000", "80.0 %"]]
+    result["tasks"]["model"]["t"]["ppl"]["value"] = None
+    result["tasks"]["recovery"]["t"]["ppl"] = None
+    assert eval_tables(result)[0].rows == [["t", "-", "ppl", "4.000", "-", "8.000", "-"]]
+
+
+def test_the_share_of_examples_that_ran():
+    result = _with_tasks(None)
+    for limit, words in ((0.25, "(25.0 % of each task's examples)"), (8, "(the first 8 of each task's examples)")):
+        result["tasks"]["settings"]["limit"] = limit
+        assert words in eval_tables(result)[0].title
 
 
 def test_no_figures_are_published_for_other_bases():
@@ -136,14 +165,63 @@ def test_results_of_other_parts_stay(tmp_path):
     assert set(found["eval"]) >= {"perplexity", "recall"} and found["bench"] == {"rows": []}
 
 
+def test_what_an_earlier_run_measured_has_its_stamp(tmp_path):
+    """A later run changes neither when and with what it was measured, nor the plots of it."""
+    first = {**_result(), "created": "2026-01-01T01:01:01+00:00", "seed": 7, "plots": ["recall.png"]}
+    del first["perplexity"]
+    keep(tmp_path, "eval", first)
+    for _ in range(2):
+        second = {**_result(), "seed": 8, "plots": []}
+        del second["recall"]
+        assert keep(tmp_path, "eval", second) == []
+    found = read_results(tmp_path)["eval"]
+    assert found["seed"] == 8 and "measured" not in found["perplexity"] and found["plots"] == ["recall.png"]
+    assert found["recall"]["measured"] == {name: first[name] for name in ("created", "command", "versions", "seed")}
+    text = refresh_card(tmp_path).read_text()
+    assert "Measured 2026-01-02 03:04 UTC" in text and "Recall: measured 2026-01-01 01:01 UTC" in text
+    assert "![Evaluation](recall.png)" in text
+
+
 def test_results_of_other_weights_go(tmp_path):
     first = _result(digest="a")
     del first["recall"]
     keep(tmp_path, "eval", first)
     second = _result(digest="b")
     del second["perplexity"]
-    keep(tmp_path, "eval", second)
+    assert keep(tmp_path, "eval", second) == ["perplexity"]
     assert "perplexity" not in read_results(tmp_path)["eval"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"dtype": "bfloat16"}, {"base_column": {"label": "base", "source": "another"}}, {"adapter": {"digest": "c"}}],
+)
+def test_results_of_another_setting_go(tmp_path, other):
+    """One card has one base column, dtype and adapter: figures of another would stand under a wrong heading."""
+    keep(tmp_path, "eval", _result())
+    second = _result()
+    second["model"] |= other
+    del second["perplexity"]
+    assert keep(tmp_path, "eval", second) == ["perplexity"]
+    assert "perplexity" not in read_results(tmp_path)["eval"]
+
+
+def test_the_card_shows_samples(tmp_path):
+    sample = {"prompt": "Once | upon", "base": " a time", "model": " a  a a", "window_only": "x"}
+    keep(tmp_path, "eval", {**_result(), "samples": [sample]})
+    assert "| Once \\| upon | a time |" in refresh_card(tmp_path).read_text()
+
+
+def test_cells_are_whole(capsys):
+    """At 80 columns headers are wrapped; figures and names are neither broken nor cut."""
+    header = ["task", "the longest of all headers", "another header of some length", "and a third one", "y"]
+    cells = ["word_perplexity", "54.6 ± 13", "1234.5 ± 12", "0.753 ± 0.02", "100.0 %"]
+    title = "a title " * 20
+    print_tables([Table(title, header, [cells])])
+    out = capsys.readouterr().out
+    assert title in out and all(cell in out for cell in cells)
+    print_tables([Table("t", ["a"] * 3, [["x" * 70, "y" * 70, "z"]])])  # wider than the terminal: broken, not cut
+    assert capsys.readouterr().out.count("y") == 70
 
 
 def test_card_is_rewritten_in_place(tmp_path):
@@ -175,9 +253,13 @@ def test_comparison(tmp_path, capsys):
     files = (str(tmp_path / "a"), str(tmp_path / "b" / "results.json"))
     evaluate.run(compare=files, output_format="md")
     out = capsys.readouterr().out
-    assert "| recall, one fact, teacher-forced, 64 | 25.0 % (100.0 %) | 25.0 % (100.0 %) |" in out
+    assert "| recall, one fact, teacher-forced, 64 | 25.0 % (100.0 %; 0.0 %) | 25.0 % (100.0 %; 0.0 %) |" in out
+    assert "| perplexity a token, t, rows of 64 | 4.000 (2.000; 3.000) |" in out
     evaluate.run(compare=files, output_format="json")
     assert set(json.loads(capsys.readouterr().out)) == set(files)
+    keep(tmp_path / "b", "eval", _result("softmax, tuned weights"))
+    evaluate.run(compare=files)
+    assert f"{files[1]}: in place of its base stands softmax, tuned weights." in capsys.readouterr().out
 
 
 def test_what_is_refused(tmp_path):
