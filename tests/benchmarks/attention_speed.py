@@ -26,6 +26,7 @@ from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
 from liger_cli.templates.liger_kept import keep_scores
+from liger_cli.templates.liger_window import ROWS_OF_HEAD
 
 QUERY_HEADS, KV_HEADS, DIM = 4, 2, 64
 
@@ -74,7 +75,7 @@ def operations(length: int) -> float:
     """Floating-point operations of the chunked form's matrix products with per-channel decay, both branches."""
     chunk = 64
     recurrent = QUERY_HEADS * (4 * chunk * DIM + 2 * DIM * DIM) + KV_HEADS * (2 * DIM * DIM + 2 * chunk * DIM)
-    return length * (recurrent + QUERY_HEADS * 4 * 2 * 64 * DIM)
+    return length * (recurrent + QUERY_HEADS * 4 * (ROWS_OF_HEAD + 64) * DIM)
 
 
 def matrix_rate() -> float:
