@@ -48,6 +48,7 @@ class LigerAttention:
 
     liger_spec: LayerSpec
     liger_mode: str
+    gradient_checkpointing = False  # transformers sets it where whole decoder layers are computed again in backward
 
     def add_extra_parameters(self) -> None:
         """Make the parameters that the spec asks for, at their initial values."""
@@ -153,6 +154,7 @@ class LigerAttention:
             "dropout": self._dropout(),
             "sink_logits": getattr(self, "sinks", None),
             "local_window": self.local_window,
+            "recompute": self.training and not self.gradient_checkpointing,
         }
         packed = padding is None and cache is None
         starts = document_starts(kwargs.get("position_ids"), len(hidden_states)) if packed else None

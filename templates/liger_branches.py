@@ -4,6 +4,7 @@ import math
 
 import numpy
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from .liger_backend import recurrence
 from .liger_cache import LigerCacheLayer, first_tokens
@@ -22,7 +23,7 @@ CUDA_PIECE_SIZE = 16384
 def mixed_attention(
     q, k, v, rotated_q, rotated_k, gate, scores, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
     cache: LigerCacheLayer | None = None, scales=None, softcap=None, sink_logits=None, dropout: float = 0.0,
-    within_window=None, local_window=None,
+    within_window=None, local_window=None, recompute: bool = False,
 ):  # fmt: skip
     """Both branches over T new tokens.
 
@@ -39,6 +40,8 @@ def mixed_attention(
         cache: what came before; it is updated.
         within_window: (valid) -> [B, Hq, T, D], used instead of the window where no token can see beyond it.
         local_window: the base's own window, which the layer's softmax heads keep; None where they see the whole text.
+        recompute: run each branch again in backward instead of keeping what it computes on the way, which is more than
+            a layer's MLP keeps.
     Returns:
         [B, T, Hq, D] in v's dtype.
     """
@@ -46,6 +49,7 @@ def mixed_attention(
         return with_softmax_heads(
             mixed_attention, q, k, v, rotated_q, rotated_k, gate, scores, spec, valid, cache, scales, sink_logits,
             within_window, local_window, window=window, mix=mix, scaling=scaling, softcap=softcap, dropout=dropout,
+            recompute=recompute,
         )  # fmt: skip
     length = q.shape[2]
     past = 0 if cache is None else cache.get_seq_length()
@@ -63,6 +67,7 @@ def mixed_attention(
     size = CUDA_PIECE_SIZE if v.is_cuda else PIECE_SIZE
     if torch.is_grad_enabled() or whole or (mix == 0 and scores is None):
         size = length
+    run = _twice if recompute and torch.is_grad_enabled() else _once
     output = _empty_output(v, (q.shape[0], length, q.shape[1], v.shape[-1])) if length > size else None
     before = keys.shape[2] - length
     for start in range(0, max(length, 1), max(size, 1)):
@@ -71,14 +76,15 @@ def mixed_attention(
         if mix > 0:
             here = None if valid is None else valid[:, at]
             inputs = (q[:, :, at], k[:, :, at], v[:, :, at], gate[:, :, at])
-            recurrent, total, states = _recurrent(*inputs, spec, here, states)
+            recurrent, total, states = run(_recurrent, *inputs, spec, here, states)
         if whole:
             local = within_window(valid)
         elif window == 0 and mix < 1:
             local = torch.zeros_like(rotated_q)
         elif mix < 1:
             seen_from = slice(max(before + start - reach(window), 0), before + start + size)
-            local, lse = window_attention(
+            local, lse = run(
+                window_attention,
                 rotated_q[:, :, at],
                 keys[:, :, seen_from],
                 values[:, :, seen_from],
@@ -93,9 +99,9 @@ def mixed_attention(
                 backend=spec.backend,
             )
             if scores is not None:
-                kept, kept_lse, memory = kept_attention(
-                    rotated_q[:, :, at], keys, values, scores, before + start, memory, window, spec.kept, scaling,
-                    softcap, dropout,
+                kept, kept_lse, memory = run(
+                    kept_attention, rotated_q[:, :, at], keys, values, scores, before + start, memory, window,
+                    spec.kept, scaling, softcap, dropout=dropout,
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
                 lse = lse if joint else None
@@ -109,6 +115,16 @@ def mixed_attention(
             memory = empty_memory(keys, values, spec.kept) if memory is None else memory
             cache.kept = remember(memory, keys, values, scores, keys.shape[2] - window)
     return output
+
+
+def _once(function, *args, **settings):
+    return function(*args, **settings)
+
+
+def _twice(function, *args, **settings):
+    """The function's value; what it computes on the way is forgotten, and computed again where backward needs it."""
+    random = settings.get("dropout", 0.0) > 0
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, **settings)
 
 
 def _empty_output(like, shape: tuple[int, ...]):

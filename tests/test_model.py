@@ -384,3 +384,31 @@ def test_gradient_checkpointing(tiny_base, gate):
     assert gradients[0].keys() == gradients[1].keys() and any("k_proj" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
         assert torch.equal(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gate": "gdn"}, {"gate": "mlstm", "normalizer": "joint"}])
+def test_training_computes_branches_again(tiny_base, settings):
+    """The same gradients as with everything kept, and nothing kept between a branch's inputs and its output."""
+    _, model = linearized(tiny_base(), window=16, **settings)
+    model.train()
+    ids = tokens(150, batch=2)
+
+    def step(everything_kept: bool):
+        for attention in model.model.liger_attentions():
+            attention.gradient_checkpointing = everything_kept
+        held = {}
+
+        def keep(x):
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        model.zero_grad()
+        loss.backward()
+        return sum(held.values()), [p.grad.clone() for p in model.parameters()]
+
+    less, again = step(False)
+    more, kept = step(True)
+    assert less < 0.75 * more
+    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))

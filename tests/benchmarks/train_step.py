@@ -7,11 +7,14 @@ weights and LoRA of rank 8 on q, k and v: forward, backward and AdamW on one row
 (cross-entropy in chunks). Softmax is the same model with its layers switched, and torch's causal attention. The two
 run in turns, so that what else the machine does meets both; the ratio is that of the medians, the spread the quartiles
 of the single turns' ratios. The vocabulary is kept small, since it costs both the same. Memory is the peak of a step
-in a fresh process, weights included. Aims: time at most 1.15, memory at most 1.1. Takes minutes on a slow CPU.
+in a fresh process, weights included; glibc is told to give freed memory back (MALLOC_MMAP_THRESHOLD_), so that it is
+memory in use and not what its heap keeps in pieces, some 150 MiB more for softmax and up to twice that for Liger. Aims:
+time at most 1.15, memory at most 1.1. Takes minutes on a slow CPU.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -102,7 +105,8 @@ meter.start()
 step()
 print(meter.stop(), weights)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
         peak, weights = done.stdout.split()[-2:]
         if peak == "None":
             return {}
