@@ -1,14 +1,12 @@
 """`liger bench`: prefill, decoding at growing positions, cache and memory of a model and of its softmax base."""
 
 import json
-import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from liger_cli.backends import model_backends
 from liger_cli.columns import Subject, open_subject
@@ -19,7 +17,7 @@ from liger_cli.memory import PeakMemory, available
 from liger_cli.progress import progress
 from liger_cli.report import FORMATS, bench_notes, bench_tables, print_tables
 from liger_cli.results import stamp
-from liger_cli.roofline import limit_ms, measure_machine, step_cost
+from liger_cli.roofline import limit_ms, measure_machine, processor_name, step_cost
 from liger_cli.shapes import shapes_subject
 
 SIDES = ("model", "base")
@@ -179,18 +177,8 @@ def machine(device: str) -> dict:
     """What the figures were measured on."""
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor_name()
     return {"device": device, "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _activation(subject: Subject, which: str) -> Callable:

@@ -5,6 +5,7 @@ changes the weights: then the base is the checkpoint that `liger.json` names, if
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -127,7 +128,9 @@ def open_subject(
         from peft import PeftModel
 
         check_shapes(adapter, weights, read_weights(weights))
-        model = PeftModel.from_pretrained(model, str(folder.resolve()), config=peft_config(adapter))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT does
+            model = PeftModel.from_pretrained(model, str(folder.resolve()), config=peft_config(adapter))
     subject = Subject(folder, kind, model.eval(), tokenizer, fingerprint=_fingerprint(weights), versions=versions)
     if kind == "adapter":
         subject.adapter = fingerprint((adapter.weights,))

@@ -6,13 +6,14 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from liger_cli import __version__
 from liger_cli.errors import SetupError
-from liger_cli.wording import size
+from liger_cli.roofline import processor_name
+from liger_cli.wording import counted, size
 
 OPTIONAL = {
     "flash-linear-attention": "the recurrences on CUDA; pip install 'flash-linear-attention[cuda]>=0.6'",
     "flash-attn": "the window on CUDA in half precision; pip install 'flash-attn>=2.7'",
     "bitsandbytes": "4-bit bases on CUDA",
-    "lm-eval": "liger eval --tasks; pip install lm-eval",
+    "lm-eval": "liger eval --tasks; pip install 'lm-eval[ruler,longbench]'",
     "tensorboard": "liger finetune --report-to tensorboard",
     "wandb": "liger finetune --report-to wandb",
 }
@@ -80,7 +81,7 @@ def installed(name: str) -> str | None:
 
 def devices(torch) -> list[dict]:
     """The CPU and every CUDA device, with memory in bytes."""
-    found = [{"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}]
+    found = [{"device": "cpu", "name": processor_name(), "threads": torch.get_num_threads()}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append({"device": f"cuda:{index}", "name": properties.name, "memory_bytes": properties.total_memory})
@@ -126,7 +127,7 @@ def _print(report: dict) -> None:
     print_table(console, table)
     for device in report["devices"]:
         memory = f", {size(device['memory_bytes'], 0)}" if "memory_bytes" in device else ""
-        threads = f", {device['threads']} threads" if "threads" in device else ""
+        threads = f", {counted(device['threads'], 'thread')}" if "threads" in device else ""
         console.print(f"{device['device']}: {device['name']}{memory}{threads}")
     if report["gates"]:
         table = Table("gate", "runs on", "why")

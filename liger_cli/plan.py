@@ -182,7 +182,9 @@ def _assignments(text: str, values: str) -> dict:
     kinds = {field.name: type(field.default) for field in fields(LayerSpec) if field.name != "kind"}
     found = {}
     for part in values.split(","):
-        name, _, value = part.strip().partition("=")
+        name, equals, value = part.strip().partition("=")
+        if not equals:
+            raise UsageError(f"--layer {text!r} has {part!r} where NAME=VALUE is expected, such as window=128")
         name = name.strip().replace("-", "_")
         if name not in kinds:
             raise UsageError(f"--layer {text!r} sets {name!r}, which a layer does not have{did_you_mean(name, kinds)}")

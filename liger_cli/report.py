@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from liger_cli.columns import BASE, TITLES
 from liger_cli.escape import csv_cell, markdown, printable
-from liger_cli.wording import size
+from liger_cli.wording import counted, size
 
 FORMATS = ("table", "md", "json", "csv")
 
@@ -159,7 +159,7 @@ def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Ta
     for method in values["count"]:
         title = METHOD_TITLES[method]
         table = Table(
-            f"recall, {title}: exact answers by distance in tokens ({values['count'][method]} probes each)",
+            f"recall, {title}: exact answers by distance in tokens ({counted(values['count'][method], 'probe')} each)",
             ["probe", "distance", *head, "recovery"],
         )
         for kind, methods in values["model"].items():
@@ -280,20 +280,20 @@ def sample_lines(result: dict) -> list[str]:
 
 
 def comparison_tables(results: dict[str, dict]) -> list[Table]:
-    """The figures of several results files beside one another, a column for each: model (base; window only).
+    """The figures of several results files beside one another, a column for each model.
 
     Args:
         results: name -> results file.
     """
+    found: dict[tuple[str, tuple[str, ...]], dict[tuple[str, ...], dict[str, str]]] = {}
+    for name, result in results.items():
+        for title, head, labels, cell in (*_evaluated(result), *_timed(result)):
+            found.setdefault((title, head), {}).setdefault(labels, {})[name] = cell
+    names = [name.removesuffix("/results.json") or name for name in results]
     tables = []
-    for title, figures in COMPARED.items():
-        lines: dict[str, dict[str, str]] = {}
-        for name, found in results.items():
-            for label, shown in figures(found).items():
-                lines.setdefault(label, {})[name] = shown
-        table = Table(title, ["", *results])
-        table.rows = [[label, *(cells.get(name, "-") for name in results)] for label, cells in lines.items()]
-        tables += [table] if table.rows else []
+    for (title, head), lines in found.items():
+        rows = [[*labels, *(cells.get(name, "-") for name in results)] for labels, cells in lines.items()]
+        tables.append(Table(title, [*head, *names], rows))
     return tables
 
 
@@ -305,33 +305,45 @@ def comparison_notes(results: dict[str, dict]) -> list[str]:
     return [f"{name}: in place of its base stands {label}." for name, label in labels.items() if label != BASE]
 
 
-def _evaluated(found: dict) -> dict[str, str]:
-    lines, evaluation = {}, found.get("eval", {})
+BESIDE = "the model (its base; its window alone)"
 
-    def add(label: str, part: str, show: Callable[[dict], str]) -> None:
-        model, base, window = (show(evaluation[part][column]) for column in ("model", "base", "window_only"))
-        lines[label] = f"{model} ({base}; {window})"
+
+def _evaluated(found: dict) -> list[tuple[str, tuple[str, ...], tuple[str, ...], str]]:
+    """(title of the table, names of the labels, labels, cell) of every figure of an evaluation."""
+    lines, evaluation = [], found.get("eval", {})
+
+    def add(title: str, head: tuple, labels: tuple, part: str, path: tuple, show: Callable) -> None:
+        model, base, window = (show(_at(evaluation[part][column], path)) for column in ("model", "base", "window_only"))
+        lines.append((f"{title}: {BESIDE}", head, labels, f"{model} ({base}; {window})"))
 
     if "perplexity" in evaluation:
         text = evaluation["perplexity"]["text"]
-        where = f"{text['name']}, rows of {text['seq_len']}"
-        add(f"perplexity a token, {where}", "perplexity", lambda column: number(column["token"]))
-        add(f"perplexity a byte, {where}", "perplexity", lambda column: number(column["byte"]))
+        title = f"perplexity of {text['name']}, rows of {text['seq_len']}"
+        add(title, ("",), ("a token",), "perplexity", ("token",), number)
+        add(title, ("",), ("a byte",), "perplexity", ("byte",), number)
     if "agreement" in evaluation:
-        add("KL from the base, nats a token", "agreement", lambda column: number(column["kl"]))
-        add("same most likely token", "agreement", lambda column: percent(column["top1"]))
-    for kind, methods in evaluation.get("recall", {}).get("model", {}).items():
-        for method, cells in methods.items():
-            for distance in cells:
-                label = f"recall, {RECALL_TITLES[kind]}, {METHOD_TITLES[method]}, {distance}"
-                add(label, "recall", lambda column, place=(kind, method, distance): percent(_at(column, place)))
+        title = f"agreement with the base on {evaluation['agreement']['text']['name']}"
+        add(title, ("",), ("KL, nats a token",), "agreement", ("kl",), number)
+        add(title, ("",), ("same top token, %",), "agreement", ("top1",), _points)
+    recall = evaluation.get("recall", {})
+    for method in recall.get("count", {}):
+        for kind, methods in recall["model"].items():
+            for distance in methods.get(method, {}):
+                title = f"recall, {METHOD_TITLES[method]}, %"
+                labels = (RECALL_TITLES[kind], distance)
+                add(title, ("probe", "distance"), labels, "recall", (kind, method, distance), _points)
     for task, metrics in evaluation.get("tasks", {}).get("model", {}).items():
         for metric in metrics:
             share = _is_share([evaluation["tasks"][column][task][metric] for column in TITLES])
-            label = f"{task}, {metric}, %" if share else f"{task}, {metric}"
-            shown = lambda column, place=(task, metric), share=share: _task_figure(_at(column, place), share)  # noqa: E731
-            add(label, "tasks", shown)
+            labels = (task, f"{metric}, %" if share else metric)
+            show = _points if share else number
+            add("lm-evaluation-harness", ("task", "metric"), labels, "tasks", (task, metric, "value"), show)
     return lines
+
+
+def _points(share: float | None) -> str:
+    """Percent without the sign: 100, 97.6."""
+    return "-" if share is None else f"{100 * share:.1f}".removesuffix(".0")
 
 
 def _at(values: dict, path: tuple[str, ...]):
@@ -340,22 +352,21 @@ def _at(values: dict, path: tuple[str, ...]):
     return values
 
 
-def _timed(found: dict) -> dict[str, str]:
-    lines = {}
+def _timed(found: dict) -> list[tuple[str, tuple[str, ...], tuple[str, ...], str]]:
+    """As `_evaluated`, of a benchmark."""
+    lines = []
     rows = {(row["which"], row["position"]): row for row in found.get("bench", {}).get("rows", [])}
-    for (which, position), row in rows.items():
-        if which == "model":
-            base = rows.get(("base", position), {"latency_ms": None, "prefill_s": None, "cache_bytes": None})
-            lines[f"ms a token after {position}"] = f"{_mean(row['latency_ms'])} ({_mean(base['latency_ms'])})"
-            lines[f"s to read {position}"] = f"{_mean(row['prefill_s'])} ({_mean(base['prefill_s'])})"
-            lines[f"cache after {position}"] = f"{_bytes(row['cache_bytes'])} ({_bytes(base['cache_bytes'])})"
+    for title, name, show in (
+        ("decoding, ms a token", "latency_ms", _mean),
+        ("reading, s", "prefill_s", _mean),
+        ("cache", "cache_bytes", _bytes),
+    ):
+        for (which, position), row in rows.items():
+            if which == "model":
+                base = rows.get(("base", position), {}).get(name)
+                cell = f"{show(row[name])} ({show(base)})"
+                lines.append((f"{title}: the model (its base)", ("tokens",), (str(position),), cell))
     return lines
-
-
-COMPARED = {
-    "evaluation: the model (its base; its window alone)": _evaluated,
-    "speed and memory: the model (its base)": _timed,
-}
 
 
 def _mean(figure: dict | None) -> str:
@@ -390,7 +401,7 @@ def bench_tables(result: dict) -> list[Table]:
 def bench_notes(result: dict) -> list[str]:
     """Sentences that belong under the table."""
     machine, settings = result["machine"], result["settings"]
-    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    threads = counted(machine["threads"], "thread")
     notes = [
         f"{machine['name']}, {threads}. Base: the same weights run as softmax attention with a "
         f"growing cache. Decoding: medians of {settings['new_tokens']} interleaved steps, mean and standard deviation "

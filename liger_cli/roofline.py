@@ -1,10 +1,26 @@
 """The least time a decoding step can take: bytes and operations counted from shapes, on the machine as measured."""
 
+import os
+import platform
 import time
+from pathlib import Path
+
+from liger_cli.wording import counted
 
 BYTES = 256 << 20  # of the tensor whose reading is timed: more than caches hold
 MATRIX = {"cpu": 1024, "cuda": 8192}
 RUNS = 5
+
+
+def processor_name() -> str:
+    """The CPU's name and number of cores, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {counted(os.cpu_count() or 1, 'core')}"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def measure_machine(device: str, dtype) -> dict:

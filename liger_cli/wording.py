@@ -13,6 +13,11 @@ def size(count: float, places: int = 1) -> str:
     raise AssertionError
 
 
+def counted(count: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message that `name` is none of `known`: the nearest of them, or nothing where none is near."""
     near = get_close_matches(name[:100], list(known), n=1)

@@ -253,8 +253,9 @@ def test_comparison(tmp_path, capsys):
     files = (str(tmp_path / "a"), str(tmp_path / "b" / "results.json"))
     evaluate.run(compare=files, output_format="md")
     out = capsys.readouterr().out
-    assert "| recall, one fact, teacher-forced, 64 | 25.0 % (100.0 %; 0.0 %) | 25.0 % (100.0 %; 0.0 %) |" in out
-    assert "| perplexity a token, t, rows of 64 | 4.000 (2.000; 3.000) |" in out
+    assert "**recall, teacher-forced, %: the model (its base; its window alone)**" in out
+    assert "| one fact | 64 | 25 (100; 0) | 25 (100; 0) |" in out and "results.json" not in out
+    assert "**perplexity of t, rows of 64: the model" in out and "| a token | 4.000 (2.000; 3.000) | 4.000 (" in out
     evaluate.run(compare=files, output_format="json")
     assert set(json.loads(capsys.readouterr().out)) == set(files)
     keep(tmp_path / "b", "eval", _result("softmax, tuned weights"))
