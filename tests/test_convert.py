@@ -404,14 +404,16 @@ def test_interrupted(sparse_base, tmp_path, number):
     command = [sys.executable, "-m", "liger_cli", "convert", str(base), "out", "--link", "copy"]
     clock = random.Random(int(number))
     caught = 0
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - which jobs in the background ignore
     for _ in range(6):
-        process = subprocess.Popen(command, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=here, preexec_fn=heard, **pipes)
         deadline = time.monotonic() + 60
         while not entries(here) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(clock.uniform(0, 0.25))
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
         assert "Traceback" not in stderr
         left = entries(here)
         if "out" in left:
