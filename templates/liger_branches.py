@@ -16,7 +16,7 @@ from .liger_window import reach, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
 # has no use for small pieces; there they only bound the memory.
-PIECE_SIZE = 2048
+PIECE_SIZE = 1024
 CUDA_PIECE_SIZE = 16384
 
 

@@ -84,7 +84,8 @@ def feature_map(x, spec):
     """phi: softmax over the head dimension (Liger, eq. 7), the identity, ReLU (SUPRA, arXiv 2405.06640) or the softmax
     over x and -x (Hedgehog, arXiv 2402.04347), which has twice as many features."""
     if spec.feature_map == "softmax":
-        return x.softmax(-1)
+        # A projection lies in memory as [B, T, H, D]; torch copies it to the order it is given in.
+        return x.transpose(1, 2).softmax(-1).transpose(1, 2)
     if spec.feature_map == "relu":
         return x.relu()
     if spec.feature_map == "hedgehog":

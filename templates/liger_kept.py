@@ -109,12 +109,12 @@ def _attend_by_spans(q, keys, values, scores, first, memory, window, count, scal
         time = torch.arange(start, stop, dtype=since.dtype).unsqueeze(1)
         visible = (time >= _at(since, index).unsqueeze(2)) & (time < _at(until, index).unsqueeze(2))
         bias = (~visible).float().mul_(lowest).unsqueeze(2)  # [B, Hkv, 1, t, P]
-        queries = q[:, :, start:stop].float().unsqueeze(2)
+        logits = product(q[:, :, start:stop].float().unsqueeze(2), k.mT).squeeze(2)
+        grouped = logits.unflatten(1, (bias.shape[1], -1))
         if softcap is None:
-            logits = product(queries, k.mT, bias=bias, alpha=scaling).squeeze(2)
+            torch.add(bias, grouped, alpha=scaling, out=grouped)
         else:
-            bias = bias.repeat_interleave(q.shape[1] // bias.shape[1], dim=1)
-            logits = soft_capped(product(queries, k.mT), bias, scaling, softcap).squeeze(2)
+            logits = soft_capped(grouped, bias, scaling, softcap).flatten(1, 2)
         weights = logits.softmax(-1)
         lse[:, :, start:stop] = log_denominator(logits, weights)
         weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights

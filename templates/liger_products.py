@@ -13,30 +13,24 @@ def by_heads(x) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def product(a, b, out=None, bias=None, alpha: float = 1.0):
-    """alpha * a @ b + bias, each query head with what its group shares.
+def product(a, b, added_to=None):
+    """a @ b, each query head with what its group shares.
 
     Args:
         a: [B, Hq, N, M, K], or [B, Hkv, N, G * M, K] stacked. b: [B, Hkv, N, K, S].
-        bias: [B or 1, Hkv or 1, N or 1, M, S], or `out` itself, which is then added to.
+        added_to: what the product is added to, in place, without gradients on a CPU.
     Returns:
-        `out`, or a new tensor of a's layout. [..., M, S]
+        `added_to`, or a new tensor of a's layout. [..., M, S]
     """
     if not by_heads(a):
-        product = a @ b if alpha == 1 else (a @ b) * alpha
-        return product if bias is None else product + bias
+        return a @ b
     groups = a.shape[1] // b.shape[1]
-    if out is None:
-        out = a.new_empty(*a.shape[:-1], b.shape[-1])
-    for row, (lefts, rights, outs) in enumerate(zip(a.unbind(0), b.unbind(0), out.unbind(0), strict=True)):
+    out = a.new_empty(*a.shape[:-1], b.shape[-1]) if added_to is None else added_to
+    for lefts, rights, targets in zip(a.unbind(0), b.unbind(0), out.unbind(0), strict=True):
         rights = rights.unbind(0)
-        for head, (left, target) in enumerate(zip(lefts.unbind(0), outs.unbind(0), strict=True)):
-            right = rights[head // groups]
-            if bias is None and alpha == 1:
-                torch.bmm(left, right, out=target)
-            elif bias is None:
-                torch.baddbmm(target, left, right, beta=0, alpha=alpha, out=target)
+        for head, (left, target) in enumerate(zip(lefts.unbind(0), targets.unbind(0), strict=True)):
+            if added_to is None:
+                torch.bmm(left, rights[head // groups], out=target)
             else:
-                added = target if bias is out else bias[row % bias.shape[0], head // groups % bias.shape[1]]
-                torch.baddbmm(added, left, right, alpha=alpha, out=target)
+                target.baddbmm_(left, rights[head // groups])
     return out

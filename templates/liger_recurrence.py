@@ -243,7 +243,7 @@ def _chunk_decay(q, k, v, log_decay, state):
     heads = k.shape[1]
     k, v, log_decay = (_chunks(x, heads) for x in (k, v, log_decay))
     if factors := _factors(log_decay):
-        queries, right = _scaled_chunks(q, factors.left), k * factors.right
+        queries, right = _scaled_chunks(q, factors.left), k / factors.left
         scores = _lower(product(queries, right.mT))
         updates = product(right.mT, v) * factors.behind
         ahead, total = factors.ahead, factors.total
@@ -263,7 +263,7 @@ def _sum_of_products(a, b, c, d):
     """a @ b + c @ d, added up in place; see `liger_products.product`."""
     output = product(a, b)
     if by_heads(a):
-        return product(c, d, out=output, bias=output)
+        return product(c, d, added_to=output)
     output.flatten(0, -3).baddbmm_(c.flatten(0, -3), d.flatten(0, -3))
     return output
 
@@ -289,14 +289,13 @@ def _scan(decays, updates, state):
 
 @dataclass
 class _Factors:
-    """exp(sum of log decays between two tokens of a chunk) as left_i * right_j, factored around the chunk's middle.
+    """exp(sum of log decays between two tokens of a chunk) as left_i / left_j, factored around the chunk's middle.
 
-    left, right: [B, H, N, C, K or 1]. ahead, from the chunk's start to its middle, behind, from there to its end, and
+    left: [B, H, N, C, K or 1]. ahead, from the chunk's start to its middle, behind, from there to its end, and
     total, from start to end: [B, H, N, K or 1, 1].
     """
 
     left: torch.Tensor
-    right: torch.Tensor
     ahead: torch.Tensor
     behind: torch.Tensor
     total: torch.Tensor
@@ -304,16 +303,15 @@ class _Factors:
 
 def _factors(log_decay) -> _Factors | None:
     """Factors of whole chunks, or None where a chunk decays too much for them (see FACTOR_LIMIT)."""
-    size, middle = CHUNK_SIZE, CHUNK_SIZE // 2
+    size = CHUNK_SIZE
     centered = _centering(size, log_decay.dtype, log_decay.device) @ log_decay
     lowest, highest = centered.detach().aminmax()
     if not (lowest >= -FACTOR_LIMIT and highest <= FACTOR_LIMIT):
         return None
-    left = centered.exp()
-    ahead = log_decay[..., :middle, :].sum(-2, keepdim=True)
-    behind = centered[..., -1:, :]
-    ends = (x.transpose(-1, -2).exp() for x in (ahead, behind, ahead + behind))
-    return _Factors(left, left.reciprocal(), *ends)
+    # The first row's sum is that of the others up to the middle, negative.
+    ahead, behind = log_decay[..., :1, :] - centered[..., :1, :], centered[..., -1:, :]
+    ends = [x.transpose(-1, -2).exp() for x in (ahead, behind, ahead + behind)]
+    return _Factors(centered.exp(), *ends)
 
 
 @lru_cache(maxsize=16)
@@ -400,7 +398,7 @@ def _chunk_delta(q, k, v, log_decay, beta, state):
     heads = k.shape[1]
     k, v, log_decay, beta = (_chunks(x, heads) for x in (k, v, log_decay, beta))
     if factors := _factors(log_decay):
-        queries, start, end = _scaled_chunks(q, factors.left), k * factors.left, k * factors.right
+        queries, start, end = _scaled_chunks(q, factors.left), k * factors.left, k / factors.left
         scores, inner = _lower(product(queries, end.mT)), product(start, end.mT)
         ahead, behind, total = factors.ahead, factors.behind, factors.total
     else:
