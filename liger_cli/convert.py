@@ -44,7 +44,9 @@ from liger_cli.outputs import (
 )
 from liger_cli.plan import Plan, make_plan, read_mix, with_defaults
 from liger_cli.selection import read_request, selected_plan
+from liger_cli.sizes import read_budget, sized_plan
 from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs, liger_block
+from liger_cli.wording import by_layer
 
 FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
 MADE_BY_LIGER = ("config.json", "README.md", MANIFEST)
@@ -99,7 +101,8 @@ def convert(
     Args:
         base: a local folder or a hub id.
         output: the folder to write; `./<name>-liger-<gate>` by default.
-        settings: fields of `LayerSpec` for the Liger layers.
+        settings: fields of `LayerSpec` for the Liger layers. `window` or `kept` may be `auto:BYTES`: each layer's own,
+            measured, within so many bytes of constant cache (see `sizes`).
         softmax_layers: layers kept as softmax attention: `none`, `every:N`, `auto:N` (measured, which loads the base
             and torch; see `selection`), or a list such as `3,11`.
         softmax_heads: key/value heads kept as softmax inside Liger layers: `none`, `auto:N` or `auto:2%` of all
@@ -126,9 +129,15 @@ def convert(
         settings["mix"] = read_mix(settings["mix"])
     if checkpoint.released_gate:
         settings = released.fixed_settings(settings, checkpoint.released_gate)
+    settings, budget = read_budget(settings, calibrate)
     settings = with_defaults(settings, calibrate)
     request = read_request(softmax_layers, softmax_heads)
-    if not (request.measured or calibrate) and calibration_data is not None:
+    if budget and request.measured:
+        raise UsageError(
+            f"{budget.option} does not go with --softmax-layers or --softmax-heads auto:N; run those first, then name "
+            "what they found"
+        )
+    if not (request.measured or calibrate or budget) and calibration_data is not None:
         raise UsageError(
             "--calibration-data is given, but nothing is measured; ask for --calibrate or --softmax-layers auto:N"
         )
@@ -143,6 +152,8 @@ def convert(
         result = run_gate(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
     plan, selection = selected_plan(plan, request, calibration_data, dry_run)
+    if budget:
+        plan, selection = sized_plan(plan, budget, calibration_data, dry_run)
     measured, values = ({"selection": selection} if selection else {}), None
     if calibrate and dry_run:
         plan = replace(plan, notes=(*plan.notes, "a calibration would run the base over some 16,000 tokens"))
@@ -298,7 +309,8 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
         name=source.name,
         revision=source.revision,
         spec=next(spec for spec in plan.specs if spec.kind == "liger"),
-        kept=sorted({spec.kept for spec in plan.specs if spec.kind == "liger"}),
+        windows=_by_layer(plan, "window"),
+        kept=_by_layer(plan, "kept"),
         scaled=any(spec.branch_scales for spec in plan.specs),
         added=plan.added_parameters(),
         calibration=_shown_calibration(manifest.get("calibration")),
@@ -310,6 +322,12 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
         versions=manifest["versions"],
         model=f"Liger{plan.checkpoint.family.prefix}ForCausalLM",
     )
+
+
+def _by_layer(plan: Plan, setting: str) -> str:
+    """A setting of the Liger layers in words: one number, or each with its layers."""
+    values = {index: getattr(spec, setting) for index, spec in enumerate(plan.specs) if spec.kind == "liger"}
+    return by_layer(values) if len(set(values.values())) > 1 else str(next(iter(values.values())))
 
 
 def _shown_calibration(report: dict | None) -> dict | None:

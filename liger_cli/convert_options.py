@@ -18,9 +18,14 @@ def convert(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     gate: Annotated[str, typer.Option(help=f"One of {', '.join(GATES)}.")] = DEFAULT.gate,
-    window: Annotated[int, typer.Option(help="Tokens of the softmax window, the token itself included.")] = (
-        DEFAULT.window
-    ),
+    window: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto:BYTES",
+            help="Tokens of the softmax window, the token itself included; auto:2MiB gives each layer its own, measured "
+            "on the base, within so many bytes of constant cache in all.",
+        ),
+    ] = str(DEFAULT.window),
     mix: Annotated[
         str,
         typer.Option(help="Share of the recurrent branch, the window's is 1 - mix; window-only is 0, the control."),
@@ -58,9 +63,11 @@ def convert(
     ] = False,
     sinks: Annotated[int, typer.Option(help="First tokens that stay visible to the window.")] = DEFAULT.sinks,
     kept: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Tokens that stay visible to the window, chosen by a learned score for each head.",
+            metavar="N|auto:BYTES",
+            help="Tokens that stay visible to the window, chosen by a learned score for each head; auto:2MiB (with "
+            "--calibrate) gives each layer its own number, as --window does.",
             show_default="0; with --calibrate twice --window",
         ),
     ] = None,

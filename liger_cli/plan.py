@@ -70,29 +70,33 @@ class Plan:
             )
         return rows
 
-    def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
-        if spec.kind != "liger":
-            return self._base_cache(index, tokens)
+    def constant_bytes(self, index: int, spec: LayerSpec, tokens: int | None = None) -> int:
+        """Bytes that a Liger layer keeps of one sequence, after any text (or one of `tokens` tokens): state, window,
+        sinks and kept tokens. What its softmax heads keep grows with the text and does not count."""
         sizes = self.checkpoint.geometry
         shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
-        softmax_heads = len(spec.softmax_kv_heads)
-        heads = sizes.num_key_value_heads - softmax_heads
+        heads = sizes.num_key_value_heads - len(spec.softmax_kv_heads)
         state = sum(math.prod(shape) for shape in shapes) * heads * STATE_BYTES if spec.mix else 0
-        window = min(spec.window, self._local_window(index) or spec.window)
-        kept = spec.kept if self._local_window(index) is None else 0
-        in_window = min(tokens, max(window - 1, 0))
+        window = min(spec.window, self.local_window(index) or spec.window)
+        kept = spec.kept if self.local_window(index) is None else 0
+        in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
         # Room for sinks and kept tokens is there from the first token on.
         cached = in_window + spec.sinks + kept
         other = spec.sinks * POSITION_BYTES + (in_window + kept) * heads * SCORE_BYTES * bool(kept)
+        return state + cached * self._token_bytes() * heads // sizes.num_key_value_heads + other
+
+    def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
         grown = self._base_cache(index, tokens)
-        token_bytes = (cached * self._token_bytes() * heads + grown * softmax_heads) // sizes.num_key_value_heads
-        return state + token_bytes + other
+        if spec.kind != "liger":
+            return grown
+        softmax_heads, heads = len(spec.softmax_kv_heads), self.checkpoint.geometry.num_key_value_heads
+        return self.constant_bytes(index, spec, tokens) + grown * softmax_heads // heads
 
     def _base_cache(self, index: int, tokens: int) -> int:
-        window = self._local_window(index)
+        window = self.local_window(index)
         return (tokens if window is None else min(tokens, window - 1)) * self._token_bytes()
 
-    def _local_window(self, index: int) -> int | None:
+    def local_window(self, index: int) -> int | None:
         """The base's own window in a layer that is local already."""
         config = self.checkpoint.family.with_defaults(self.checkpoint.config)
         return config.get("sliding_window") if self.checkpoint.family.local_layers(config)[index] else None

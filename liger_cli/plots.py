@@ -85,12 +85,15 @@ def recall_plot(result: dict, folder: Path) -> list[str]:
 
 
 def selection_plots(selection: dict, folder: Path) -> list[str]:
-    """What `auto:N` measured: bars over the layers, a heat map of layers by heads. Returns the files' names."""
+    """What `auto` measured: bars over the layers, heat maps of layers by heads and by sizes. Returns the files' names."""
     names = []
     if "softmax_layers" in selection:
         names += _layers_plot(selection["softmax_layers"], folder)
     if "softmax_heads" in selection:
         names += _heads_plot(selection["softmax_heads"], folder)
+    for name in ("window_sizes", "kept_sizes"):
+        if name in selection:
+            names += _sizes_plot(selection[name], name, folder)
     return names
 
 
@@ -138,6 +141,29 @@ def _heads_plot(found: dict, folder: Path) -> list[str]:
                 if f"{layer}:{head}" in found["chosen"]:
                     axis.add_patch(_frame(x, y))
     return _save(figure, folder, "softmax_heads")
+
+
+def _sizes_plot(found: dict, name: str, folder: Path) -> list[str]:
+    """Bars of what each layer got, and the cost of every measured size in one layer alone."""
+    layers = found["layers"]
+    places = range(len(layers))
+    labels = [str(layer["layer"]) for layer in layers]
+    sizes = sorted({one["tokens"] for layer in layers for one in layer["sizes"]})
+    figure, axes = _figure(1, 2, (max(7.0, 3.0 + 0.5 * len(layers)), 2.8))
+    bars, costs = axes[0]
+    what = {"window": "window, tokens", "kept": "kept tokens"}[found["setting"]]
+    bars.bar(places, [layer["tokens"] for layer in layers], color=KEPT)
+    bars.axhline(found["uniform"], color=NOT_KEPT, linestyle="--")
+    bars.set(title="chosen (dashed: uniform, same bytes)", xlabel="layer", ylabel=what)
+    bars.set_xticks(places, labels, fontsize=7)
+    bars.grid(axis="y", alpha=0.3)
+    measured = [{one["tokens"]: one["kl_hard"] for one in layer["sizes"]} for layer in layers]
+    image = costs.imshow([[one.get(tokens, float("nan")) for one in measured] for tokens in sizes], aspect="auto")
+    costs.set(title="KL on hard tokens, it alone of this size", xlabel="layer", ylabel=what)
+    costs.set_xticks(places, labels, fontsize=7)
+    costs.set_yticks(range(len(sizes)), [str(tokens) for tokens in sizes], fontsize=7)
+    figure.colorbar(image, ax=costs, shrink=0.9)
+    return _save(figure, folder, name)
 
 
 def _frame(x: int, y: int):

@@ -9,7 +9,18 @@ SHORTLIST = 16  # heads measured at least, where there are more
 ROUNDS = 4  # of measuring heads, at most: where more are kept, a round keeps several
 
 Head = tuple[int, int]  # layer, key/value head
-Kept = frozenset[int | Head]  # whole layers and single heads
+
+
+@dataclass(frozen=True)
+class Size:
+    """A linearized layer with another `window`, or another number of `kept` tokens, than the plan gives it."""
+
+    layer: int
+    setting: str
+    tokens: int
+
+
+Kept = frozenset[int | Head | Size]  # whole layers and single heads that stay softmax, and layers of another size
 
 
 @dataclass(frozen=True)
@@ -57,11 +68,16 @@ class Ledger:
     def references(self) -> dict:
         return {"base": asdict(self.base), "none": asdict(self.none)}
 
-    def best(self, kept: Kept, options: Sequence, count: int = 1) -> tuple[list, dict]:
-        """The `count` options that help most beside `kept`, best first, and every option's figures by its name."""
-        self.look_up([kept | {option} for option in options])
-        order = sorted(options, key=lambda option: -self.score(kept | {option}))
-        return order[:count], {name_of(option): self.scored(kept | {option}) for option in options}
+    def best(self, options: dict, count: int = 1) -> tuple[list, dict]:
+        """The `count` best options, best first, and every one's figures. Options are names of sets: name -> set."""
+        self.look_up(list(options.values()))
+        order = sorted(options, key=lambda option: -self.score(options[option]))
+        return order[:count], {option: self.scored(options[option]) for option in options}
+
+    def best_beside(self, kept: Kept, units: Sequence, count: int = 1) -> tuple[list, dict]:
+        """The `count` units that help most beside `kept`, best first, and every unit's figures by its name."""
+        order, tried = self.best({unit: kept | {unit} for unit in units}, count)
+        return order, {name_of(unit): figures for unit, figures in tried.items()}
 
 
 def score(figures: Figures, none: Figures, base: Figures) -> float:
@@ -100,7 +116,7 @@ def choose_layers(ledger: Ledger, candidates: list[int], count: int) -> dict:
     kept: Kept = frozenset()
     steps = []
     while len(kept) < count:
-        (best,), tried = ledger.best(kept, [layer for layer in candidates if layer not in kept])
+        (best,), tried = ledger.best_beside(kept, [layer for layer in candidates if layer not in kept])
         kept |= {best}
         steps.append({"layer": best, **tried[name_of(best)], "tried": tried})
     fixed = spacings(candidates, count)
@@ -147,7 +163,7 @@ def choose_heads(ledger: Ledger, reaches: dict[Head, float], count: int) -> dict
     rounds, alone = [], {}
     for size in round_sizes(count):
         options = [head for head in listed if head not in kept]
-        best, tried = ledger.best(kept, options, size)
+        best, tried = ledger.best_beside(kept, options, size)
         alone = alone or tried
         kept |= set(best)
         ledger.look_up([kept])

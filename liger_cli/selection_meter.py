@@ -17,7 +17,7 @@ from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.recall import Probe, make_probes
 from liger_cli.scoring import LOGITS_BYTES, batch_size_for, make_rows, read_texts
-from liger_cli.selection_choice import Figures, Kept
+from liger_cli.selection_choice import Figures, Kept, Size
 from liger_cli.shipped.probes import held_out_text
 from liger_cli.shipped.text import VALIDATION_SEED
 
@@ -78,10 +78,10 @@ class Meter:
         """Tokens that one pass reads, padding included."""
         return sum(batch.ids.numel() for batch in self.batches)
 
-    def announce(self, passes: int) -> None:
+    def announce(self, passes: int, stand_in: str | None = None) -> None:
         """Tell how long `passes` passes will take, and read the data for the first time.
 
-        Finds the hard tokens and the stand-in, and drops the probes where the base cannot do them.
+        Finds the hard tokens and, where none is given, the stand-in, and drops the probes where the base cannot do them.
         """
         expected = self._seconds_a_pass() * passes
         selection.say(f"measuring: at most {passes} passes over {self.tokens:,} tokens, about {_duration(expected)}")
@@ -98,7 +98,7 @@ class Meter:
             first = self._figures([(frozenset(), mode) for mode in STAND_INS])
         by_mode = dict(zip(STAND_INS, first, strict=True))
         # The window wins a tie: an untrained recurrent branch that adds nothing measurable adds noise.
-        self.stand_in = min(by_mode, key=lambda mode: by_mode[mode].kl)
+        self.stand_in = stand_in or min(by_mode, key=lambda mode: by_mode[mode].kl)
         self.none = by_mode[self.stand_in]
         self.seconds = time.perf_counter() - start
 
@@ -134,11 +134,12 @@ class Meter:
         return {"passes": self.passes, "tokens": self.tokens, "seconds": self.seconds}
 
     def apply(self, kept: Kept, stand_in: str) -> None:
-        """Keep these layers and heads as softmax, run the rest of the candidates as `stand_in`."""
+        """Keep these layers and heads as softmax, run the rest of the candidates as `stand_in`, in these sizes."""
         self.model.set_attention_mode("softmax")
         attentions = self.model.get_decoder().liger_attentions()
+        sizes = {unit.layer: {unit.setting: unit.tokens} for unit in kept if isinstance(unit, Size)}
         for layer in self.candidates:
-            spec = self.plan.specs[layer]
+            spec = replace(self.plan.specs[layer], **sizes.get(layer, {}))
             heads = {unit[1] for unit in kept if isinstance(unit, tuple) and unit[0] == layer}
             heads |= set(spec.softmax_kv_heads)
             if layer in kept or len(heads) == self.plan.checkpoint.geometry.num_key_value_heads:

@@ -1,4 +1,4 @@
-"""What `auto:N` measured, as bars on the terminal. The plots in the folder: `plots.layers_plot`."""
+"""What `auto:N` measured, as bars on the terminal. The plots in the folder: `selection_plots`."""
 
 from rich.bar import Bar
 from rich.console import Console
@@ -7,6 +7,7 @@ from rich.table import Table
 from liger_cli.terminal import print_table
 
 WIDTH = 24  # characters of a full bar
+SIZES = {"window_sizes": "windows", "kept_sizes": "kept tokens"}
 
 
 def print_selection(report: dict, console: Console) -> None:
@@ -22,6 +23,15 @@ def print_selection(report: dict, console: Console) -> None:
         print_table(console, _heads(found))
         steps = [(f"auto, + {', '.join(step['heads'])}", step) for step in found["greedy"]]
         print_table(console, _together(found, steps, "softmax heads"))
+    for name in SIZES:
+        if name in report:
+            found = report[name]
+            print_table(console, _sizes(found))
+            first = max(found["tries"], key=lambda one: one["score"])
+            steps = [("the costs added up", first)]
+            steps += [(f"after exchange {place + 1}", step) for place, step in enumerate(found["rounds"])]
+            none = f"{found['uniform']} in every layer"
+            print_table(console, _together(found, steps, SIZES[name], none))
 
 
 def _layers(found: dict) -> Table:
@@ -65,8 +75,29 @@ def _heads(found: dict) -> Table:
     return table
 
 
-def _together(found: dict, steps: list[tuple[str, dict]], what: str) -> Table:
-    lines = [("nothing chosen yet", found["references"]["none"]), *steps, ("base", found["references"]["base"])]
+def _sizes(found: dict) -> Table:
+    """What was chosen, and what the smallest measured size of each layer costs."""
+    table = Table(title=f"{SIZES[found['setting'] + '_sizes']} by layer, in tokens", title_justify="left")
+    smallest = found["layers"][0]["sizes"][0]["tokens"]
+    for name in ("layer", "chosen", "", f"KL on hard tokens, it alone with {smallest}", "", "recall"):
+        table.add_column(name, justify="left" if "c" in name else "right")
+    largest = max(layer["tokens"] for layer in found["layers"]) or 1
+    most = max(layer["sizes"][0]["kl_hard"] for layer in found["layers"]) or 1.0
+    for layer in found["layers"]:
+        tokens, lost = layer["tokens"], layer["sizes"][0]
+        table.add_row(
+            str(layer["layer"]),
+            _bar(tokens / largest),
+            str(tokens),
+            _bar(lost["kl_hard"] / most),
+            f"{lost['kl_hard']:.3f}",
+            percent(lost["recall"]),
+        )
+    return table
+
+
+def _together(found: dict, steps: list[tuple[str, dict]], what: str, none: str = "nothing chosen yet") -> Table:
+    lines = [(none, found["references"]["none"]), *steps, ("base", found["references"]["base"])]
     table = Table(title=f"{what} together, untrained", title_justify="left")
     for name in ("kept", "KL", "KL, hard tokens", "recall", "gap closed"):
         table.add_column(name, justify="left" if name == "kept" else "right")
