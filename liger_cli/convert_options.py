@@ -22,8 +22,8 @@ def convert(
         str,
         typer.Option(
             metavar="N|auto:BYTES",
-            help="Tokens of the softmax window, the token itself included; auto:2MiB gives each layer its own, measured "
-            "on the base, within so many bytes of constant cache in all.",
+            help="Tokens of the softmax window, the token itself included; auto:2MiB gives each layer its own, "
+            "measured on the base, within so many bytes of constant cache in all.",
         ),
     ] = str(DEFAULT.window),
     mix: Annotated[

@@ -85,7 +85,7 @@ def recall_plot(result: dict, folder: Path) -> list[str]:
 
 
 def selection_plots(selection: dict, folder: Path) -> list[str]:
-    """What `auto` measured: bars over the layers, heat maps of layers by heads and by sizes. Returns the files' names."""
+    """What `auto` measured: bars over layers, heat maps of layers by heads and sizes. Returns the files' names."""
     names = []
     if "softmax_layers" in selection:
         names += _layers_plot(selection["softmax_layers"], folder)
@@ -154,12 +154,12 @@ def _sizes_plot(found: dict, name: str, folder: Path) -> list[str]:
     what = {"window": "window, tokens", "kept": "kept tokens"}[found["setting"]]
     bars.bar(places, [layer["tokens"] for layer in layers], color=KEPT)
     bars.axhline(found["uniform"], color=NOT_KEPT, linestyle="--")
-    bars.set(title="chosen (dashed: uniform, same bytes)", xlabel="layer", ylabel=what)
+    bars.set(title="chosen (dashed: uniform)", xlabel="layer", ylabel=what)
     bars.set_xticks(places, labels, fontsize=7)
     bars.grid(axis="y", alpha=0.3)
     measured = [{one["tokens"]: one["kl_hard"] for one in layer["sizes"]} for layer in layers]
     image = costs.imshow([[one.get(tokens, float("nan")) for one in measured] for tokens in sizes], aspect="auto")
-    costs.set(title="KL on hard tokens, it alone of this size", xlabel="layer", ylabel=what)
+    costs.set(title="KL on hard tokens, it alone so small", xlabel="layer", ylabel=what)
     costs.set_xticks(places, labels, fontsize=7)
     costs.set_yticks(range(len(sizes)), [str(tokens) for tokens in sizes], fontsize=7)
     figure.colorbar(image, ax=costs, shrink=0.9)

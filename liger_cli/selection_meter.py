@@ -81,7 +81,7 @@ class Meter:
     def announce(self, passes: int, stand_in: str | None = None) -> None:
         """Tell how long `passes` passes will take, and read the data for the first time.
 
-        Finds the hard tokens and, where none is given, the stand-in, and drops the probes where the base cannot do them.
+        Finds the hard tokens and the stand-in, if none is given, and drops the probes where the base cannot do them.
         """
         expected = self._seconds_a_pass() * passes
         selection.say(f"measuring: at most {passes} passes over {self.tokens:,} tokens, about {_duration(expected)}")

@@ -99,8 +99,8 @@ def _sizes(found: dict) -> Table:
 def _together(found: dict, steps: list[tuple[str, dict]], what: str, none: str = "nothing chosen yet") -> Table:
     lines = [(none, found["references"]["none"]), *steps, ("base", found["references"]["base"])]
     table = Table(title=f"{what} together, untrained", title_justify="left")
-    for name in ("kept", "KL", "KL, hard tokens", "recall", "gap closed"):
-        table.add_column(name, justify="left" if name == "kept" else "right")
+    for name in ("", "KL", "KL, hard tokens", "recall", "gap closed"):
+        table.add_column(name, justify="right" if name else "left")
     for name, figures in lines:
         closed = percent(figures["score"]) if "score" in figures else ""
         table.add_row(name, f"{figures['kl']:.4f}", f"{figures['kl_hard']:.3f}", percent(figures["recall"]), closed)

@@ -1,7 +1,7 @@
 """`liger convert --window auto:BYTES` and `--kept auto:BYTES`: each layer's own size, within a budget of cache bytes.
 
-Sizes are measured on the base as softmax layers are (see `selection`), by the model code that the converted folder gets,
-with the recurrence off, and chosen by `selection_sizes`. torch is imported only once something is measured.
+Sizes are measured on the base as softmax layers are (see `selection`), by the model code that the converted folder
+gets, with the recurrence off, and chosen by `selection_sizes`. torch is imported only once something is measured.
 """
 
 from dataclasses import dataclass, replace
@@ -113,8 +113,8 @@ def sized_plan(plan: Plan, budget: Budget, data: str | None = None, dry_run: boo
         count = sum(len(rungs) // 2 for rungs in ladder.rungs.values())
         note = (
             f"{count} sizes of {len(layers)} layers would be measured, at most {total} passes over about "
-            f"{expected_tokens(plan):,} tokens, and each layer given its own within {size(budget.nbytes)}; above, {same} "
-            "stands in their place"
+            f"{expected_tokens(plan):,} tokens, and each layer given its own within {size(budget.nbytes)}; above, "
+            f"{same} stands in their place"
         )
         return replace(plan, notes=(*plan.notes, note)), None
     meter = _open_meter(plan, name, data)

@@ -8,15 +8,18 @@ from itertools import product
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from liger_cli import calibrate, selection, selection_meter, sizes
 from liger_cli.checkpoint import read_checkpoint
 from liger_cli.convert import convert
 from liger_cli.errors import UsageError
+from liger_cli.inspection import _lines, inspect_folder
 from liger_cli.plan import make_plan
 from liger_cli.selection_choice import Figures, Ledger, Size
 from liger_cli.selection_sizes import ROUNDS, Ladder, allocate, choose_sizes, chosen_sizes, rungs_up_to, size_passes
+from liger_cli.selection_view import print_selection
 from liger_cli.shipped import BASE_DIR
 from liger_cli.wording import by_layer, read_size
 
@@ -26,12 +29,12 @@ BASE = Figures(0.0, 0.0, None)
 
 def ladder_of(layers: int, each: int = 10) -> Ladder:
     """`each` bytes for every token."""
-    rungs = {layer: RUNGS for layer in range(layers)}
+    rungs = dict.fromkeys(range(layers), RUNGS)
     return Ladder("window", rungs, {layer: [each * tokens for tokens in RUNGS] for layer in rungs})
 
 
 def made_up(loss, layers: int, uniform: int, asked: list) -> Ledger:
-    """loss(tokens of every layer) is the divergence; a layer that stays softmax has 64, one that is not named `uniform`."""
+    """loss(tokens of every layer) is the divergence; layers that stay softmax have 64, others `uniform`."""
 
     def figures(kept) -> Figures:
         tokens = [64 if layer in kept else uniform for layer in range(layers)]
@@ -54,7 +57,7 @@ def test_rungs():
 
 @pytest.mark.parametrize("budget", [250, 400, 640, 1000, 1900, 5000])
 def test_sharing_out_is_nearly_the_best(budget):
-    """Against all 343 ways of three layers whose losses add up; a greedy choice is off by little, and exchanges follow."""
+    """Against all 343 ways of three layers whose losses add up. A greedy choice is off by little; exchanges follow."""
     ladder = ladder_of(3)
     worth = (10.0, 1.0, 0.1)
     losses = {layer: [worth[layer] * (1 / tokens - 1 / 64) for tokens in RUNGS] for layer in range(3)}
@@ -161,7 +164,7 @@ def planted(tiny_base, tmp_path_factory):
 TOKEN_BYTES = 2 * 2 * 16 * 4
 
 
-def test_the_window_goes_to_the_layer_that_looks_back(planted, words, small, tmp_path):
+def test_the_window_goes_to_the_layer_that_looks_back(planted, words, small, tmp_path, capsys):
     budget = 4 * 31 * TOKEN_BYTES  # 32 tokens in every layer
     settings = {"window": f"auto:{budget}", "mix": "window-only"}
     report, plan = convert(str(planted), str(tmp_path / "out"), settings=settings, calibration_data=str(words))
@@ -180,6 +183,16 @@ def test_the_window_goes_to_the_layer_that_looks_back(planted, words, small, tmp
     card = (tmp_path / "out/README.md").read_text()
     assert f"| window, tokens | 16 (layers 0-1, 3), {windows[2]} (layer 2) |" in card
     assert "windows in tokens chosen by measurement" in card
+    # What is told of it: a bar of the chosen sizes, and the line of `liger inspect`, whatever stands in liger.json.
+    print_selection(report["selection"], Console(width=120))
+    shown = capsys.readouterr().out
+    assert "32 in every layer" in shown and "█" in shown and "windows by layer, in tokens" in shown
+    lines = "\n".join(_lines(inspect_folder(tmp_path / "out")))
+    assert f"window of each layer chosen by measurement within {budget} bytes" in lines and "layers 2: liger" in lines
+    kept["window_sizes"] = {"setting": ["x"], "result": 3, "references": {"none": {"kl": "?"}}}
+    manifest = json.loads((tmp_path / "out/liger.json").read_text())
+    (tmp_path / "out/liger.json").write_text(json.dumps({**manifest, "selection": kept}))
+    assert "an unknown number" in "\n".join(_lines(inspect_folder(tmp_path / "out")))
 
 
 def test_the_cache_has_the_bytes_that_were_promised(planted, words, small, tmp_path):
@@ -253,9 +266,8 @@ def test_dry_run_says_what_would_be_measured(tmp_path):
 def test_more_than_enough_is_not_measured(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(selection_meter, "open_meter", lambda *_: pytest.fail("measured"))
     report, plan = convert(str(tiny_base()), str(tmp_path / "out"), settings={"window": "auto:1GiB", "mix": 0.0})
-    assert (
-        any("nothing is chosen" in note for note in report["notes"]) and min(spec.window for spec in plan.specs) > 512
-    )
+    assert any("nothing is chosen" in note for note in report["notes"])
+    assert min(spec.window for spec in plan.specs) > 512
 
 
 def test_a_local_layer_gets_no_more_than_its_own_window(tiny_base):
@@ -270,11 +282,7 @@ def test_a_local_layer_gets_no_more_than_its_own_window(tiny_base):
 @pytest.mark.parametrize(
     ("settings", "options", "sentence"),
     [
-        (
-            {"window": "auto:1KiB", "mix": 0.0},
-            {},
-            r"below the minimum of 15360 \(15.0 KiB\): with a window of 16 tokens",
-        ),
+        ({"window": "auto:1KiB", "mix": 0.0}, {}, r"below the minimum of 15360 \(15.0 KiB\): with a window of 16"),
         ({"kept": "auto:1KiB", "mix": 0.0}, {"calibrate": True}, r"below the minimum of .*with 0 kept tokens"),
         ({"window": "auto:x"}, {}, "BYTES has to be like 2MiB"),
         ({"window": "auto:"}, {}, "BYTES has to be like 2MiB"),

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+from liger_cli.checkpoint import read_checkpoint
 from liger_cli.errors import UsageError
+from liger_cli.plan import make_plan
+from liger_cli.sizes import constant_bytes
 from liger_cli.study.base_folders import StudyBase
 from liger_cli.study.subjects import layers
 from liger_cli.templates.liger_gates import GATES
 
-WINDOW = 64
+WINDOW = KEPT = 64
 WINDOW_ONLY = "window-only"
 DOCUMENTS, INSTRUCTIONS = "documents", "instructions"
 # The same for every recipe: what a step sees, how often it is interrupted.
@@ -160,16 +163,29 @@ FEW = ("window-only-kl", "kl", "window-only-best", "best")  # longer runs, and t
 
 
 def base_rows(base: StudyBase) -> tuple[Row, ...]:
-    """Rows that depend on how many layers there are: every place of one softmax layer, and every spacing."""
+    """Rows that depend on the layers: sizes by layer, every place of one softmax layer, and every spacing."""
     count = layers(base)
     window = ("--mix", "0")
     spaced = [every for every in (2, 3, 4, count) if every <= count]
-    return tuple(
-        Row(f"layers-every{every}", (*window, "--softmax-layers", f"every:{every}"), group="softmax kept")
-        for every in sorted(set(spaced), reverse=True)
-    ) + tuple(
-        Row(f"layer-{layer}", (*window, "--softmax-layers", str(layer)), group="softmax kept") for layer in range(count)
+    return (
+        Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base, WINDOW)}")),
+        Row("kept-alone64", (*window, "--calibrate", "--kept", str(KEPT))),
+        Row("kept-auto64", (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base, WINDOW, KEPT)}")),
+        *(
+            Row(f"layers-every{every}", (*window, "--softmax-layers", f"every:{every}"), group="softmax kept")
+            for every in sorted(set(spaced), reverse=True)
+        ),
+        *(
+            Row(f"layer-{layer}", (*window, "--softmax-layers", str(layer)), group="softmax kept")
+            for layer in range(count)
+        ),
     )
+
+
+def _cache_bytes(base: StudyBase, window: int, kept: int = 0) -> int:
+    """Bytes of one sequence's constant cache where every layer has this window and so many kept tokens."""
+    settings = {"window": window, "kept": kept, "mix": 0.0}
+    return constant_bytes(make_plan(read_checkpoint(base.folder), settings))
 
 
 def planned(
