@@ -186,16 +186,21 @@ def _uniform(plan: Plan, budget: Budget, layers: list[int]) -> int:
 
 
 def _ladder(plan: Plan, setting: str, layers: list[int]) -> Ladder:
-    """Sizes up to the longest measured text, or to the base's own window where a layer has one."""
+    """Sizes up to the longest measured text, or to the base's own window where a layer has one.
+
+    A layer whose own window is no longer than the least has no choice.
+    """
     longest = max([selection.ROW_TOKENS, *(far + selection.PROBE_TOKENS for far in probe_distances(plan))])
     rungs, nbytes = {}, {}
     for layer in layers:
         spec = plan.specs[layer]
         limit = min(longest, plan.local_window(layer) or longest)
         limit = max(limit - spec.window, 1) if setting == "kept" else limit
-        rungs[layer] = rungs_up_to(MEASURED[setting], limit)
+        if len(places := rungs_up_to(MEASURED[setting], limit)) == 1:
+            continue
+        rungs[layer] = places
         nbytes[layer] = [plan.constant_bytes(layer, replace(spec, **{setting: tokens})) for tokens in rungs[layer]]
-    others = [layer for layer in liger_layers(plan) if layer not in layers]
+    others = [layer for layer in liger_layers(plan) if layer not in rungs]
     return Ladder(setting, rungs, nbytes, sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in others))
 
 

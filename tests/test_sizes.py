@@ -277,6 +277,11 @@ def test_a_local_layer_gets_no_more_than_its_own_window(tiny_base):
     plan = make_plan(read_checkpoint(base), {"window": 16}, linearize_local=True)
     assert sizes._ladder(plan, "window", [0, 1, 2, 3]).rungs[0][-1] == 40
     assert sizes._layers(plan, "kept") == [1, 3]
+    base = tiny_base("gemma3_text", sliding_window=12, layer_types=types, query_pre_attn_scalar=16)
+    plan = make_plan(read_checkpoint(base), {"window": 16}, linearize_local=True)
+    ladder = sizes._ladder(plan, "window", [0, 1, 2, 3])
+    assert set(ladder.rungs) == {1, 3}
+    assert ladder.total({1: 0, 3: 0}) == sizes.constant_bytes(plan)
 
 
 @pytest.mark.parametrize(
