@@ -179,18 +179,19 @@ def fit_scales(statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def judge(model, held_out: torch.Tensor) -> dict:
     """KL(base || model), in nats a token, of the calibrated model and of its window; the nearer one is kept."""
-    found = {"kl": _distance(model, held_out, "liger"), "window_only_kl": _distance(model, held_out, "window")}
+    found = dict(zip(("kl", "window_only_kl"), _distances(model, held_out, "liger", "window"), strict=True))
     layers = [attention for attention in model.get_decoder().liger_attentions() if attention.liger_spec.branch_scales]
     if found["kl"] > found["window_only_kl"]:
         for attention in layers:
             attention.grm_scale.zero_()
             attention.swa_scale.fill_(1.0)
-        found["fitted_kl"], found["kl"] = found["kl"], _distance(model, held_out, "liger")
+        found["fitted_kl"] = found["kl"]
+        (found["kl"],) = _distances(model, held_out, "liger")
     if found["kl"] > found["window_only_kl"]:
         for attention in model.get_decoder().liger_attentions():
             if attention.liger_kept:
                 attention.keep_score.zero_()
-        found["kl"] = _distance(model, held_out, "liger")
+        (found["kl"],) = _distances(model, held_out, "liger")
     found["recurrent_layers"] = [attention.layer_idx for attention in layers if attention.grm_scale.abs().sum() > 0]
     return found
 
@@ -206,15 +207,17 @@ def extra_values(model) -> dict:
     }
 
 
-def _distance(model, rows, mode: str) -> float:
-    total = 0.0
+def _distances(model, rows, *modes: str) -> list[float]:
+    """KL(base || model) in nats a token for each attention mode; the base is read once."""
+    totals = [0.0] * len(modes)
     for row in rows.split(1):
         model.set_attention_mode("softmax")
         base = model(row, use_cache=False).logits.float().log_softmax(-1)
-        model.set_attention_mode(mode)
-        total += float(divergence(base, model(row, use_cache=False).logits).sum())
+        for index, mode in enumerate(modes):
+            model.set_attention_mode(mode)
+            totals[index] += float(divergence(base, model(row, use_cache=False).logits).sum())
     model.set_attention_mode("liger")
-    return total / rows.numel()
+    return [total / rows.numel() for total in totals]
 
 
 def _collect(model, layers, rows, measure, step) -> list[Statistics]:

@@ -206,6 +206,15 @@ def read_parts(folder: Path, config: dict, family: Family, released_gate: str | 
     return checkpoint
 
 
+def file_sha256(path: Path) -> str:
+    """Of a whole file, a block at a time."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def read_weights(folder: Path) -> tuple[Shard, ...]:
     """The shards of any model folder, a converted one too. Raises ModelError as `read_checkpoint` does."""
     folder = folder.resolve()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-from liger_cli.checkpoint import Shard, fingerprint, inside, read_checkpoint, read_shard, read_weights
+from liger_cli.checkpoint import Shard, file_sha256, fingerprint, inside, read_checkpoint, read_shard, read_weights
 from liger_cli.converted import ADAPTER_CONFIG, Converted, read_converted
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.escape import printable
@@ -204,9 +204,9 @@ def _weights(report: dict, shards, recorded, original, full: bool, extras: dict 
         file = "the base's own file (hard link)" if linked else "hard link" if links > 1 else "a file of its own"
         held.append({**found, "state": state, "is": file})
         if full:
-            held[-1]["sha256"] = _sha256(shard.path)
+            held[-1]["sha256"] = file_sha256(shard.path)
             twin = next((one for one in (original or {}).values() if _marks(one.fingerprint()) == _marks(found)), None)
-            if twin is not None and not linked and _sha256(twin.path) != held[-1]["sha256"]:
+            if twin is not None and not linked and file_sha256(twin.path) != held[-1]["sha256"]:
                 report["differences"].append(f"{shard.name} differs from the base's {twin.name} between the samples")
     report["shards"] = held
     for wanted, count, whose in ((expected, len(shards) - len(own), ""), (expected_own, len(own), " of added tensors")):
@@ -250,14 +250,6 @@ def _marks(entry: dict) -> tuple:
 def _file_id(path: Path) -> tuple[int, int]:
     found = os.stat(path)
     return found.st_dev, found.st_ino
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _calibration(section: dict, merged: bool) -> str:

@@ -3,7 +3,6 @@
 Shards without a trained tensor are linked; the others are written anew (`merged_shards`).
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -11,7 +10,17 @@ from pathlib import Path
 
 from liger_cli import publish
 from liger_cli.adapters import Adapter, check_fits, find_base, read_adapter, recipe_of, window_only
-from liger_cli.checkpoint import INDEX, PICKLES, Shard, fingerprint, inside, read_config, read_shard, read_weights
+from liger_cli.checkpoint import (
+    INDEX,
+    PICKLES,
+    Shard,
+    file_sha256,
+    fingerprint,
+    inside,
+    read_config,
+    read_shard,
+    read_weights,
+)
 from liger_cli.converted import read_converted
 from liger_cli.errors import UsageError
 from liger_cli.escape import code_span, markdown, printable
@@ -200,7 +209,7 @@ def _manifest(adapters: list[Adapter], model: Path, found: dict, dtype: str | No
             {
                 "path": str(adapter.folder.resolve()),
                 "settings": (adapter.manifest or {}).get("settings"),
-                "sha256": _sha256(adapter.weights.path),
+                "sha256": file_sha256(adapter.weights.path),
             }
             for adapter in adapters
         ],
@@ -212,10 +221,6 @@ def _manifest(adapters: list[Adapter], model: Path, found: dict, dtype: str | No
 def _layers(converted: dict) -> dict:
     layers = (converted.get("settings") or {}).get("layers")
     return {"layers": layers} if layers else {}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _card(adapters: list[Adapter], model: Path, target: Path) -> str:
