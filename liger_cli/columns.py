@@ -141,7 +141,9 @@ def open_subject(
         subject.base_label = TUNED
         subject.base_source = f"{SWITCH}; the weights in {weights} are not the ones that were converted"
     if against is not None:
-        subject.original = _load_original(_base_folder(against), torch_dtype, device)
+        base = _base_folder(against)
+        subject.original = _load_original(base, torch_dtype, device)
+        _check_same_tokens(subject, base, against)
         subject.base_label, subject.base_source = BASE, against
     elif kind == "merged" and original:
         base = named_base(manifest)
@@ -154,6 +156,18 @@ def open_subject(
     elif kind == "merged":
         subject.base_label, subject.base_source = TUNED, SWITCH
     return subject
+
+
+def _check_same_tokens(subject: Subject, base: Path, name: str) -> None:
+    """Raises UsageError where token ids mean something else to the base: nothing could be compared."""
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (subject.liger_model, subject.original))
+    if ours != theirs:
+        raise UsageError(f"--against {name} knows {theirs:,} tokens, {subject.folder} {ours:,}; name its own base")
+    if (base / "tokenizer_config.json").exists():
+        known = subject.tokenizer.get_vocab()
+        ids = tokenizer_of(base, subject.original.config).get_vocab()
+        if any(known.get(token) != number for token, number in ids.items()):
+            raise UsageError(f"--against {name} has another tokenizer than {subject.folder}; name its own base")
 
 
 def adapter_base(folder: Path, manifest: dict) -> Path:

@@ -349,6 +349,19 @@ def test_roofline_counts(subject, result):
     assert row["roofline_fraction"] == pytest.approx(row["roofline_ms"] / row["latency_ms"]["mean"])
 
 
+def test_the_matrix_rate_is_that_of_the_faster_type(monkeypatch):
+    """Emulated half precision is no limit: steps would seem to take less time than they can."""
+    import torch
+
+    from liger_cli import roofline
+
+    seconds = {torch.bfloat16: 8.0, torch.float32: 2.0}
+    monkeypatch.setattr(roofline, "_best", lambda call, device: seconds[call().dtype])
+    monkeypatch.setattr(roofline, "MATRIX", {"cpu": 8})
+    speeds = roofline.measure_machine("cpu", torch.bfloat16)
+    assert speeds == {"bandwidth_bytes_per_s": roofline.BYTES / 2, "matmul_flops_per_s": 2 * 8**3 / 2}
+
+
 def test_shapes_only(tiny_base, tmp_path, capsys):
     """From a config alone: the same cache as the converted model's, and nothing is written."""
     config = tmp_path / "config.json"

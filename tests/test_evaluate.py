@@ -223,6 +223,18 @@ def test_merged_model_without_its_base(tiny, tmp_path, capsys):
     assert against["perplexity"]["recovery"] is not None
 
 
+def test_a_base_of_other_tokens(tiny, tiny_base, tmp_path):
+    """Ids that mean something else cannot be compared: a sentence, no figures and no traceback."""
+    with pytest.raises(UsageError, match=r"--against .* knows 100 tokens, .* 128; name its own base"):
+        open_subject(tiny, against=str(tiny_base(vocab_size=100)))
+    other = shutil.copytree(read_manifest(tiny)["base"]["path"], tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"w5"', '"other"').replace('"w6"', '"w5"'))
+    with pytest.raises(UsageError, match="has another tokenizer than"):
+        open_subject(tiny, against=str(other))
+    assert open_subject(tiny, against=read_manifest(tiny)["base"]["path"]).has_recovery
+
+
 def test_changed_weights_are_no_base(tiny):
     """A converted folder whose weights were overwritten has lost its base."""
     from safetensors.torch import load_file, save_file

@@ -177,7 +177,8 @@ def test_layers_may_differ(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["gate=gdn", "9:gate=gdn", "2-1:gate=gdn", "0:gates=gdn", "0:window=-1", "x:window=1", "0:mix=much"]
+    "text",
+    ["gate=gdn", "9:gate=gdn", "2-1:gate=gdn", "0:gates=gdn", "0:window=-1", "x:window=1", "0:mix=much", "0:gate"],
 )
 def test_bad_layer_settings(tiny_base, tmp_path, text):
     with pytest.raises(UsageError):
