@@ -189,6 +189,24 @@ def test_runner_goes_on_with_what_is_left(base, processes, tmp_path):
     assert sorted(started) == ["gla", "gla-joint", "gla-running"] and len(again["kept"]) == len(found["done"])
 
 
+def test_going_on_from_an_earlier_study(base, processes, tmp_path):
+    """Its results are taken over where they answer the same question; one of our own stays."""
+    units = planned([study_base(base)], [], 1, ("gla*",))
+    bases = {study_base(base).name: study_base(base)}
+    runner.run(units, bases, tmp_path / "earlier", {"probes": 1})
+    started, _ = processes
+    started.clear()
+    own = runner.result_path(tmp_path / "later", units[0])
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    runner.take_over(tmp_path / "earlier", tmp_path / "later")
+    assert own.read_text() == "{}"
+    found = runner.run(units, bases, tmp_path / "later", {"probes": 1})
+    assert len(found[runner.SKIPPED]) == len(units) - 1 and len(started) == 1
+    with pytest.raises(UsageError, match="holds no results of a study"):
+        runner.take_over(tmp_path / "nowhere", tmp_path / "later")
+
+
 def test_hours_begin_nothing_more(base, processes, tmp_path):
     started, _ = processes
     assert set(_run(base, tmp_path, hours=0)) == {"later"} and not started

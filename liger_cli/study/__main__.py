@@ -25,6 +25,9 @@ def _parser() -> argparse.ArgumentParser:
         "it is meant for about four hours on two cores.",
     )
     parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="the study's folder")
+    parser.add_argument(
+        "--from", dest="earlier", metavar="DIR", type=Path, help="go on from an earlier study's results, too"
+    )
     parser.add_argument("--only", default="", metavar="ROWS", help="names or groups of rows, with * and ?, by commas")
     parser.add_argument("--budgets", default="0.1M,0.5M", help="training tokens, by commas (0.1M,0.5M)")
     parser.add_argument("--large", default="2M", help="training tokens of one more run of a few rows, or none (2M)")
@@ -57,6 +60,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     home = options.output.resolve()
     home.mkdir(parents=True, exist_ok=True)
+    if options.earlier:
+        runner.take_over(options.earlier, home)
     if not options.report:
         effort = asdict(Effort(characters=options.characters, probes=options.probes))
         found = runner.run(units, bases, home, effort, workers=options.workers, hours=options.hours)

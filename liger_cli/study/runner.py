@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from liger_cli.checkpoint import fingerprint, read_weights
+from liger_cli.errors import UsageError
 from liger_cli.outputs import write_whole
 from liger_cli.study.base_folders import StudyBase
 from liger_cli.study.rows import Unit
@@ -76,6 +77,18 @@ def unit_key(unit: Unit, digest: str, effort: dict) -> str:
 
 def result_path(home: Path, unit: Unit) -> Path:
     return home / "results" / unit.base / f"{unit.name}.json"
+
+
+def take_over(earlier: Path, home: Path) -> None:
+    """Copy the results of another study that this one does not have. Raises UsageError: there are none."""
+    found = sorted((earlier / "results").glob("*/*.json"))
+    if not found:
+        raise UsageError(f"{earlier} holds no results of a study; --from takes the --output of an earlier one")
+    for path in found:
+        own = home / "results" / path.parent.name / path.name
+        if not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(own, path.read_text(encoding="utf-8"))
 
 
 def read_result(path: Path) -> dict | None:
