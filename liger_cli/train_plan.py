@@ -163,20 +163,22 @@ def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> d
 def estimate_memory(base: Base, recipe: Recipe, trainable: int, dtype: str) -> int:
     """Bytes that training will take: weights, LoRA with its gradients and AdamW moments, activations, logits.
 
-    An estimate: the activations are counted by the tensors that a decoder layer keeps for its backward pass. Within
-    15 % of what five steps of small models took beyond their weights on a CPU (float32); for transfer 40 % too high.
+    An estimate: the activations are counted by the tensors that a decoder layer keeps for its backward pass; what a
+    layer's branches compute on the way is there for one layer at a time. On the safe side: it says 0.84 GiB beyond the
+    weights where `tests/benchmarks/train_step.py` took 0.64 on a CPU (float32, glibc's heap as it is).
     """
     width = 4 if dtype == "float32" else 2
     sizes = base.geometry
     inner = base.config.get("intermediate_size") or 4 * sizes.hidden_size
     heads = (sizes.num_attention_heads + 2 * sizes.num_key_value_heads) * sizes.head_dim
     tokens = recipe.seq_len * recipe.micro_batch_size
-    per_layer = tokens * (width * (8 * sizes.hidden_size + 4 * inner + 4 * heads) + 4 * 6 * heads)
+    per_layer = tokens * width * (8 * sizes.hidden_size + 4 * inner + 4 * heads)
     if recipe.gradient_checkpointing:
         activations = per_layer + sizes.num_hidden_layers * tokens * sizes.hidden_size * width
     else:
         activations = per_layer * sizes.num_hidden_layers
-    activations += per_layer  # gradients and temporaries while a layer goes backward
+    # Gradients and temporaries while a layer goes backward, and its branches computed again in float32.
+    activations += per_layer + tokens * 4 * 6 * heads
     # Float32 copies of a chunk's logits: logits, their softmax, gradient and the head's own; the teacher's and KL's.
     copies = max({"ce": 4, "distill": 9, "transfer": 0}[stage.objective] for stage in recipe.stages)
     logits = copies * 4 * min(1 << 25, tokens * sizes.vocab_size)
