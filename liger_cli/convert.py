@@ -32,7 +32,16 @@ from liger_cli.families import FAMILIES
 from liger_cli.hub import Source, find_base
 from liger_cli.manifest import MANIFEST, new_manifest, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.modeling import code_hashes, model_files
-from liger_cli.outputs import LINKS, atomic_folder, check_output, copy_file, place, place_tree
+from liger_cli.outputs import (
+    LINKS,
+    atomic_folder,
+    check_output,
+    check_unchanged,
+    copy_file,
+    file_versions,
+    place,
+    place_tree,
+)
 from liger_cli.plan import Plan, make_plan, read_mix, with_defaults
 from liger_cli.selection import read_request, selected_plan
 from liger_cli.sizes import read_budget, sized_plan
@@ -115,6 +124,7 @@ def convert(
     settings, budget = read_budget(settings or {}, calibrate)
     source = find_base(base, revision, experimental)
     checkpoint = read_checkpoint(source.folder, experimental)
+    versions = file_versions(shard.path for shard in checkpoint.shards)
     if "mix" in settings:
         settings["mix"] = read_mix(settings["mix"])
     if checkpoint.released_gate:
@@ -155,6 +165,7 @@ def convert(
     if "calibration" in measured:  # in the card it has a section of its own
         noted = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
     report = _report(source, noted, target, dry_run) | measured
+    check_unchanged(versions)  # what was measured is told of the weights that are there now
     if not dry_run:
         report["link"] = _write(source, plan, target, link, force, measured, values)
     return report, noted
