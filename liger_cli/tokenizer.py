@@ -1,5 +1,6 @@
 """Loading the tokenizer of a folder: its own plain files only, and none of its code."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from liger_cli.errors import ModelError, is_panic
 from liger_cli.untrusted import read_json
 
 CONFIG = "tokenizer_config.json"
+VOCABULARY = "tokenizer.json"
+SPARE_IDS = 1 << 20  # that a vocabulary may leave out
 FILE_FIELD = re.compile(r"\w+_file(_name)?")
 
 
@@ -24,6 +27,8 @@ def load_tokenizer(folder: Path, config=None):
 
     folder = Path(folder).resolve()
     names = support_files(folder)
+    if VOCABULARY in names:
+        _check_vocabulary(names[VOCABULARY])
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, **_own_files(folder, names)
@@ -46,6 +51,18 @@ def check_ids(largest: int, vocab_size: int, folder) -> None:
             f"{folder}: the tokenizer gives the id {largest}, but the model has {vocab_size} embeddings; they do not "
             "belong together"
         )
+
+
+def _check_vocabulary(path: Path) -> None:
+    """Raises ModelError where an id is far beyond the number of tokens: transformers 5.17 makes a list that long."""
+    try:
+        vocabulary = json.loads(path.read_bytes())["model"]["vocab"]
+        largest = max(vocabulary.values())
+        absurd = largest > SPARE_IDS + 4 * len(vocabulary)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # no such table, or broken: what reads it says so
+    if absurd:
+        raise ModelError(f"{path} gives a token the id {largest}, but holds {len(vocabulary):,} tokens; it is broken")
 
 
 def _own_files(folder: Path, names) -> dict:

@@ -471,6 +471,17 @@ def test_results_of_a_stranger_in_a_card(tmp_path):
         refresh_card(tmp_path)
 
 
+def test_an_id_far_beyond_the_vocabulary(converted):
+    """transformers 5.17 made a list of two thousand million tokens of it."""
+    path = converted / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[next(iter(vocabulary))] = 2**31 - 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="gives a token the id 2147483647, but holds"):
+        load_tokenizer(converted)
+
+
 def test_a_recipes_name_is_no_formula(tmp_path):
     recipe = SimpleNamespace(name="$\\frac{$", stages=[SimpleNamespace(objective="ce")])
     write_plot([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}], tmp_path / "loss.png", recipe)

@@ -216,7 +216,7 @@ def test_cells_are_whole(capsys):
     """At 80 columns headers are wrapped; figures and names are neither broken nor cut."""
     header = ["task", "the longest of all headers", "another header of some length", "and a third one", "y"]
     cells = ["word_perplexity", "54.6 ± 13", "1234.5 ± 12", "0.753 ± 0.02", "100.0 %"]
-    title = "a title " * 20
+    title = ("a title " * 20).strip()
     print_tables([Table(title, header, [cells])])
     out = capsys.readouterr().out
     assert title in out and all(cell in out for cell in cells)
