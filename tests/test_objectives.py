@@ -65,8 +65,8 @@ def loss_and_gradients(model, stage, batches):
 def assert_same(found, wanted):
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
-        # float32 sums in another order, through four layers
-        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+        # float32 sums of terms up to 1e3 in another order, through four layers; torch 2.7's reach 2.5e-4
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("gate", sorted(GATES))
