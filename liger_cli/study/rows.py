@@ -13,6 +13,7 @@ from liger_cli.study.subjects import layers
 from liger_cli.templates.liger_gates import GATES
 
 WINDOW = KEPT = 64
+CALIBRATED_KEPT = 128  # `liger convert --calibrate` by default: twice the window
 WINDOW_ONLY = "window-only"
 DOCUMENTS, INSTRUCTIONS = "documents", "instructions"
 # The same for every recipe: what a step sees, how often it is interrupted.
@@ -171,6 +172,8 @@ def base_rows(base: StudyBase) -> tuple[Row, ...]:
         Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base, WINDOW)}")),
         Row("kept-alone64", (*window, "--calibrate", "--kept", str(KEPT))),
         Row("kept-auto64", (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base, WINDOW, KEPT)}")),
+        # At the bytes of `calibrated`.
+        Row("calibrated-kept-auto", ("--calibrate", "--kept", _calibrated_budget(base))),
         *(
             Row(f"layers-every{every}", (*window, "--softmax-layers", f"every:{every}"), group="softmax kept")
             for every in sorted(set(spaced), reverse=True)
@@ -186,6 +189,11 @@ def _cache_bytes(base: StudyBase, window: int, kept: int = 0) -> int:
     """Bytes of one sequence's constant cache where every layer has this window and so many kept tokens."""
     settings = {"window": window, "kept": kept, "mix": 0.0}
     return constant_bytes(make_plan(read_checkpoint(base.folder), settings))
+
+
+def _calibrated_budget(base: StudyBase) -> str:
+    settings = {"window": WINDOW, "kept": CALIBRATED_KEPT, "normalizer": "running", "branch_scales": True}
+    return f"auto:{constant_bytes(make_plan(read_checkpoint(base.folder), settings))}"
 
 
 def planned(
