@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from liger_cli.study.rows import (
     show_tokens,
 )
 from liger_cli.study.subjects import study_base
+from liger_cli.study.unit import calibration_data
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,17 @@ def test_rows_are_told_apart_and_have_their_controls(base):
     assert {"layer-0", "layer-1", "layers-every2"} <= set(names)
     assert {unit.mixture for unit in units} == {DOCUMENTS, INSTRUCTIONS}
     assert max(unit.budget for unit in units) == 20_000
+
+
+def test_seeds_of_untrained_rows(base, tmp_path):
+    """What a conversion measures is repeated with another text; what it does not measure has one result."""
+    tiny = study_base(base)
+    untrained = {(unit.row.name, unit.seed) for unit in planned([tiny], [1000], 2) if not unit.budget}
+    assert all(row.needs_data for row in FIRST if (row.name, 1) in untrained)
+    assert {("calibrated", 0), ("calibrated", 1), ("heads-auto1", 1), ("calibrated-kept-auto", 1)} <= untrained
+    assert ("window-only", 1) not in untrained and ("gla", 1) not in untrained
+    texts = [Path(calibration_data(tmp_path, tiny, seed)[1]).read_text() for seed in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
 
 
 def test_controls_differ_by_the_window_alone():
@@ -112,6 +125,7 @@ def test_table_from_results(tmp_path):
         _result(WINDOW_ONLY, 0.8, hard=3.0, beyond=0.0),
         _result("window-only-kl", 0.4, budget=1000, hard=2.0),
         _result("window-only-kl", 0.5, budget=1000, seed=1, hard=3.0),
+        *(_result("calibrated", kl, seed=seed, control=WINDOW_ONLY) for seed, kl in enumerate((0.2, 0.4))),
         _result("kl", 0.2, budget=1000, control="window-only-kl", hard=1.5),
         _result("kl", 0.4, budget=1000, seed=1, control="window-only-kl", hard=2.5),
         {**_result("best", 0.0, budget=1000, status="missing"), "sentence": "there is no recipe 'best' yet"},
@@ -128,6 +142,7 @@ def test_table_from_results(tmp_path):
     assert rows["kl"]["gap_kl"]["values"] == pytest.approx([0.5, 0.2])
     # Two values 0.5 and 0.2: standard error 0.15, one degree of freedom.
     assert rows["kl"]["gap_kl"]["interval"] == pytest.approx(12.706 * 0.15)
+    assert rows["calibrated"]["gap_kl"]["values"] == pytest.approx([0.75, 0.5])
     assert rows["kl"]["gap_hard"]["values"] == pytest.approx([0.5, 0.25])
     assert rows["kl"]["recovery_kl"]["values"] == pytest.approx([0.75, 0.5])
     assert rows["kl"]["recall_inside"]["mean"] == 0.75

@@ -43,12 +43,17 @@ def summarize(results: list[dict]) -> list[dict]:
     """
     done = [result for result in results if result["status"] == DONE]
     by_place = {(x["base"], x["row"], x["budget"], x["mixture"], x["seed"]): x for x in done}
+
+    def control(of: dict) -> dict | None:
+        seed = of["seed"] if of["budget"] else 0  # an untrained control measures nothing: it has one seed
+        return by_place.get((of["base"], of["control"], of["budget"], of["mixture"], seed))
+
     groups: dict[tuple, list[dict]] = {}
     for result in done:
         groups.setdefault(tuple(result[name] for name in ("base", "row", "budget", "mixture")), []).append(result)
     rows = []
     for (base, name, budget, mixture), members in groups.items():
-        controls = [by_place.get((base, x["control"], budget, mixture, x["seed"])) for x in members]
+        controls = [control(x) for x in members]
         untrained = by_place.get((base, WINDOW_ONLY, 0, DOCUMENTS, 0))
         rows.append(
             {
@@ -122,10 +127,11 @@ def markdown(rows: list[dict], results: list[dict]) -> str:
             table.rows.append(_cells(row))
         parts.append(table.markdown())
     parts += [
-        "Mean over seeds, ± half the 95 % interval where there are several. Gap closed: of the KL divergence from the "
-        "base, and of the loss on the tokens where base and untrained window differ by more than 0.5 nat, against the "
-        "row trained identically with its recurrent branch off. Recall: share of held-out probes answered exactly by "
-        "generation, the answer stated inside the window or beyond it. State: cache of a sequence after 1,024 tokens.",
+        "Mean over seeds (of the training, and of the text that a conversion measures), ± half the 95 % interval where "
+        "there are several. Gap closed: of the KL divergence from the base, and of the loss on the tokens where base "
+        "and untrained window differ by more than 0.5 nat, against the row trained identically with its recurrent "
+        "branch off. Recall: share of held-out probes answered exactly by generation, the answer stated inside the "
+        "window or beyond it. State: cache of a sequence after 1,024 tokens.",
     ]
     failed = [result for result in results if result["status"] != DONE]
     if failed:

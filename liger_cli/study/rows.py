@@ -69,6 +69,11 @@ class Row:
     control: str | None = WINDOW_ONLY
     group: str = "untrained"
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether its conversion measures something on a text."""
+        return "--calibrate" in self.convert or any(part.startswith("auto:") for part in self.convert)
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -76,6 +81,7 @@ class Unit:
 
     Attributes:
         budget: training tokens; 0 for an untrained row.
+        seed: of the training, and of the text that its conversion measures something on.
         mixture: kind of training data.
     """
 
@@ -89,7 +95,7 @@ class Unit:
     def name(self) -> str:
         """Its file's name, without the folder of the base."""
         if not self.budget:
-            return self.row.name
+            return self.row.name if not self.seed else f"{self.row.name}-seed{self.seed}"
         other = "" if self.mixture == DOCUMENTS else f"-{self.mixture}"
         return f"{self.row.name}-{show_tokens(self.budget)}{other}-seed{self.seed}"
 
@@ -159,7 +165,12 @@ TRAINED = (
     Row("paper-layers-auto1", ("--softmax-layers", "auto:1"), "paper", control="window-only-trained", group="trained"),
     Row("kl-heads-auto1", ("--softmax-heads", "auto:1"), "distill", KL, control="window-only-kl", group="trained"),
 )  # fmt: skip
+# Rows between which a difference is claimed.
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
+REPEATED_UNTRAINED = (
+    *("calibrated", "calibrated-kept0", "kept-alone", "calibrated-heads-auto1", "layers-auto1", "heads-auto1"),
+    "calibrated-kept-auto",
+)
 FEW = ("window-only-kl", "kl", "window-only-best", "best")  # longer runs, and the second mixture
 
 
@@ -228,11 +239,18 @@ def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int 
     yield from (Unit(row, base.name) for row in FIRST for base in bases)
     for seed in range(seeds):
         for budget in budgets:
-            # More seeds at every budget only for the rows between which a difference is claimed.
             rows = [row for row in TRAINED if seed == 0 or budget == min(budgets) or row.name in REPEATED]
             yield from (Unit(row, base.name, budget, seed) for row in rows for base in bases)
+        more = {base.name: (*GATE_ROWS, *base_rows(base)) for base in bases}
         if seed == 0:
-            yield from (Unit(row, base.name) for base in bases for row in (*GATE_ROWS, *base_rows(base)))
+            yield from (Unit(row, base.name) for base in bases for row in more[base.name])
+        else:
+            yield from (
+                Unit(row, base.name, 0, seed)
+                for base in bases
+                for row in (*FIRST, *more[base.name])
+                if row.name in REPEATED_UNTRAINED
+            )
     few = [row for row in TRAINED if row.name in FEW]
     if budgets:
         yield from (Unit(row, base.name, max(budgets), 0, INSTRUCTIONS) for row in few for base in bases)

@@ -23,6 +23,7 @@ from liger_cli.study.subjects import study_base
 MISSING = 5  # exit code: this liger has no such option or recipe
 DATA_SEED = 2**30  # below 2**31: for training; away from the bases' own documents
 CALIBRATION_SEED = 2**30 + 2**29
+CALIBRATION_DOCUMENTS = 160
 SPARE = 1.3  # texts for that many times the budget
 
 
@@ -42,7 +43,7 @@ def compute(home: Path, base: StudyBase, unit: Unit, effort: dict, key: str) -> 
     work.mkdir(parents=True)
     began = time.perf_counter()
     converted, commands = work / "model", []
-    measured_on = calibration_data(home, base) if needs_data(unit.row) else ()
+    measured_on = calibration_data(home, base, unit.seed) if unit.row.needs_data else ()
     commands.append(liger("convert", str(base.folder), str(converted), *unit.row.convert, *measured_on))
     converted_in = time.perf_counter() - began
     training, folder = None, converted
@@ -137,17 +138,16 @@ def train(unit: Unit, base: StudyBase, converted: Path, adapter: Path, home: Pat
     }
 
 
-def needs_data(row: Row) -> bool:
-    """Whether the row's conversion measures something on a text."""
-    return "--calibrate" in row.convert or any(part.startswith("auto:") for part in row.convert)
+def calibration_data(home: Path, base: StudyBase, seed: int) -> tuple[str, str]:
+    """The option that names a text of the base's own kind: the shipped one is of another kind for other bases.
 
-
-def calibration_data(home: Path, base: StudyBase) -> tuple[str, str]:
-    """The option that names a text of the base's own kind: the shipped one is of another kind for other bases."""
-    path = home / "data" / f"{base.name}-calibration.jsonl"
+    Each seed has a text of its own.
+    """
+    path = home / "data" / f"{base.name}-calibration{f'-{seed}' if seed else ''}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        texts = islice(base.source.documents(CALIBRATION_SEED, base.source.kinds, min_words=80, max_words=400), 160)
+        stream = base.source.documents(CALIBRATION_SEED + seed, base.source.kinds, min_words=80, max_words=400)
+        texts = islice(stream, CALIBRATION_DOCUMENTS)
         write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return "--calibration-data", str(path)
 
