@@ -167,7 +167,7 @@ def convert(
     report = _report(source, noted, target, dry_run) | measured
     check_unchanged(versions)  # what was measured is told of the weights that are there now
     if not dry_run:
-        report["link"] = _write(source, plan, target, link, force, measured, values)
+        report["link"] = write_converted(source, plan, target, link, force, measured, values)
     return report, noted
 
 
@@ -238,7 +238,7 @@ def _report(source: Source, plan: Plan, target: Path, dry_run: bool) -> dict:
     }
 
 
-def _write(
+def write_converted(
     source: Source, plan: Plan, target: Path, link: str, force: bool, measured: dict, values: dict | None = None
 ) -> str:
     """Write the folder and return how the weights were placed.

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from liger_cli.adapters import ADAPTER_WEIGHTS
+from liger_cli.calibrated import calibrated_base, can_be_calibrated, copy_path, is_calibrated
 from liger_cli.checkpoint import fingerprint, read_json, read_shard
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.escape import code_span, markdown, yaml_string
@@ -77,13 +78,16 @@ def run(
     Raises:
         LigerError in all its kinds, OSError.
     """
-    if processes > 1 and not is_launched():
-        return launch(processes)
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    folder = resolve_model(model, "finetune")
-    target = Path(output) if output else Path(f"{folder.resolve().name}-lora")
-    partial = target.with_name(f"{target.name}.partial")
-    base = read_base(folder)
+    base = read_base(resolve_model(model, "finetune"))
+    copy = copy_path(base, output) if _calibrates_first(base, recipe, output, resume) else None
+    target = Path(output) if output else Path(f"{copy.name if copy else base.folder.name}-lora")
+    partial = _partial(target)
+    starts = processes > 1 and not is_launched()
+    if copy and (resume or starts) and not dry_run:
+        base, copy = calibrated_base(base, copy), None
+    if starts:
+        return launch(processes)
     if resume:
         recipe, data, checked = _resumed(partial, target, base, recipe, data, flags)
     else:
@@ -107,6 +111,7 @@ def run(
         dtype=dtype,
         report_to=report_to,
         fsdp=fsdp,
+        copy=copy,
     )
     if as_json and is_main_process():
         print(json.dumps(report, indent=2))
@@ -127,8 +132,12 @@ def finetune(
     dtype: str = "auto",
     report_to: str = "none",
     fsdp: bool = False,
+    copy: Path | None = None,
 ) -> dict:
-    """The run itself; parameters as for `run`. `partial` holds everything until it becomes `target`."""
+    """The run itself; parameters as for `run`. `partial` holds everything until it becomes `target`.
+
+    copy: the folder of a calibrated copy of `base`, which is trained in its place; see `calibrated`.
+    """
     check_setup(recipe, report_to, fsdp)
     dtype = training_dtype(dtype)
     from transformers.utils import logging
@@ -145,8 +154,13 @@ def finetune(
     if not quiet and is_main_process():
         print_plan(plan)
     if dry_run:
+        if copy and not quiet and is_main_process():
+            print(f"liger: {base.folder.name} would first be calibrated into {copy}", file=sys.stderr)
         return {**plan, "dry_run": True}
     check_memory(plan)
+    if copy:
+        base = calibrated_base(base, copy)
+        plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
     settings = {"recipe": recipe.to_dict(), "data": data, "sources": loaded.report}
     options = {"resume": resume, "quiet": quiet, "dtype": dtype, "report_to": report_to, "fsdp": fsdp}
     with claimed_folder(partial, fresh=not resume) if is_main_process() else nullcontext():
@@ -172,8 +186,26 @@ def finetune(
 
 
 def default_recipe(base: Base) -> str:
-    """`best` for a calibrated model, which starts near the base; `paper` for any other, which does not."""
-    return "best" if base.manifest.get("calibration") else "paper"
+    """`best`, which begins with a calibration; `paper` for a model that is not calibrated and cannot be."""
+    return "best" if is_calibrated(base) or can_be_calibrated(base) else "paper"
+
+
+def _calibrates_first(base: Base, recipe: str | None, output: str | Path | None, resume: bool) -> bool:
+    """Whether a calibrated copy is trained in the folder's place. Of a run that is resumed its own recipe says it."""
+    if is_calibrated(base) or not can_be_calibrated(base):
+        return False
+    if not resume:
+        found = load_recipe(recipe or default_recipe(base))
+        return found.calibrate and found.attention == "liger"
+    run = _partial(Path(output or f"{base.folder.name}-lora")) / RUN
+    if run.is_file():
+        return bool(read_json(run)["recipe"].get("calibrate"))
+    return copy_path(base, output).exists()
+
+
+def _partial(target: Path) -> Path:
+    """Where a run lives until it is `target`."""
+    return target.with_name(f"{target.name}.partial")
 
 
 def load_schedule(base: Base, recipe: Recipe, data: str, tokenizer):

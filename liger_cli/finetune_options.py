@@ -21,7 +21,8 @@ def finetune(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A name that `liger recipes` prints, or a YAML file. (default: best once calibrated, else paper)"
+            help="A name that `liger recipes` prints, or a YAML file. (default: best, which calibrates first; paper "
+            "where that is not possible)"
         ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="The adapter's folder. (default: ./<model>-lora)")] = None,
@@ -77,7 +78,9 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a LoRA adapter on MODEL by a recipe, the published one by default."""
+    """Train a LoRA adapter on MODEL by a recipe.
+
+    The default calibrates a plain conversion first, into a folder of its own; --recipe paper is the published one."""
     from liger_cli import finetune as module
 
     module.run(

@@ -75,6 +75,7 @@ class Recipe:
 
     Attributes:
         differs: sentences on where it departs from the publication it follows.
+        calibrate: begin with a calibration (`liger convert --calibrate`) where the model has none and can have one.
         data: the default of `--data`.
         held_out: examples kept for evaluation, but never more than a tenth of them.
         epochs: passes over the training examples. max_steps: ends the run there instead, where it is set.
@@ -97,6 +98,7 @@ class Recipe:
     name: str = "paper"
     description: str = ""
     differs: tuple[str, ...] = ()
+    calibrate: bool = False
     data: str = "yahma/alpaca-cleaned"
     held_out: int = 200
     epochs: float = 2
@@ -137,7 +139,7 @@ class Recipe:
             value = getattr(self, name)
             limit = MAX_SEED if name == "seed" else LIMIT
             _require(_whole(value, limit), name, value, f"a whole number from 0 to {limit:,}")
-        for name in ("packing", "train_softmax_layers", "load_in_4bit", "gradient_checkpointing"):
+        for name in ("calibrate", "packing", "train_softmax_layers", "load_in_4bit", "gradient_checkpointing"):
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         ok = self.streaming is None or type(self.streaming) is bool
         _require(ok, "streaming", self.streaming, "true, false, or null")
@@ -151,9 +153,6 @@ class Recipe:
         for name in ("differs", "target_modules"):
             value = getattr(self, name)
             _require(all(isinstance(one, str) for one in value), name, value, "a list of texts")
-        for name in ("packing", "train_softmax_layers", "gradient_checkpointing"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), name, value, "true or false")
         for name in ("weight_decay", "max_grad_norm", "min_lr"):
             value = getattr(self, name)
             _require(_number(value) and value >= 0, name, value, "a number, 0 or more")

@@ -22,7 +22,7 @@ from liger_cli import bench, convert, evaluate, finetune, inspection, merge, mer
 from liger_cli.errors import LigerError, UsageError
 from liger_cli.manifest import read_manifest
 
-SMALL = ("--seq-len", "48", "--batch-size", "4", "--micro-batch-size", "2", "--held-out", "8")
+SMALL = ("--recipe", "paper", "--seq-len", "48", "--batch-size", "4", "--micro-batch-size", "2", "--held-out", "8")
 KILLED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
 
 
@@ -35,7 +35,7 @@ def workshop(tiny_base, tmp_path_factory):
     rng = random.Random(0)
     lines = [" ".join(f"w{rng.randrange(4, 60)}" for _ in range(rng.randint(10, 46))) for _ in range(200)]
     (home / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    small = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8}
+    small = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8, "recipe": "paper"}
     finetune.run(home / "made", data=str(home / "text.jsonl"), output=home / "lora", max_steps=2, quiet=True, **small)
     return home
 
@@ -465,7 +465,7 @@ def test_two_trainings_into_one_output(place):
             with pytest.raises(UsageError, match="another run is writing|unfinished run"):
                 finetune.run(
                     place / "made", data=str(place / "text.jsonl"), output=place / "out", max_steps=2, quiet=True,
-                    seq_len=48, batch_size=4, micro_batch_size=2, held_out=8, **option,
+                    recipe="paper", seq_len=48, batch_size=4, micro_batch_size=2, held_out=8, **option,
                 )  # fmt: skip
         assert (place / "out.partial" / "run.json").read_text() == "{}"
     with outputs.claimed_folder(place / "out.partial", fresh=False):
@@ -611,7 +611,7 @@ def test_weights_that_change_while_they_are_tuned(place, monkeypatch):
     with pytest.raises(LigerError, match="was changed while it was read"):
         finetune.run(
             place / "made", data=str(place / "text.jsonl"), output=place / "out", max_steps=1, quiet=True,
-            seq_len=48, batch_size=4, micro_batch_size=2, held_out=8,
+            recipe="paper", seq_len=48, batch_size=4, micro_batch_size=2, held_out=8,
         )  # fmt: skip
     assert not (place / "out").exists()
 

@@ -16,6 +16,7 @@ from liger_cli.manifest import read_manifest
 from liger_cli.recipes import Recipe, Stage, load_recipe, override, recipe_names
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8}
+PAPER = {**SMALL, "recipe": "paper", "quiet": True}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_accumulation_and_seed(converted, corpus, tmp_path):
     curves = {}
     for name, flags in {"a": {}, "again": {}, "seed": {"seed": 1}}.items():
         out = tmp_path / name
-        finetune.run(converted, data=str(corpus), output=out, max_steps=4, quiet=True, **{**SMALL, **flags})
+        finetune.run(converted, data=str(corpus), output=out, max_steps=4, **PAPER, **flags)
         curves[name] = [record["loss"] for record in log_of(out) if "loss" in record]
     assert curves["a"] == curves["again"] != curves["seed"]
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "again")
@@ -161,8 +162,8 @@ def test_what_saves_memory_changes_nothing(converted, corpus, tmp_path):
     curves = []
     for index, flags in enumerate([{}, {"gradient_checkpointing": True}, {"micro_batch_size": 1}]):
         out = tmp_path / str(index)
-        flags = {**SMALL, "packing": False, "train_softmax_layers": True, **flags}
-        finetune.run(converted, data=str(corpus), output=out, max_steps=4, quiet=True, **flags)
+        flags = {**PAPER, "packing": False, "train_softmax_layers": True, **flags}
+        finetune.run(converted, data=str(corpus), output=out, max_steps=4, **flags)
         curves.append([record["loss"] for record in log_of(out) if "loss" in record])
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
@@ -172,7 +173,7 @@ def test_what_saves_memory_changes_nothing(converted, corpus, tmp_path):
 
 def test_refusals_leave_nothing(converted, corpus, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common = {"data": str(corpus), "max_steps": 2, "quiet": True, **SMALL}
+    common = {"data": str(corpus), "max_steps": 2, **PAPER}
     with pytest.raises(UsageError, match="no converted folder"):
         finetune.run(**common)
     with pytest.raises(ModelError, match="not linearized"):
@@ -211,7 +212,7 @@ def test_nan_stops_with_a_sentence_and_keeps_the_last_checkpoint(converted, corp
         return real(model, *args) * (float("nan") if len(calls) == 9 and model.training else 1.0)
 
     monkeypatch.setattr(objectives, "objective_sum", poisoned)
-    common = {"data": str(corpus), "output": tmp_path / "out", "max_steps": 8, "save_steps": 2, "quiet": True, **SMALL}
+    common = {"data": str(corpus), "output": tmp_path / "out", "max_steps": 8, "save_steps": 2, **PAPER}
     with pytest.raises(LigerError, match="step 5.*checkpoint-4.*--lr"):
         finetune.run(converted, **common)
     assert not (tmp_path / "out").exists()
@@ -237,7 +238,7 @@ def test_full_disk_stops_with_a_sentence(converted, corpus, tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)
-    common = {"data": str(corpus), "output": tmp_path / "out", "max_steps": 6, "save_steps": 2, "quiet": True, **SMALL}
+    common = {"data": str(corpus), "output": tmp_path / "out", "max_steps": 6, "save_steps": 2, **PAPER}
     with pytest.raises(LigerError, match="No space left.*--resume"):
         finetune.run(converted, **common)
     monkeypatch.undo()

@@ -13,7 +13,8 @@ from liger_cli.errors import UsageError
 from liger_cli.manifest import read_manifest
 
 X = torch.arange(4, 44)[None]
-SMALL = {"max_steps": 2, "seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 4, "quiet": True}
+SMALL = {"recipe": "paper", "max_steps": 2, "seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 4,
+         "quiet": True}  # fmt: skip
 
 
 @pytest.fixture

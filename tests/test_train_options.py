@@ -37,7 +37,7 @@ def train(converted, corpus, tmp_path):
     """train(name, **flags) -> (report, records of the log) of a run into the folder `name`."""
 
     def run(name, **flags):
-        recipe = flags.pop("recipe", None)
+        recipe = flags.pop("recipe", "paper")
         if isinstance(recipe, Recipe):
             path = tmp_path / f"{name}.yaml"
             path.write_text(yaml.safe_dump(recipe.to_dict()))
@@ -165,7 +165,20 @@ def test_trackers(converted, corpus, tmp_path, train, monkeypatch):
         "        return lambda *args, **kwargs: None\n"
     )
     words = [sys.executable, "-m", "liger_cli", "finetune", converted, "--data", corpus, "--output", "tracked"]
-    words += ["--max-steps", 3, "--seq-len", 48, "--batch-size", 2, "--held-out", 0, "--report-to", "tensorboard"]
+    words += [
+        "--max-steps",
+        3,
+        "--seq-len",
+        48,
+        "--batch-size",
+        2,
+        "--held-out",
+        0,
+        "--report-to",
+        "tensorboard",
+        "--recipe",
+        "paper",
+    ]
     paths = os.pathsep.join([str(package.parent), *sys.path])
     done = subprocess.run(
         [str(word) for word in words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True,

@@ -1,0 +1,165 @@
+"""`liger finetune` on a plain conversion: the default recipe begins with a calibrated copy."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_convert import digest
+from test_train_options import interrupted
+from typer.testing import CliRunner
+
+from liger_cli import calibrate, convert, finetune, merge
+from liger_cli.errors import UsageError
+from liger_cli.main import app
+from liger_cli.manifest import read_manifest
+from liger_cli.modeling import load_model
+from liger_cli.recipes import load_recipe
+
+SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 4, "max_steps": 4, "quiet": True}
+COPY, LORA = "plain-calibrated", "plain-calibrated-lora"
+
+
+@pytest.fixture
+def here(tiny_base, tmp_path, monkeypatch):
+    """The current folder: a base, its plain conversion (window 4), one with a softmax layer, and a text."""
+    for name, value in (("ROW_TOKENS", 64), ("ROWS", 6), ("HELD_OUT", 2)):
+        monkeypatch.setattr(calibrate, name, value)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base(), "base")
+    convert.convert("base", "plain", settings={"window": 4}, softmax_layers="3")
+    words = [f"w{(7 * n * n + n) % 120 + 4}" for n in range(6000)]
+    rows = [{"text": " ".join(words[first : first + 60])} for first in range(0, 6000, 60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def tune(model="plain", **options):
+    return finetune.run(model, data="text.jsonl", **{**SMALL, **options})
+
+
+def test_the_default_calibrates_first(here, capsys):
+    """The copy is what `liger convert --calibrate` makes, its weights are the folder's own, the base is not needed."""
+    convert.convert("base", "wanted", settings={"window": 4}, softmax_layers="3", calibrate=True)
+    shutil.rmtree("base")
+    before = digest(here / "plain")
+    capsys.readouterr()
+    report = tune()
+    said = capsys.readouterr().err
+    assert "plain is not calibrated: calibrating it into plain-calibrated" in said and "--recipe paper" in said
+    assert digest(here / "plain") == before
+    assert (report["recipe"], report["model"], report["output"]) == ("best", str(here / COPY), LORA)
+    config, wanted = (json.loads((here / name / "config.json").read_text()) for name in (COPY, "wanted"))
+    assert config == wanted
+    for name, value in load_file(here / "wanted" / "model-liger.safetensors").items():
+        torch.testing.assert_close(load_file(here / COPY / "model-liger.safetensors")[name], value, rtol=0, atol=0)
+    assert any(os.path.samefile(path, here / "plain" / "model.safetensors") for path in (here / COPY).iterdir())
+    manifest = read_manifest(here / COPY)
+    assert manifest["base"] == read_manifest(here / "plain")["base"] and manifest["calibration"]["tokens"] > 0
+    assert read_manifest(here / LORA)["base"]["path"] == str(here / COPY)
+    merge.run(quiet=True)
+    load_model(here / "plain-calibrated-merged")
+
+
+def test_the_copy_is_taken_again(here, capsys):
+    tune()
+    made = digest(here / COPY)
+    capsys.readouterr()
+    tune(force=True, seed=1)
+    assert "taking plain-calibrated, the calibrated plain" in capsys.readouterr().err
+    assert digest(here / COPY) == made
+
+
+def test_something_else_is_in_the_way(here):
+    """A folder of another kind, and the calibrated copy of other settings."""
+    (here / COPY).mkdir()
+    with pytest.raises(UsageError, match="in the way of a calibrated copy of plain"):
+        tune()
+    (here / COPY).rmdir()
+    convert.convert("base", COPY, settings={"window": 5}, softmax_layers="3", calibrate=True)
+    with pytest.raises(UsageError, match="in the way of a calibrated copy of plain"):
+        tune()
+    assert not (here / LORA).exists()
+
+
+def test_a_dry_run_writes_nothing(here, capsys):
+    entries = {path.name for path in here.iterdir()}
+    result = CliRunner().invoke(app, ["finetune", "plain", "--data", "text.jsonl", "--seq-len", "48", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "plain would first be calibrated into plain-calibrated" in result.stderr
+    assert {path.name for path in here.iterdir()} == entries
+
+
+def test_it_lies_beside_the_adapter(here):
+    (here / "runs").mkdir()
+    tune(output="runs/first")
+    assert (here / "runs" / COPY).is_dir() and not (here / COPY).exists()
+
+
+@pytest.mark.parametrize("model", ["plain", None])
+@pytest.mark.parametrize("output", [None, "out"])
+def test_resuming(here, monkeypatch, model, output):
+    """By the folder's name or as the newest one here; the copy is taken as it is."""
+    flags = {"output": output, "save_steps": 1, "model": model}
+    if model is None:
+        shutil.rmtree("base")
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(**flags)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    report = tune(**flags, resume=True)
+    assert report["resumed_from_step"] == 2 and report["model"] == str(here / COPY)
+    assert (here / (output or LORA)).is_dir()
+
+
+def test_resuming_nothing_calibrates_nothing(here):
+    with pytest.raises(UsageError, match="there is no unfinished run plain-lora.partial"):
+        tune(resume=True)
+    assert not (here / COPY).exists()
+
+
+def test_a_run_of_another_recipe_is_resumed_as_it_was(here, monkeypatch):
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe="paper", save_steps=1)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert tune(resume=True, save_steps=1)["recipe"] == "paper"
+    assert not (here / COPY).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "recipe"),
+    [
+        ({"window": 4}, {"recipe": "paper"}, "paper"),
+        ({"window": 4, "mix": 0.0}, {}, "paper"),
+        ({"window": 4, "mix": 0.0}, {"recipe": "best"}, "best"),
+        ({"window": 4, "gate_params": "learned"}, {}, "paper"),
+        ({"window": 4}, {"recipe": "window.yaml"}, "best"),
+    ],
+)
+def test_what_is_trained_as_it_is(here, settings, options, recipe):
+    """Other recipes, the window alone, which is a control, and what has parameters of its own."""
+    text = json.dumps({**load_recipe("best").to_dict(), "attention": "window"})
+    (here / "window.yaml").write_text(text)
+    convert.convert("base", "other", settings=settings)
+    report = tune("other", **options)
+    assert (report["recipe"], report["model"]) == (recipe, str(here / "other"))
+    assert not list(here.glob("*-calibrated"))
+
+
+def test_several_processes_take_a_copy_but_make_none(here, monkeypatch):
+    from liger_cli.calibrated import calibrated_base, copy_path
+    from liger_cli.train_plan import read_base
+
+    base = read_base(here / "plain")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="--calibrate"):
+        calibrated_base(base, copy_path(base, None))
+    monkeypatch.delenv("RANK")
+    made = calibrated_base(base, copy_path(base, None))
+    monkeypatch.setenv("RANK", "1")
+    assert calibrated_base(base, copy_path(base, None)).fingerprint == made.fingerprint
