@@ -4,7 +4,8 @@ The base runs as it is; each layer is fitted on the hidden states that the base 
 
 1. `keep_score`: logistic regression, on a key before its rotary embedding, of how much later queries attend to it from
    beyond the window.
-2. `grm_scale`, `swa_scale`: ridge regression of the softmax layer's output, after the output projection, on the output
+2. Where asked for, the kept tokens are shared out between the layers (see `kept_shares`).
+3. `grm_scale`, `swa_scale`: ridge regression of the softmax layer's output, after the output projection, on the output
    of each head's two branches. The penalty draws towards the window alone (0 and 1). With the joint normaliser only the
    odds of the two branches count, and those are searched for each head.
 
@@ -21,13 +22,14 @@ import torch.nn.functional as F
 
 from liger_cli.errors import LigerError, UsageError
 from liger_cli.extras import extra_shapes
+from liger_cli.kept_shares import share_note, shared_out
 from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.selection import say
-from liger_cli.selection_meter import divergence, load_base, not_finite
+from liger_cli.selection_meter import distances, load_base, not_finite
 from liger_cli.templates.liger_cache import CACHE
 
-ROWS, HELD_OUT, ROW_TOKENS = 24, 8, 512
+ROWS, SHARED_BY, HELD_OUT, ROW_TOKENS = 24, 8, 8, 512
 TEXT_KINDS = ("story", "facts", "recall", "drill", "chat")
 RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
 NEWTON_STEPS = 12
@@ -53,15 +55,16 @@ class Statistics:
     power: float = 0.0
 
 
-def calibrate(plan: Plan, data: str | None = None) -> tuple[Plan, dict, dict]:
+def calibrate(plan: Plan, data: str | None = None, share: bool = False) -> tuple[Plan, dict, dict]:
     """Fit the extra tensors of a plan.
 
     Args:
         plan: its Liger layers have `branch_scales` or `kept` tokens.
         data: a text or .jsonl file; a shipped text by default.
+        share: share the kept tokens out between the layers; see `kept_shares`.
     Returns:
-        The plan, without kept tokens where even they made the window worse; the values of its extra tensors, NumPy
-        arrays by name; and what was measured: the section `calibration` of liger.json.
+        The plan, with the kept tokens shared out, or without any where even they made the window worse; the values of
+        its extra tensors, NumPy arrays by name; and what was measured: the section `calibration` of liger.json.
     Raises:
         UsageError: nothing to fit. ModelError: the base cannot be loaded. LigerError: too little text, or numbers that
         are not finite.
@@ -70,11 +73,15 @@ def calibrate(plan: Plan, data: str | None = None) -> tuple[Plan, dict, dict]:
         raise UsageError("--calibrate has nothing to fit; add --branch-scales or --kept")
     start = time.perf_counter()
     model = load_base(plan)
-    rows, held_out = text_rows(plan, model, data)
-    tokens = rows.numel()
+    rows, shared_by, held_out = text_rows(plan, model, data)
+    tokens = rows.numel() + share * shared_by.numel()
     say(f"calibrating on {tokens:,} tokens, held out {held_out.numel():,}")
     report = {"text": data or "the shipped text", "tokens": tokens, "held_out_tokens": held_out.numel()}
-    fit(model, rows, held_out)
+    fit_keep_scores(model, rows)
+    if share:
+        plan, shares = shared_out(plan, model, shared_by)
+        report |= {"kept_shares": shares} if shares else {}
+    fit_branches(model, rows, held_out)
     report |= judge(model, held_out)
     if not math.isfinite(report["kl"] + report["window_only_kl"]):
         raise not_finite(model, held_out, "the calibration")
@@ -87,7 +94,8 @@ def calibrate(plan: Plan, data: str | None = None) -> tuple[Plan, dict, dict]:
 
 
 def text_rows(plan: Plan, model, data: str | None):
-    """Rows to fit on [ROWS, T] and rows to judge by [HELD_OUT, T]; fewer where the text is short."""
+    """Rows to fit on [ROWS, T], to share kept tokens out by [SHARED_BY, T], where a score must not have seen them, and
+    to judge by [HELD_OUT, T]; fewer where the text is short."""
     from pathlib import Path
 
     from liger_cli.columns import load_tokenizer
@@ -95,7 +103,7 @@ def text_rows(plan: Plan, model, data: str | None):
     from liger_cli.shipped.probes import held_out_text
     from liger_cli.shipped.text import TRAIN_SEED
 
-    wanted = ROWS + HELD_OUT
+    wanted = ROWS + SHARED_BY + HELD_OUT
     length = min(ROW_TOKENS, plan.checkpoint.config.get("max_position_embeddings") or ROW_TOKENS)
     if data is None:
         texts = held_out_text(6 * wanted * length, TRAIN_SEED + 2**20, TEXT_KINDS)
@@ -105,31 +113,37 @@ def text_rows(plan: Plan, model, data: str | None):
     whole = rows.ids[rows.lengths == length][:wanted, :-1].to(model.device)
     if len(whole) < 4:
         raise LigerError(f"the text to calibrate on fills {len(whole)} rows of {length} tokens; give at least 4")
-    held_out = max(1, len(whole) * HELD_OUT // wanted)
-    return whole[held_out:], whole[:held_out]
+    held_out, shared_by = (max(1, len(whole) * part // wanted) for part in (HELD_OUT, SHARED_BY))
+    return whole[held_out:-shared_by], whole[-shared_by:], whole[:held_out]
 
 
 def calibration_note(report: dict) -> str:
     """One sentence on what a calibration gave."""
     closed = 1 - report["kl"] / report["window_only_kl"] if report["window_only_kl"] else 0.0
+    shared = f"; {share_note(report['kept_shares'])}" if "kept_shares" in report else ""
     return (
         f"calibrated on {report['tokens']:,} tokens of {report['text']} in {report['seconds']:.0f} s: on held-out rows "
         f"{100 * closed:.0f} % of the window's KL divergence from the base is gone ({report['window_only_kl']:.4f} -> "
-        f"{report['kl']:.4f} nats a token)"
+        f"{report['kl']:.4f} nats a token){shared}"
     )
 
 
 @torch.no_grad()
-def fit(model, rows: torch.Tensor, held_out: torch.Tensor) -> None:
-    """Set the extra parameters of every Liger layer, first the scores, then the coefficients."""
-    layers = [attention for attention in model.get_decoder().liger_attentions() if attention.liger_spec.kind == "liger"]
-    with progress("calibrating", 3 * len(rows)) as step:
-        if any(attention.liger_kept for attention in layers):
-            found = _collect(model, layers, rows, _received, step)
-            for attention, statistics in zip(layers, found, strict=True):
-                if attention.liger_kept:
-                    attention.keep_score.copy_(fit_scores(statistics))
-        scaled = [attention for attention in layers if attention.liger_spec.branch_scales]
+def fit_keep_scores(model, rows: torch.Tensor) -> None:
+    """Set the scores of every layer that keeps tokens."""
+    layers = [attention for attention in model.get_decoder().liger_attentions() if attention.liger_kept]
+    with progress("fitting scores", len(rows)) as step:
+        found = _collect(model, layers, rows, _received, step)
+        for attention, statistics in zip(layers, found, strict=True):
+            attention.keep_score.copy_(fit_scores(statistics))
+
+
+@torch.no_grad()
+def fit_branches(model, rows: torch.Tensor, held_out: torch.Tensor) -> None:
+    """Set the coefficients of every layer that has them."""
+    layers = model.get_decoder().liger_attentions()
+    scaled = [attention for attention in layers if attention.liger_spec.branch_scales]
+    with progress("fitting coefficients", 2 * len(rows)) as step:
         joint = [attention for attention in scaled if attention.liger_spec.normalizer == "joint"]
         _fit_odds(model, joint, rows, step)
         plain = [attention for attention in scaled if attention not in joint]
@@ -179,19 +193,19 @@ def fit_scales(statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def judge(model, held_out: torch.Tensor) -> dict:
     """KL(base || model), in nats a token, of the calibrated model and of its window; the nearer one is kept."""
-    found = dict(zip(("kl", "window_only_kl"), _distances(model, held_out, "liger", "window"), strict=True))
+    found = dict(zip(("kl", "window_only_kl"), distances(model, held_out, "liger", "window"), strict=True))
     layers = [attention for attention in model.get_decoder().liger_attentions() if attention.liger_spec.branch_scales]
     if found["kl"] > found["window_only_kl"]:
         for attention in layers:
             attention.grm_scale.zero_()
             attention.swa_scale.fill_(1.0)
         found["fitted_kl"] = found["kl"]
-        (found["kl"],) = _distances(model, held_out, "liger")
+        (found["kl"],) = distances(model, held_out, "liger")
     if found["kl"] > found["window_only_kl"]:
         for attention in model.get_decoder().liger_attentions():
             if attention.liger_kept:
                 attention.keep_score.zero_()
-        (found["kl"],) = _distances(model, held_out, "liger")
+        (found["kl"],) = distances(model, held_out, "liger")
     found["recurrent_layers"] = [attention.layer_idx for attention in layers if attention.grm_scale.abs().sum() > 0]
     return found
 
@@ -205,19 +219,6 @@ def extra_values(model) -> dict:
         for name, parameter in model.named_parameters()
         if name.rpartition(".")[2] in NAMES
     }
-
-
-def _distances(model, rows, *modes: str) -> list[float]:
-    """KL(base || model) in nats a token for each attention mode; the base is read once."""
-    totals = [0.0] * len(modes)
-    for row in rows.split(1):
-        model.set_attention_mode("softmax")
-        base = model(row, use_cache=False).logits.float().log_softmax(-1)
-        for index, mode in enumerate(modes):
-            model.set_attention_mode(mode)
-            totals[index] += float(divergence(base, model(row, use_cache=False).logits).sum())
-    model.set_attention_mode("liger")
-    return [total / rows.numel() for total in totals]
 
 
 def _collect(model, layers, rows, measure, step) -> list[Statistics]:

@@ -65,7 +65,7 @@ def calibrated_base(base: Base, target: Path) -> Base:
 
     checkpoint = _without_liger(base)
     versions = file_versions(shard.path for shard in checkpoint.shards)
-    plan, values, report = calibrate(Plan(checkpoint, specs, ()))
+    plan, values, report = calibrate(Plan(checkpoint, specs, ()), share=_is_open(base.specs))
     check_unchanged(versions)
     _say(calibration_note(report))
     about = {name: base.manifest[name] for name in ("base", "selection") if name in base.manifest}
@@ -78,6 +78,11 @@ def calibrated_base(base: Base, target: Path) -> Base:
 def calibrated_specs(specs: list[LayerSpec]) -> tuple[LayerSpec, ...]:
     """The layers as `liger convert --calibrate` makes them where neither kept tokens nor a normaliser is asked for."""
     return tuple(_calibrated_spec(spec) if spec.kind == "liger" else spec for spec in specs)
+
+
+def _is_open(specs: list[LayerSpec]) -> bool:
+    """Whether nothing was asked for that the kept tokens of a layer depend on, so that they are shared out."""
+    return all(spec.kept == 0 and spec.sinks == 0 for spec in specs if spec.kind == "liger")
 
 
 def _calibrated_spec(spec: LayerSpec) -> LayerSpec:
@@ -97,19 +102,22 @@ def _without_liger(base: Base) -> Checkpoint:
 
 
 def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...]) -> Base:
-    """What lies there, if it is what would be made. A calibration may have found that kept tokens do not help."""
+    """What lies there, if it is what would be made, but for the kept tokens, which a calibration shares out."""
     manifest = read_manifest(target) or {}
     same = manifest.get("calibration") and manifest.get("fingerprint", {}).get("digest") == base.fingerprint["digest"]
     if same:
         found = read_base(target)
-        without = tuple(replace(spec, kept=0) for spec in specs)
-        same = tuple(found.specs) in (specs, without)
+        same = _without_kept(found.specs) == _without_kept(specs)
     if not same:
         raise UsageError(
             f"{target} is in the way of a calibrated copy of {base.folder.name} and is none; move it, or run "
             "`liger convert BASE OUTPUT --calibrate` and name that output"
         )
     return found
+
+
+def _without_kept(specs) -> list[LayerSpec]:
+    return [replace(spec, kept=0) for spec in specs]
 
 
 def _say(sentence: str) -> None:

@@ -44,7 +44,7 @@ from liger_cli.outputs import (
 )
 from liger_cli.plan import Plan, make_plan, read_mix, with_defaults
 from liger_cli.selection import read_request, selected_plan
-from liger_cli.sizes import read_budget, sized_plan
+from liger_cli.sizes import read_budget, read_share, sized_plan
 from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs, liger_block
 from liger_cli.wording import by_layer
 
@@ -102,7 +102,8 @@ def convert(
         base: a local folder or a hub id.
         output: the folder to write; `./<name>-liger-<gate>` by default.
         settings: fields of `LayerSpec` for the Liger layers. `window` or `kept` may be `auto:BYTES`: each layer's own,
-            measured, within so many bytes of constant cache (see `sizes`).
+            measured, within so many bytes of constant cache (see `sizes`); `kept` may be `share:N`: N on average,
+            shared out by the calibration (see `kept_shares`), which is its default with twice the window.
         softmax_layers: layers kept as softmax attention: `none`, `every:N`, `auto:N` (measured, which loads the base
             and torch; see `selection`), or a list such as `3,11`.
         softmax_heads: key/value heads kept as softmax inside Liger layers: `none`, `auto:N` or `auto:2%` of all
@@ -121,7 +122,8 @@ def convert(
     """
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
-    settings, budget = read_budget(settings or {}, calibrate)
+    settings, share = read_share(settings or {}, calibrate)
+    settings, budget = read_budget(settings, calibrate)
     source = find_base(base, revision, experimental)
     checkpoint = read_checkpoint(source.folder, experimental)
     versions = file_versions(shard.path for shard in checkpoint.shards)
@@ -155,12 +157,14 @@ def convert(
         plan, selection = sized_plan(plan, budget, calibration_data, dry_run)
     measured, values = ({"selection": selection} if selection else {}), None
     if calibrate and dry_run:
-        plan = replace(plan, notes=(*plan.notes, "a calibration would run the base over some 16,000 tokens"))
+        shared = ", and share the kept tokens out between the layers" if share else ""
+        about = f"a calibration would run the base over some 16,000 tokens{shared}"
+        plan = replace(plan, notes=(*plan.notes, about))
     elif calibrate:
         from liger_cli.calibrate import calibrate as fitted
         from liger_cli.calibrate import calibration_note
 
-        plan, values, measured["calibration"] = fitted(plan, calibration_data)
+        plan, values, measured["calibration"] = fitted(plan, calibration_data, share)
     noted = plan
     if "calibration" in measured:  # in the card it has a section of its own
         noted = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))

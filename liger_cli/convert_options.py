@@ -65,10 +65,10 @@ def convert(
     kept: Annotated[
         str | None,
         typer.Option(
-            metavar="N|auto:BYTES",
-            help="Tokens that stay visible to the window, chosen by a learned score for each head; auto:2MiB (with "
-            "--calibrate) gives each layer its own number, as --window does.",
-            show_default="0; with --calibrate twice --window",
+            metavar="N|share:N|auto:BYTES",
+            help="Tokens that stay visible to the window, chosen by a learned score for each head. With --calibrate, "
+            "share:128 shares out 128 a layer by what each layer needs, in seconds, and auto:2MiB measures for that.",
+            show_default="0; with --calibrate share: and twice --window",
         ),
     ] = None,
     normalizer: Annotated[

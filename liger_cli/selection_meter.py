@@ -219,6 +219,20 @@ def divergence(base_log_probs, logits):
     return torch.stack(found)
 
 
+@torch.no_grad()
+def distances(model, rows, *modes: str) -> list[float]:
+    """KL(base || model) in nats a token for each attention mode; the base is read once."""
+    totals = [0.0] * len(modes)
+    for row in rows.split(1):
+        model.set_attention_mode("softmax")
+        base = model(row, use_cache=False).logits.float().log_softmax(-1)
+        for index, mode in enumerate(modes):
+            model.set_attention_mode(mode)
+            totals[index] += float(divergence(base, model(row, use_cache=False).logits).sum())
+    model.set_attention_mode("liger")
+    return [total / rows.numel() for total in totals]
+
+
 def not_finite(model, ids, what: str) -> LigerError:
     """The sentence for figures that are none: where the base, or else the linearized model, leaves the finite numbers.
 

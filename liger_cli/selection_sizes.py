@@ -161,10 +161,15 @@ def _losses(ledger: Ledger, ladder: Ladder, everything: Kept) -> dict[int, list[
     ledger.look_up(list(alone.values()))
     losses = {}
     for layer, rungs in ladder.rungs.items():
-        measured = [1 - ledger.score(alone[layer, tokens]) for tokens in rungs[:-1:2]] + [0.0]
-        between = [(first + last) / 2 for first, last in zip(measured, measured[1:], strict=False)]
-        losses[layer] = [*(loss for pair in zip(measured, between, strict=False) for loss in pair), 0.0]
+        losses[layer] = interpolated([1 - ledger.score(alone[layer, tokens]) for tokens in rungs[:-1:2]])
     return losses
+
+
+def interpolated(measured: list[float]) -> list[float]:
+    """Losses of every place of a ladder from those that are measured; the last place loses nothing."""
+    ends = [*measured, 0.0]
+    between = [(first + last) / 2 for first, last in zip(ends, ends[1:], strict=False)]
+    return [*(loss for pair in zip(ends, between, strict=False) for loss in pair), 0.0]
 
 
 def _exchange(ledger: Ledger, ladder: Ladder, budget: int, sizes: Sizes) -> Sizes | None:

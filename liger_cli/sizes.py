@@ -20,6 +20,7 @@ MEASURED = {
     "window": (16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
     "kept": (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
 }  # tokens
+SHARE = "share:"
 MOST = 1 << 20  # tokens of a uniform size
 WORDS = {"window": "a window of {} tokens", "kept": "{} kept tokens"}
 
@@ -39,6 +40,29 @@ class Budget:
     @property
     def option(self) -> str:
         return f"--{self.setting} {AUTO}{self.nbytes}"
+
+
+def read_share(settings: dict, calibrate: bool) -> tuple[dict, bool]:
+    """The settings with a number in place of `share:N`, and whether the kept tokens are to be shared out.
+
+    A calibration shares them out where nothing is said of them.
+
+    Raises:
+        UsageError: `share:` without a number, without `calibrate`, or beside kept tokens of single layers.
+    """
+    text, layers = settings.get("kept"), any("kept=" in one for one in settings.get("layers", ()))
+    if text is None:
+        return settings, calibrate and not layers
+    if not str(text).strip().startswith(SHARE):
+        return settings, False
+    number = whole_number(str(text).strip().removeprefix(SHARE))
+    if number is None:
+        raise UsageError(f"--kept is {text!r}; in share:N, N has to be a whole number: of tokens a layer, on average")
+    if not calibrate:
+        raise UsageError(f"--kept {text} needs scores that are fitted: add --calibrate")
+    if layers:
+        raise UsageError(f"--layer sets kept, which --kept {text} shares out; leave one of them out")
+    return {**settings, "kept": number}, True
 
 
 def read_budget(settings: dict, calibrate: bool) -> tuple[dict, Budget | None]:
@@ -62,7 +86,10 @@ def read_budget(settings: dict, calibrate: bool) -> tuple[dict, Budget | None]:
         elif (number := whole_number(text.strip())) is not None:
             settings[name] = number
         else:
-            raise UsageError(f"{option}, but has to be a whole number, 0 or more, or auto:BYTES such as auto:2MiB")
+            share = ", share:N such as share:128" if name == "kept" else ""
+            raise UsageError(
+                f"{option}, but has to be a whole number, 0 or more{share}, or auto:BYTES such as auto:2MiB"
+            )
     if len(found) > 1:
         raise UsageError("--window and --kept both ask for auto; give one of them a number")
     if not found:
@@ -208,22 +235,22 @@ def _open_meter(plan: Plan, setting: str, data: str | None):
     """A meter of the plan without recurrences; for kept tokens with their scores fitted."""
     from liger_cli.selection_meter import open_meter
 
-    bare = replace(plan, specs=tuple(_bare(spec) for spec in plan.specs))
+    bare = replace(plan, specs=tuple(without_recurrence(spec) for spec in plan.specs))
     if setting == "window":
         return open_meter(bare, data)
-    from liger_cli.calibrate import fit, text_rows
+    from liger_cli.calibrate import fit_keep_scores, text_rows
 
     # Scores have to be there where the uniform size is 0, too.
     scored = resized(bare, setting, {layer: max(1, bare.specs[layer].kept) for layer in _layers(bare, setting)})
     meter = open_meter(scored, data)
-    rows, held_out = text_rows(scored, meter.model, data)
+    rows, *_ = text_rows(scored, meter.model, data)
     say(f"fitting scores on {rows.numel():,} tokens")
-    fit(meter.model, rows, held_out)
+    fit_keep_scores(meter.model, rows)
     meter.plan = bare
     return meter
 
 
-def _bare(spec: LayerSpec) -> LayerSpec:
+def without_recurrence(spec: LayerSpec) -> LayerSpec:
     """The layer without its recurrence."""
     return replace(spec, mix=0.0, normalizer="none", branch_scales=False) if spec.kind == "liger" else spec
 

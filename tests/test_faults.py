@@ -619,13 +619,13 @@ def test_weights_that_change_while_they_are_tuned(place, monkeypatch):
 def test_a_base_that_changes_while_it_is_calibrated(place, monkeypatch):
     from liger_cli import calibrate
 
-    real = calibrate.fit
+    real = calibrate.fit_keep_scores
 
     def slow(*arguments):
         rewritten(place / "base" / "model.safetensors")
         return real(*arguments)
 
-    monkeypatch.setattr(calibrate, "fit", slow)
+    monkeypatch.setattr(calibrate, "fit_keep_scores", slow)
     with pytest.raises(LigerError, match="was changed while it was read"):
         convert.convert(
             str(place / "base"), str(place / "out"), calibrate=True, calibration_data=str(place / "text.jsonl"),

@@ -13,7 +13,7 @@ from liger_cli.study.subjects import layers
 from liger_cli.templates.liger_gates import GATES
 
 WINDOW = KEPT = 64
-CALIBRATED_KEPT = 128  # `liger convert --calibrate` by default: twice the window
+CALIBRATED_KEPT = 128  # a layer, on average, of `liger convert --calibrate` by default: twice the window
 WINDOW_ONLY = "window-only"
 DOCUMENTS, INSTRUCTIONS = "documents", "instructions"
 # The same for every recipe: what a step sees, how often it is interrupted.
@@ -109,6 +109,9 @@ SUPRA = (
     *("--positions", "rope", "--normalizer", "group", "--window", "0"),
 )
 
+# The same number of kept tokens in every layer, where a calibration shares as many out.
+UNIFORM = ("--calibrate", "--kept", str(CALIBRATED_KEPT))
+
 FIRST = (
     Row("base", column="base", control=None, group="control"),
     Row(WINDOW_ONLY, ("--mix", "0"), control=None, group="control"),
@@ -120,6 +123,7 @@ FIRST = (
     Row("gla-running-mix0.1", ("--gate", "gla", "--normalizer", "running", "--mix", "0.1")),
     Row("gla-joint", ("--gate", "gla", "--normalizer", "joint")),
     Row("calibrated", ("--calibrate",)),
+    Row("calibrated-uniform", UNIFORM),
     Row("calibrated-kept0", ("--calibrate", "--kept", "0")),
     Row("calibrated-kept0-joint", ("--calibrate", "--kept", "0", "--normalizer", "joint")),
     Row("calibrated-gdn", ("--calibrate", "--gate", "gdn")),
@@ -150,6 +154,7 @@ TRAINED = (
     _window("best", "window-only-best"),
     _window("best", "window-only-192-best", convert=("--window", "192")),
     Row("best", ("--calibrate",), "best", control="window-only-best", group="trained"),
+    Row("best-uniform", UNIFORM, "best", control="window-only-best", group="trained"),
     Row("best-kept0", ("--calibrate", "--kept", "0"), "best", control="window-only-best", group="trained"),
     Row(
         "best-heads-auto1", ("--calibrate", "--softmax-heads", "auto:1"), "best", control="window-only-best",
@@ -168,7 +173,15 @@ TRAINED = (
 # Rows between which a difference is claimed.
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
 REPEATED_UNTRAINED = (
-    *("calibrated", "calibrated-kept0", "kept-alone", "calibrated-heads-auto1", "layers-auto1", "heads-auto1"),
+    *(
+        "calibrated",
+        "calibrated-uniform",
+        "calibrated-kept0",
+        "kept-alone",
+        "calibrated-heads-auto1",
+        "layers-auto1",
+        "heads-auto1",
+    ),
     "calibrated-kept-auto",
 )
 FEW = ("window-only-kl", "kl", "window-only-best", "best")  # longer runs, and the second mixture
