@@ -61,7 +61,9 @@ def test_the_shipped_base(tmp_path, monkeypatch):
     report, plan = convert(str(BASE), str(tmp_path / "out"), calibrate=True)
     measured = report["calibration"]
     assert measured["kl"] < 0.6 * measured["window_only_kl"]
-    assert {spec.kept for spec in plan.specs} == {128} and {spec.normalizer for spec in plan.specs} == {"running"}
+    kept = [spec.kept for spec in plan.specs]
+    assert sum(kept) <= 6 * 128 and len(set(kept)) > 1  # shared out
+    assert {spec.normalizer for spec in plan.specs} == {"running"}
     model = load_model(tmp_path / "out", dtype=torch.float32)
     assert any(attention.keep_score.any() for attention in model.model.liger_attentions())
 
