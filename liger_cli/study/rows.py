@@ -195,6 +195,7 @@ def base_rows(base: StudyBase) -> tuple[Row, ...]:
     return (
         Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base, WINDOW)}")),
         Row("kept-alone64", (*window, "--calibrate", "--kept", str(KEPT))),
+        Row("kept-share64", (*window, "--calibrate", "--kept", f"share:{KEPT}")),
         Row("kept-auto64", (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base, WINDOW, KEPT)}")),
         # At the bytes of `calibrated`.
         Row("calibrated-kept-auto", ("--calibrate", "--kept", _calibrated_budget(base))),
