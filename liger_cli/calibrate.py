@@ -88,6 +88,7 @@ def calibrate(plan: Plan, data: str | None = None, share: bool = False) -> tuple
     if report["kl"] > report["window_only_kl"]:
         plan = replace(plan, specs=tuple(replace(spec, kept=0) for spec in plan.specs))
         report |= {"dropped_kl": report["kl"], "kl": report["window_only_kl"]}
+        report.pop("kept_shares", None)
     report["seconds"] = time.perf_counter() - start
     wanted = extra_shapes(plan.specs, plan.checkpoint.geometry)
     return plan, {name: value for name, value in extra_values(model).items() if name in wanted}, report

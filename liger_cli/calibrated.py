@@ -14,7 +14,7 @@ from liger_cli.escape import printable
 from liger_cli.extras import extra_shapes
 from liger_cli.hub import Source
 from liger_cli.manifest import read_manifest
-from liger_cli.outputs import check_unchanged, file_versions
+from liger_cli.outputs import check_output, check_unchanged, file_versions
 from liger_cli.plan import Plan, with_defaults
 from liger_cli.processes import is_launched, is_main_process
 from liger_cli.templates.liger_config import LayerSpec
@@ -39,27 +39,33 @@ def copy_path(base: Base, output: str | Path | None) -> Path:
     return Path(output or "").parent / f"{base.folder.name}-calibrated"
 
 
-def calibrated_base(base: Base, target: Path) -> Base:
+def calibrated_base(base: Base, target: Path, force: bool = False) -> Base:
     """The calibrated copy of a plain conversion; made where it is not there, which is said on stderr.
 
     Args:
         target: of `copy_path`.
+        force: replace a folder of liger's that is there and is no such copy.
     Raises:
         UsageError: something else is in the way, or several processes would make it. LigerError: as of
             `calibrate.calibrate`.
     """
     specs = calibrated_specs(base.specs)
     name = printable(base.folder.name)
-    if target.exists():
-        found = _same_copy(target, base, specs)
+    if target.exists() and (found := _same_copy(target, base, specs)):
         _say(f"taking {printable(target)}, the calibrated {name}")
         return found
+    if target.exists() and not force:
+        raise UsageError(
+            f"{target} is in the way of a calibrated copy of {base.folder.name} and is none; replace it with --force, "
+            "or move it"
+        )
     if is_launched():
         raise UsageError(
             f"{name} is not calibrated, and of several processes none can do it alone; run `liger convert BASE OUTPUT "
             "--calibrate` first and name that output"
         )
     _say(f"{name} is not calibrated: calibrating it into {printable(target)} (--recipe paper trains it as it is)")
+    check_output(target, force, base=base.folder)
     from liger_cli.calibrate import calibrate, calibration_note
     from liger_cli.convert import write_converted
 
@@ -71,7 +77,7 @@ def calibrated_base(base: Base, target: Path) -> Base:
     about = {name: base.manifest[name] for name in ("base", "selection") if name in base.manifest}
     origin = about.get("base", {})
     source = Source(checkpoint.folder, origin.get("name") or base.folder.name, origin.get("revision"))
-    write_converted(source, plan, target, "auto", False, {**about, "calibration": report}, values)
+    write_converted(source, plan, target, "auto", force, {**about, "calibration": report}, values)
     return read_base(target)
 
 
@@ -101,19 +107,13 @@ def _without_liger(base: Base) -> Checkpoint:
     return replace(found.checkpoint, config=config)
 
 
-def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...]) -> Base:
+def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...]) -> Base | None:
     """What lies there, if it is what would be made, but for the kept tokens, which a calibration shares out."""
     manifest = read_manifest(target) or {}
-    same = manifest.get("calibration") and manifest.get("fingerprint", {}).get("digest") == base.fingerprint["digest"]
-    if same:
-        found = read_base(target)
-        same = _without_kept(found.specs) == _without_kept(specs)
-    if not same:
-        raise UsageError(
-            f"{target} is in the way of a calibrated copy of {base.folder.name} and is none; move it, or run "
-            "`liger convert BASE OUTPUT --calibrate` and name that output"
-        )
-    return found
+    if not manifest.get("calibration") or manifest.get("fingerprint", {}).get("digest") != base.fingerprint["digest"]:
+        return None
+    found = read_base(target)
+    return found if _without_kept(found.specs) == _without_kept(specs) else None
 
 
 def _without_kept(specs) -> list[LayerSpec]:

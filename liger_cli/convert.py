@@ -158,7 +158,7 @@ def convert(
     measured, values = ({"selection": selection} if selection else {}), None
     if calibrate and dry_run:
         shared = ", and share the kept tokens out between the layers" if share else ""
-        about = f"a calibration would run the base over some 16,000 tokens{shared}"
+        about = f"a calibration would run the base over some 20,000 tokens{shared}"
         plan = replace(plan, notes=(*plan.notes, about))
     elif calibrate:
         from liger_cli.calibrate import calibrate as fitted

@@ -85,7 +85,7 @@ def run(
     partial = _partial(target)
     starts = processes > 1 and not is_launched()
     if copy and (resume or starts) and not dry_run:
-        base, copy = calibrated_base(base, copy), None
+        base, copy = calibrated_base(base, copy, force), None
     if starts:
         return launch(processes)
     if resume:
@@ -159,7 +159,7 @@ def finetune(
         return {**plan, "dry_run": True}
     check_memory(plan)
     if copy:
-        base = calibrated_base(base, copy)
+        base = calibrated_base(base, copy, force)
         plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
     settings = {"recipe": recipe.to_dict(), "data": data, "sources": loaded.report}
     options = {"resume": resume, "quiet": quiet, "dtype": dtype, "report_to": report_to, "fsdp": fsdp}

@@ -15,6 +15,7 @@ from liger_cli.progress import progress
 from liger_cli.selection_meter import distances
 from liger_cli.selection_sizes import Ladder, allocate, interpolated, rungs_up_to
 from liger_cli.sizes import MEASURED, constant_bytes, resized, without_recurrence
+from liger_cli.templates.liger_cache import CACHE
 from liger_cli.wording import by_layer
 
 DRAWS = 2  # of the tokens that a likelihood is taken of
@@ -136,7 +137,8 @@ def _gradients(model, attentions, row: torch.Tensor, generator) -> tuple[dict, d
         found = torch.autograd.grad(log_p.gather(-1, drawn).sum(), outputs, retain_graph=draw + 1 < DRAWS)
         for layer, gradient in zip(attentions, found, strict=True):
             gradients[layer].append(gradient)
-    return {layer: (args, kwargs, output.detach()) for layer, (args, kwargs, output) in calls.items()}, gradients
+    bare = {"attention_mask": None, CACHE: None}  # no padding; softmax's own mask is none of Liger's
+    return {layer: (args, {**kwargs, **bare}, out.detach()) for layer, (args, kwargs, out) in calls.items()}, gradients
 
 
 class _without_recurrences:

@@ -79,9 +79,11 @@ def test_something_else_is_in_the_way(here):
         tune()
     (here / COPY).rmdir()
     convert.convert("base", COPY, settings={"window": 5}, softmax_layers="3", calibrate=True)
-    with pytest.raises(UsageError, match="in the way of a calibrated copy of plain"):
+    with pytest.raises(UsageError, match="in the way of a calibrated copy of plain .* --force"):
         tune()
     assert not (here / LORA).exists()
+    assert tune(force=True)["model"] == str(here / COPY)
+    assert read_manifest(here / COPY)["settings"]["layers"][0]["window"] == 4
 
 
 def test_a_dry_run_writes_nothing(here, capsys):

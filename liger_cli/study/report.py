@@ -146,7 +146,7 @@ def _label(result: dict) -> str:
 
 
 def _order(row: dict) -> tuple:
-    groups = ("control", "untrained", "softmax kept", "trained control", "trained")
+    groups = ("control", "untrained", "softmax kept", "trained control", "trained", "variants")
     group = groups.index(row["group"]) if row["group"] in groups else len(groups)
     return row["budget"], group, row["kl"]["mean"]
 

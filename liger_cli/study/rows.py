@@ -170,6 +170,24 @@ TRAINED = (
     Row("paper-layers-auto1", ("--softmax-layers", "auto:1"), "paper", control="window-only-trained", group="trained"),
     Row("kl-heads-auto1", ("--softmax-heads", "auto:1"), "distill", KL, control="window-only-kl", group="trained"),
 )  # fmt: skip
+
+
+def _variant(name: str, changes: dict, *convert: str, **stage) -> Row:
+    """The recipe `best` with one thing changed, on a calibrated model."""
+    stages = {"stages": [{**BEST_STAGE, **stage}]} if stage else {}
+    return Row(name, ("--calibrate", *convert), "best", {**stages, **changes}, "model", "window-only-best", "variants")
+
+
+BEST_STAGE = {"objective": "distill", "lr": 1e-3, "train": "lora"}
+VARIANTS = (
+    _variant("best-rank32", {"lora_rank": 32, "lora_alpha": 32}),
+    _variant("best-qkvo", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    _variant("best-lr3e-3", {}, lr=3e-3),
+    _variant("best-staged", {"stages": [{"objective": "transfer", "share": 0.3}, BEST_STAGE]}),
+    _variant("best-dropout", {}, window_dropout=[0.5, 0.0]),
+    _variant("best-scales", {}, train="both"),
+    _variant("best-gates", {}, "--gate-params", "learned", train="both"),
+)
 # Rows between which a difference is claimed.
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
 REPEATED_UNTRAINED = (
@@ -258,6 +276,8 @@ def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int 
         more = {base.name: (*GATE_ROWS, *base_rows(base)) for base in bases}
         if seed == 0:
             yield from (Unit(row, base.name) for base in bases for row in more[base.name])
+            if budgets:
+                yield from (Unit(row, base.name, min(budgets), 0) for row in VARIANTS for base in bases)
         else:
             yield from (
                 Unit(row, base.name, 0, seed)
