@@ -7,6 +7,7 @@ from pathlib import Path
 from liger_cli.errors import UsageError
 from liger_cli.escape import printable
 from liger_cli.manifest import read_manifest
+from liger_cli.processes import is_main_process
 
 FITTING = {
     "finetune": ("converted",),
@@ -34,7 +35,8 @@ def resolve_model(given: str | Path | None, command: str, here: Path | None = No
         return Path(given)
     found = newest(FITTING[command], here or Path())
     kind = read_manifest(found)["kind"]
-    print(f"liger: taking {printable(found)}, the newest {kind} model here", file=sys.stderr)
+    if is_main_process():
+        print(f"liger: taking {printable(found)}, the newest {kind} model here", file=sys.stderr)
     return found
 
 
