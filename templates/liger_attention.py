@@ -19,6 +19,8 @@ from .liger_gates import GATES
 from .liger_kept import keep_scores
 
 MODES = ("liger", "softmax", "window")
+# Elements of a layer's queries from which its branches are computed again in backward: below, they keep little.
+RECOMPUTED = 1 << 20
 
 
 def pack_padding(attention_mask):
@@ -154,7 +156,7 @@ class LigerAttention:
             "dropout": self._dropout(),
             "sink_logits": getattr(self, "sinks", None),
             "local_window": self.local_window,
-            "recompute": self.training and not self.gradient_checkpointing,
+            "recompute": self.training and not self.gradient_checkpointing and q.numel() >= RECOMPUTED,
         }
         packed = padding is None and cache is None
         starts = document_starts(kwargs.get("position_ids"), len(hidden_states)) if packed else None

@@ -77,18 +77,24 @@ def kept_attention(
     if bias is not None:
         # Zero in value: it lets the score of a kept token learn how much the token is looked at.
         logits = logits + bias.unsqueeze(3)
-    lowest = torch.finfo(logits.dtype).min
-    logits = logits.masked_fill(~visible.unsqueeze(3), lowest)
-    highest = logits.detach().amax(-1, keepdim=True)
-    weights = (logits - highest).exp().masked_fill(~visible.unsqueeze(3), 0.0)
-    total = weights.sum(-1, keepdim=True)
-    some = total > 0
+    weights, lse, nothing = _softmax(logits, visible.unsqueeze(3))
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     output = (weights.flatten(3, 4) @ candidates[1].float()).unflatten(3, (groups, rows))
-    output = output / total.masked_fill(~some, 1.0)
-    lse = (total.masked_fill(~some, 1.0).log() + highest).masked_fill(~some, lowest)
-    output, lse = (x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length] for x in (output, lse))
+    output = output.masked_fill(nothing.unsqueeze(-1), 0.0)
+    output, lse = (x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length] for x in (output, lse.unsqueeze(-1)))
     return output, lse.squeeze(-1), tuple(_at(x, index.flip(2)) for x in pool)
+
+
+def _softmax(logits, visible):
+    """Weights of what is visible, the log of their denominator (the lowest number where nothing is), where nothing is.
+
+    visible broadcasts to logits. Hidden logits are lowered by an addition: on a CPU a masked fill takes many times that.
+    """
+    lowest = torch.finfo(logits.dtype).min
+    logits = logits + (~visible).to(logits.dtype).mul_(lowest)
+    weights = logits.softmax(-1)
+    nothing = ~visible.any(-1)
+    return weights, log_denominator(logits, weights).masked_fill(nothing, lowest), nothing
 
 
 def _attend_by_spans(q, keys, values, scores, first, memory, window, count, scaling, softcap, dropout):
@@ -194,11 +200,10 @@ def _step(q, memory, scaling: float, softcap, dropout: float):
     logits = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() @ keys.float().mT * scaling  # [B, Hkv, G, count]
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
-    lse = logits.masked_fill(~visible, -torch.inf).logsumexp(-1)
-    lse = lse.clamp_min(torch.finfo(lse.dtype).min)
-    weights = (logits - lse.unsqueeze(-1)).exp().masked_fill(~visible, 0.0)
+    weights, lse, nothing = _softmax(logits, visible)
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
-    return (weights @ values.float()).flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
+    output = (weights @ values.float()).masked_fill(nothing.unsqueeze(-1), 0.0)
+    return output.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
 
 
 def add_kept(local, lse, kept, kept_lse):

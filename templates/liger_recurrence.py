@@ -235,7 +235,7 @@ def _pairwise(log_decay, diagonal: int = 0):
     ones = torch.ones(size, size, dtype=log_decay.dtype, device=log_decay.device)
     # Row i of the product adds, in column j, the log decays behind j up to i.
     between = ones.tril() @ (log_decay * ones.tril(-1))
-    return between.masked_fill(ones.tril(diagonal) == 0, float("-inf")).exp()
+    return between.exp() * ones.tril(diagonal)
 
 
 def _chunk_decay(q, k, v, log_decay, state):
