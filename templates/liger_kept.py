@@ -88,7 +88,7 @@ def kept_attention(
 def _softmax(logits, visible):
     """Weights of what is visible, the log of their denominator (the lowest number where nothing is), where nothing is.
 
-    visible broadcasts to logits. Hidden logits are lowered by adding to them: a masked fill takes a CPU many times that.
+    visible broadcasts to logits. Hidden logits are lowered by an addition; a masked fill takes a CPU many times that.
     """
     lowest = torch.finfo(logits.dtype).min
     logits = logits + (~visible).to(logits.dtype).mul_(lowest)
