@@ -46,7 +46,9 @@ def convert(
     ] = "none",
     calibrate: Annotated[
         bool,
-        typer.Option("--calibrate", help="Fit scores and branch coefficients to the base's softmax layers, untrained."),
+        typer.Option(
+            "--calibrate", help="Fit scores, shares of kept tokens and branch coefficients to the base, untrained."
+        ),
     ] = False,
     calibration_data: Annotated[
         str | None,

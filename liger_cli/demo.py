@@ -141,8 +141,8 @@ def demo_notes(report: dict) -> list[str]:
     untrained = columns["window_untrained"]
     return [
         "recall at n: exact answers to questions whose answer stands n tokens back.",
-        "base: softmax attention. converted: every layer linearized (gla, window 64, 128 tokens kept by their score) "
-        "and calibrated, the weights untouched. trained: after LoRA and merge. window: the trained weights with "
+        "base: softmax attention. converted: every layer linearized (gla, window 64, 128 tokens a layer kept by their "
+        "score) and calibrated, the weights untouched. trained: after LoRA and merge. window: the trained weights with "
         f"recurrence and kept tokens off (without any training: perplexity {number(untrained['perplexity'])}). "
         f"hybrid: softmax kept in key/value head {report['softmax_heads_of_the_hybrid']} (layer:head), one of twelve, "
         "then trained. Speed is a matter of shapes: converted is as fast as trained.",
