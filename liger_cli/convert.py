@@ -334,7 +334,7 @@ def _by_layer(plan: Plan, setting: str) -> str:
 
 
 def _shown_calibration(report: dict | None) -> dict | None:
-    """What the card says of a calibration: `{text, tokens, held_out, rows, layers}`."""
+    """What the card says of a calibration: text, tokens, figures, layers, shares, and what was of no use."""
     if report is None:
         return None
     kept = report["recurrent_layers"]
@@ -347,7 +347,17 @@ def _shown_calibration(report: dict | None) -> dict | None:
         "layers": ", ".join(map(str, kept)) or "none",
         "rejected": "fitted_kl" in report,
         "dropped": "dropped_kl" in report,
+        "shared": _share_note(report.get("kept_shares")),
     }
+
+
+def _share_note(report: dict | None) -> str:
+    if report is None:
+        return ""
+    from liger_cli.kept_shares import share_note
+
+    sentence = share_note(report)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def base_licence(checkpoint: Checkpoint) -> dict[str, str]:
