@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported anywhere: workers side by side that all use every core take many times as long.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -656,7 +656,7 @@ WORK = {
     "eval": "liger_cli.evaluate|evaluate",
     "bench": "liger_cli.bench|bench",
     "finetune": "liger_cli.training|LigerTrainer|training_step",
-    "calibrate": "liger_cli.calibrate|fit",
+    "calibrate": "liger_cli.calibrate|fit_keep_scores",
 }
 
 
