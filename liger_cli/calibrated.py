@@ -3,7 +3,6 @@
 The folder's own weights are linked once more; the base that it was made of need not be there.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from liger_cli.manifest import read_manifest
 from liger_cli.outputs import check_output, check_unchanged, file_versions
 from liger_cli.plan import Plan, with_defaults
 from liger_cli.processes import is_launched, is_main_process
+from liger_cli.selection import say
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.train_plan import Base, read_base
 
@@ -52,7 +52,8 @@ def calibrated_base(base: Base, target: Path, force: bool = False) -> Base:
     specs = calibrated_specs(base.specs)
     name = printable(base.folder.name)
     if target.exists() and (found := _same_copy(target, base, specs)):
-        _say(f"taking {printable(target)}, the calibrated {name}")
+        if is_main_process():
+            say(f"taking {printable(target)}, the calibrated {name}")
         return found
     if target.exists() and not force:
         raise UsageError(
@@ -64,7 +65,7 @@ def calibrated_base(base: Base, target: Path, force: bool = False) -> Base:
             f"{name} is not calibrated, and of several processes none can do it alone; run `liger convert BASE OUTPUT "
             "--calibrate` first and name that output"
         )
-    _say(f"{name} is not calibrated: calibrating it into {printable(target)} (--recipe paper trains it as it is)")
+    say(f"{name} is not calibrated: calibrating it into {printable(target)} (--recipe paper trains it as it is)")
     check_output(target, force, base=base.folder)
     from liger_cli.calibrate import calibrate, calibration_note
     from liger_cli.convert import write_converted
@@ -73,7 +74,7 @@ def calibrated_base(base: Base, target: Path, force: bool = False) -> Base:
     versions = file_versions(shard.path for shard in checkpoint.shards)
     plan, values, report = calibrate(Plan(checkpoint, specs, ()), share=_is_open(base.specs))
     check_unchanged(versions)
-    _say(calibration_note(report))
+    say(calibration_note(report))
     about = {name: base.manifest[name] for name in ("base", "selection") if name in base.manifest}
     origin = about.get("base", {})
     source = Source(checkpoint.folder, origin.get("name") or base.folder.name, origin.get("revision"))
@@ -118,8 +119,3 @@ def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...]) -> Base |
 
 def _without_kept(specs) -> list[LayerSpec]:
     return [replace(spec, kept=0) for spec in specs]
-
-
-def _say(sentence: str) -> None:
-    if is_main_process():
-        print(f"liger: {sentence}", file=sys.stderr)

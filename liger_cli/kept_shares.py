@@ -6,6 +6,8 @@ its Fisher information (Martens, arXiv 1412.1193, section 9), each token's outpu
 tells for every layer what each size costs, where `selection_sizes` measures a whole pass for each.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -13,8 +15,8 @@ import torch
 from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.selection_meter import distances
-from liger_cli.selection_sizes import Ladder, allocate, interpolated, rungs_up_to
-from liger_cli.sizes import MEASURED, constant_bytes, resized, without_recurrence
+from liger_cli.selection_sizes import allocate, interpolated, rungs_up_to
+from liger_cli.sizes import MEASURED, constant_bytes, ladder_of, resized, without_recurrence
 from liger_cli.templates.liger_cache import CACHE
 from liger_cli.wording import by_layer
 
@@ -45,7 +47,7 @@ def shared_out(plan: Plan, model, rows: torch.Tensor) -> tuple[Plan, dict | None
     if len(attentions) < 2 or any(uniform[layer] >= limit for layer, limit in limits.items()):
         return plan, None
     rungs = {layer: rungs_up_to(MEASURED["kept"], limit) for layer, limit in limits.items()}
-    ladder = _ladder(plan, rungs)
+    ladder = ladder_of(plan, "kept", rungs)
     expected = expected_losses(model, attentions, rows, {layer: places[:-1:2] for layer, places in rungs.items()})
     losses = {layer: interpolated(found) for layer, found in expected.items()}
     budget, mean = constant_bytes(plan), sum(uniform.values()) / len(uniform)
@@ -59,7 +61,7 @@ def shared_out(plan: Plan, model, rows: torch.Tensor) -> tuple[Plan, dict | None
         attention.liger_spec = replace(attention.liger_spec, kept=best[layer])
     report = {
         "mean": mean,
-        "layers": _by_name(best),
+        "layers": {str(layer): count for layer, count in best.items()},
         "expected": [
             {"layer": layer, "sizes": [[tokens, loss] for tokens, loss in zip(rungs[layer][:-1:2], found, strict=True)]}
             for layer, found in expected.items()
@@ -141,34 +143,15 @@ def _gradients(model, attentions, row: torch.Tensor, generator) -> tuple[dict, d
     return {layer: (args, {**kwargs, **bare}, out.detach()) for layer, (args, kwargs, out) in calls.items()}, gradients
 
 
-class _without_recurrences:
+@contextmanager
+def _without_recurrences(attentions: dict[int, torch.nn.Module], tokens: dict[int, int]) -> Iterator[None]:
     """Within, these layers are Liger's with window and kept tokens alone, as many as told or as they have."""
-
-    def __init__(self, attentions: dict[int, torch.nn.Module], tokens: dict[int, int]):
-        self.before = [(attention, attention.liger_spec, attention.liger_mode) for attention in attentions.values()]
-        self.tokens = tokens
-
-    def __enter__(self):
-        for attention, spec, _ in self.before:
-            attention.liger_spec = replace(
-                without_recurrence(spec), kept=self.tokens.get(attention.layer_idx, spec.kept)
-            )
-            attention.liger_mode = "liger"
-
-    def __exit__(self, *error):
-        for attention, spec, mode in self.before:
+    before = [(attention, attention.liger_spec, attention.liger_mode) for attention in attentions.values()]
+    try:
+        for attention, spec, _ in before:
+            kept = tokens.get(attention.layer_idx, spec.kept)
+            attention.liger_spec, attention.liger_mode = replace(without_recurrence(spec), kept=kept), "liger"
+        yield
+    finally:
+        for attention, spec, mode in before:
             attention.liger_spec, attention.liger_mode = spec, mode
-
-
-def _ladder(plan: Plan, rungs: dict[int, list[int]]) -> Ladder:
-    """As many bytes as the sizes take in these layers; the others have no choice."""
-    nbytes = {
-        layer: [plan.constant_bytes(layer, replace(plan.specs[layer], kept=tokens)) for tokens in places]
-        for layer, places in rungs.items()
-    }
-    now = sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in rungs)
-    return Ladder("kept", rungs, nbytes, constant_bytes(plan) - now)
-
-
-def _by_name(tokens: dict[int, int]) -> dict[str, int]:
-    return {str(layer): count for layer, count in tokens.items()}

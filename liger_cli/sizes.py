@@ -218,15 +218,21 @@ def _ladder(plan: Plan, setting: str, layers: list[int]) -> Ladder:
     A layer whose own window is no longer than the least has no choice.
     """
     longest = max([selection.ROW_TOKENS, *(far + selection.PROBE_TOKENS for far in probe_distances(plan))])
-    rungs, nbytes = {}, {}
+    rungs = {}
     for layer in layers:
-        spec = plan.specs[layer]
         limit = min(longest, plan.local_window(layer) or longest)
-        limit = max(limit - spec.window, 1) if setting == "kept" else limit
-        if len(places := rungs_up_to(MEASURED[setting], limit)) == 1:
-            continue
-        rungs[layer] = places
-        nbytes[layer] = [plan.constant_bytes(layer, replace(spec, **{setting: tokens})) for tokens in rungs[layer]]
+        limit = max(limit - plan.specs[layer].window, 1) if setting == "kept" else limit
+        if len(places := rungs_up_to(MEASURED[setting], limit)) > 1:
+            rungs[layer] = places
+    return ladder_of(plan, setting, rungs)
+
+
+def ladder_of(plan: Plan, setting: str, rungs: dict[int, list[int]]) -> Ladder:
+    """The ladder of these sizes, with the bytes that they take; the plan's other layers have no choice."""
+    nbytes = {
+        layer: [plan.constant_bytes(layer, replace(plan.specs[layer], **{setting: tokens})) for tokens in places]
+        for layer, places in rungs.items()
+    }
     others = [layer for layer in liger_layers(plan) if layer not in rungs]
     return Ladder(setting, rungs, nbytes, sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in others))
 

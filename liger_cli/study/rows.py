@@ -6,14 +6,14 @@ from fnmatch import fnmatch
 
 from liger_cli.checkpoint import read_checkpoint
 from liger_cli.errors import UsageError
-from liger_cli.plan import make_plan
+from liger_cli.plan import make_plan, with_defaults
 from liger_cli.sizes import constant_bytes
 from liger_cli.study.base_folders import StudyBase
 from liger_cli.study.subjects import layers
 from liger_cli.templates.liger_gates import GATES
 
 WINDOW = KEPT = 64
-CALIBRATED_KEPT = 128  # a layer, on average, of `liger convert --calibrate` by default: twice the window
+CALIBRATED_KEPT = 2 * WINDOW  # a layer, on average, of `liger convert --calibrate` by default
 WINDOW_ONLY = "window-only"
 DOCUMENTS, INSTRUCTIONS = "documents", "instructions"
 # The same for every recipe: what a step sees, how often it is interrupted.
@@ -191,32 +191,25 @@ VARIANTS = (
 # Rows between which a difference is claimed.
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
 REPEATED_UNTRAINED = (
-    *(
-        "calibrated",
-        "calibrated-uniform",
-        "calibrated-kept0",
-        "kept-alone",
-        "calibrated-heads-auto1",
-        "layers-auto1",
-        "heads-auto1",
-    ),
-    "calibrated-kept-auto",
-)
+    "calibrated", "calibrated-uniform", "calibrated-kept0", "kept-alone", "calibrated-heads-auto1", "layers-auto1",
+    "heads-auto1", "calibrated-kept-auto",
+)  # fmt: skip
 FEW = ("window-only-kl", "kl", "window-only-best", "best")  # longer runs, and the second mixture
 
 
 def base_rows(base: StudyBase) -> tuple[Row, ...]:
     """Rows that depend on the layers: sizes by layer, every place of one softmax layer, and every spacing."""
     count = layers(base)
-    window = ("--mix", "0")
+    window, alone = ("--mix", "0"), {"window": WINDOW, "mix": 0.0}
+    calibrated = with_defaults({"window": WINDOW}, calibrate=True)
     spaced = [every for every in (2, 3, 4, count) if every <= count]
     return (
-        Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base, WINDOW)}")),
+        Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base, alone)}")),
         Row("kept-alone64", (*window, "--calibrate", "--kept", str(KEPT))),
         Row("kept-share64", (*window, "--calibrate", "--kept", f"share:{KEPT}")),
-        Row("kept-auto64", (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base, WINDOW, KEPT)}")),
+        Row("kept-auto64", (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base, {**alone, 'kept': KEPT})}")),
         # At the bytes of `calibrated`.
-        Row("calibrated-kept-auto", ("--calibrate", "--kept", _calibrated_budget(base))),
+        Row("calibrated-kept-auto", ("--calibrate", "--kept", f"auto:{_cache_bytes(base, calibrated)}")),
         *(
             Row(f"layers-every{every}", (*window, "--softmax-layers", f"every:{every}"), group="softmax kept")
             for every in sorted(set(spaced), reverse=True)
@@ -228,15 +221,9 @@ def base_rows(base: StudyBase) -> tuple[Row, ...]:
     )
 
 
-def _cache_bytes(base: StudyBase, window: int, kept: int = 0) -> int:
-    """Bytes of one sequence's constant cache where every layer has this window and so many kept tokens."""
-    settings = {"window": window, "kept": kept, "mix": 0.0}
+def _cache_bytes(base: StudyBase, settings: dict) -> int:
+    """Bytes of one sequence's constant cache where every layer has these settings."""
     return constant_bytes(make_plan(read_checkpoint(base.folder), settings))
-
-
-def _calibrated_budget(base: StudyBase) -> str:
-    settings = {"window": WINDOW, "kept": CALIBRATED_KEPT, "normalizer": "running", "branch_scales": True}
-    return f"auto:{constant_bytes(make_plan(read_checkpoint(base.folder), settings))}"
 
 
 def planned(
