@@ -6,7 +6,7 @@ from pathlib import Path
 
 from liger_cli.errors import SetupError, UsageError
 from liger_cli.shipped import BASE_DIR
-from liger_cli.study.sources import CONSOLE, HARBOUR, STORIES, Source
+from liger_cli.study.sources import CONSOLE, HARBOUR, PLAY, STORIES, Source
 
 FOLDER = Path(__file__).parent / "bases"
 EVALUATION = "evaluation.json"
@@ -36,6 +36,7 @@ BASES = {
         StudyBase("stories", BASE_DIR, STORIES, 1024),
         StudyBase("console", FOLDER / "console", CONSOLE, 512),
         StudyBase("harbour", FOLDER / "harbour", HARBOUR, 512),
+        StudyBase("play", FOLDER / "play", PLAY, 512),
     )
 }
 

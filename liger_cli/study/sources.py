@@ -6,7 +6,7 @@ from random import Random
 
 from liger_cli.errors import UsageError
 from liger_cli.shipped import probes, text
-from liger_cli.study import text_console, text_harbour
+from liger_cli.study import text_console, text_harbour, text_play
 from liger_cli.study.transcripts import Transcripts
 
 
@@ -89,7 +89,15 @@ HARBOUR = _source(
     1.25,
 )
 
-SOURCES = {source.name: source for source in (STORIES, CONSOLE, HARBOUR)}
+PLAY = _source(
+    "play",
+    text_play.TEXT,
+    tuple(word for kind in text_play.WORDS for word in kind),
+    text_play.ANSWER_MARKS,
+    1.45,
+)
+
+SOURCES = {source.name: source for source in (STORIES, CONSOLE, HARBOUR, PLAY)}
 
 
 def source(name: str) -> Source:

@@ -20,7 +20,7 @@ Everything is deterministic in the seed. Seeds below 2**31 are for training, see
 
 from random import Random
 
-from liger_cli.study.transcripts import Setting, Transcripts, count_words, echoed, listed
+from liger_cli.study.transcripts import Setting, Transcripts, echo_sentences, listed
 
 # What lies between them only the context answers.
 ANSWER_MARKS = ((" noted", "."), (" more", "."), (" again", " ends"))
@@ -151,13 +151,7 @@ class DayBook:
 
 
 def _echo(rng: Random, words: int) -> str:
-    """A list of random words, then pieces of it in any order: induction is learned from these first of all."""
-    line, parts = echoed(rng, words, WORDS)
-    out = [f"Listed {' '.join(line)}."]
-    for part in parts:
-        out.append(f" Once more {' '.join(part)}.")
-        if count_words(out) + len(part) + 2 > words:
-            return "".join(out)
+    return echo_sentences(rng, words, WORDS, "Listed", "Once more")
 
 
 def _request(_rng: Random) -> str:

@@ -7,6 +7,7 @@ An interrupted run goes on from `DIR/training_state.pt`. See `bases/*/README.md`
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from liger_cli.shipped.trainer import Recipe, Stage, add_options, run, train_tokenizer
 from liger_cli.study.base_folders import EVALUATION
-from liger_cli.study.sources import CONSOLE, HARBOUR
+from liger_cli.study.sources import CONSOLE, HARBOUR, PLAY
 
 DISTANCES = (16, 32, 64, 128, 256, 384)
 
@@ -98,6 +101,14 @@ HARBOUR_CURRICULUM = (
     ),
 )
 
+PLAY_CURRICULUM = (
+    *HARBOUR_CURRICULUM[:-1],
+    replace(
+        HARBOUR_CURRICULUM[-1],
+        kinds={"recall": 0.4, "drill": 0.15, "act": 0.15, "scene": 0.2, "copy": 0.05, "chat": 0.05},
+    ),
+)
+
 CARD = """\
 ---
 license: apache-2.0
@@ -167,6 +178,19 @@ RECIPES = {
         text="the day books that `liger_cli/study/text_harbour.py` generates: reports, entries noted again, copies",
         role="It is the third base of the study, trained last and evaluated once.",
         held_out="reports and letters",
+        precision="float32",
+    ),
+    "play": _recipe(
+        "play",
+        options="--threads 1 --float32 --adam-lr 0.0015",
+        source=PLAY,
+        curriculum=PLAY_CURRICULUM,
+        build_tokenizer=partial(train_tokenizer, PLAY, 960),
+        build_model=partial(build, Qwen2ForCausalLM, Qwen2Config),
+        family="Qwen2",
+        text="the plays that `liger_cli/study/text_play.py` generates: scenes, asides sung again by a chorus, songs",
+        role="It is the last base of the study, trained when everything that it measures stood, and evaluated once.",
+        held_out="scenes and acts",
         precision="float32",
     ),
 }

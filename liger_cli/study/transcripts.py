@@ -99,6 +99,18 @@ def echoed(rng: Random, words: int, kinds: tuple[tuple[str, ...], ...]) -> tuple
     return line, parts()
 
 
+def echo_sentences(rng: Random, words: int, kinds: tuple[tuple[str, ...], ...], first: str, again: str) -> str:
+    """A document of a sentence with a list of random words, then pieces of it in any order: `first` and `again` begin
+    the sentences. Induction is learned from these first of all.
+    """
+    line, parts = echoed(rng, words, kinds)
+    out = [f"{first} {' '.join(line)}."]
+    for part in parts:
+        out.append(f" {again} {' '.join(part)}.")
+        if count_words(out) + len(part) + 2 > words:
+            return "".join(out)
+
+
 @dataclass(frozen=True)
 class Transcripts:
     """A text.
