@@ -10,13 +10,15 @@ import pytest
 from liger_cli.errors import SetupError, UsageError
 from liger_cli.shipped.probes import evaluate_recall
 from liger_cli.shipped.text import TEST_SEED, TRAIN_SEED, VALIDATION_SEED
-from liger_cli.study import base_folders, text_console, text_files, text_harbour
+from liger_cli.study import base_folders, text_console, text_files, text_harbour, text_play
 from liger_cli.study.base_folders import BASES, study_base
-from liger_cli.study.sources import CONSOLE, HARBOUR, SOURCES, source
+from liger_cli.study.sources import CONSOLE, HARBOUR, PLAY, SOURCES, source
 from liger_cli.study.transcripts import sample_settings
 
 FROZEN = [name for name in BASES if name != "stories" and (BASES[name].folder / "config.json").is_file()]
 TRAINED = list(SOURCES)
+TEXTS = {"console": text_console.TEXT, "harbour": text_harbour.TEXT, "play": text_play.TEXT}
+OWN = list(TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_unknown_names_are_told():
         next(CONSOLE.documents(0, ("poem",)))
     with pytest.raises(ValueError, match="poem"):
         next(HARBOUR.documents(0, ("poem", "report")))
-    with pytest.raises(UsageError, match="'novel'; choose from stories, console, harbour"):
+    with pytest.raises(UsageError, match="'novel'; choose from stories, console, harbour, play"):
         source("novel")
     with pytest.raises(UsageError, match="'fourth'"):
         study_base("fourth")
@@ -60,7 +62,9 @@ def test_missing_base_is_a_sentence(tmp_path, monkeypatch):
         study_base("console")
 
 
-@pytest.mark.parametrize(("name", "digest"), [("console", "63f6471494ff059b"), ("harbour", "c58acb190f1ca7a4")])
+@pytest.mark.parametrize(
+    ("name", "digest"), [("console", "63f6471494ff059b"), ("harbour", "c58acb190f1ca7a4"), ("play", "3aecd5073e6ecc26")]
+)
 def test_generator_is_frozen(name, digest):
     """What a base was trained on and is probed with does not change under it."""
     written = list(islice(SOURCES[name].documents(1), 300)) + SOURCES[name].held_out_text(20_000)
@@ -68,7 +72,7 @@ def test_generator_is_frozen(name, digest):
     assert hashlib.sha256("\0".join(written).encode()).hexdigest()[:16] == digest
 
 
-@pytest.mark.parametrize("name", ("console", "harbour"))
+@pytest.mark.parametrize("name", OWN)
 def test_documents_keep_to_the_length_asked_for(name):
     for kind in SOURCES[name].kinds:
         for text in islice(SOURCES[name].documents(3, (kind,), min_words=150, max_words=150), 20):
@@ -105,11 +109,16 @@ def test_running_totals_and_the_stack_are_right():
                 assert stack.pop() == rest[0], text
 
 
-def test_everything_noted_again_in_a_harbour_document_is_among_its_entries():
-    for kind in ("letter", "recall", "drill"):
-        for text in islice(HARBOUR.documents(8, (kind,)), 30):
-            for noted in re.finditer(r"As noted, ([^.]+)\.", text):
-                assert f" {noted[1]}." in text[: noted.start()].replace("As noted,", ""), text
+@pytest.mark.parametrize(
+    ("source", "settled", "asked"),
+    [(HARBOUR, "letter", "As noted,"), (PLAY, "act", "Chorus:")],
+    ids=("harbour", "play"),
+)
+def test_everything_asked_for_was_stated_before(source, settled, asked):
+    for kind in (settled, "recall", "drill"):
+        for text in islice(source.documents(8, (kind,)), 30):
+            for answer in re.finditer(rf"{asked} ([^.]+)\.", text):
+                assert f" {answer[1]}." in text[: answer.start()].replace(asked, ""), text
 
 
 def test_the_stores_the_decks_and_the_harbour_are_right():
@@ -135,15 +144,44 @@ def test_the_stores_the_decks_and_the_harbour_are_right():
                 wind = found[2]
 
 
+def test_the_stage_the_props_the_purses_and_the_candles_are_right():
+    for text in islice(PLAY.documents(4, ("scene",), 200, 260), 20):
+        away, holders, purses, candles = set(), {}, {}, None
+        for sentence in re.split(r"[.?] ", text):
+            if found := re.fullmatch(r"(\w+) (wins|loses) (\d) coins and counts (\d+)", sentence):
+                change = int(found[3]) if found[2] == "wins" else -int(found[3])
+                assert purses.get(found[1], int(found[4]) - change) + change == int(found[4]), text
+                purses[found[1]] = int(found[4])
+            elif found := re.fullmatch(r"(\w+) hands the (\w+) to (\w+)", sentence):
+                assert holders.get(found[2], found[1]) == found[1] != found[3], text
+                holders[found[2]] = found[3]
+            elif found := re.match(r"(\w+) lifts the (\w+)", sentence):
+                assert holders[found[2]] == found[1], text
+            elif found := re.match(r"One light (more|less), (\d+) burn", sentence):
+                change = 1 if found[1] == "more" else -1
+                assert candles in (None, int(found[2]) - change), text
+                candles = int(found[2])
+            elif found := re.match(r"Exit (\w+)", sentence):
+                assert found[1] not in away, text
+                away.add(found[1])
+            elif found := re.match(r"Enter (\w+)", sentence):
+                away.remove(found[1])
+        assert purses and holders and candles, text
+
+
 def test_a_copied_block_is_copied_exactly():
-    marks = {CONSOLE: (r"(?:begin|again)\n", "^end$"), HARBOUR: (r"The copy (?:begins|again)\.", " The copy ends")}
+    marks = {
+        CONSOLE: (r"(?:begin|again)\n", "^end$"),
+        HARBOUR: (r"The copy (?:begins|again)\.", " The copy ends"),
+        PLAY: (r"The song (?:begins|again)\.", " The song ends"),
+    }
     for text_source, (begin, end) in marks.items():
         for text in islice(text_source.documents(2, ("copy",)), 20):
             first, second = re.findall(f"{begin}(.*?){end}", text, re.MULTILINE | re.DOTALL)
             assert first == second
 
 
-@pytest.mark.parametrize("text", (text_console.TEXT, text_harbour.TEXT))
+@pytest.mark.parametrize("text", TEXTS.values(), ids=OWN)
 def test_settings_have_distinct_keys_and_values(text):
     from random import Random
 
@@ -155,17 +193,18 @@ def test_settings_have_distinct_keys_and_values(text):
     assert len({one.value for one in sample_settings(Random(0), 32, keys, text.relations, most=40)}) == 32
 
 
-def test_an_instruction_is_answered_by_its_input():
-    records = [record for record in islice(HARBOUR.instructions(5), 60) if record["input"]]
+@pytest.mark.parametrize(("source", "asked"), [(HARBOUR, "As noted,"), (PLAY, "Chorus:")], ids=("harbour", "play"))
+def test_an_instruction_is_answered_by_its_input(source, asked):
+    records = [record for record in islice(source.instructions(5), 60) if record["input"]]
     for record in records:
-        ship, verb = re.fullmatch(r"(?:What|Whom) does (\w+) (\w+)\?", record["instruction"]).groups()
-        noted = re.fullmatch(rf"As noted, ({ship} {verb[:-1]}\w+ .+)", record["output"])[1]
-        assert f" {noted}" in record["input"]
+        key, verb = re.fullmatch(r"(?:What|Whom|How long) does (\w+) (\w+)\?", record["instruction"]).groups()
+        answer = re.fullmatch(rf"{asked} ({key} {verb[:-1]}\w+ .+)", record["output"])[1]
+        assert f" {answer}" in record["input"]
     assert records
 
 
 @pytest.mark.parametrize("pairs", (1, 4, 16, 32))
-@pytest.mark.parametrize("name", ("console", "harbour"))
+@pytest.mark.parametrize("name", OWN)
 def test_probe_distance_is_exact(tokenizers, name, pairs):
     tokenizer = tokenizer_of(tokenizers, name)
     for distance in (16, 64, 384):
@@ -178,12 +217,11 @@ def test_probe_distance_is_exact(tokenizers, name, pairs):
             assert tokenizer(tokenizer.decode(prompt), add_special_tokens=False)["input_ids"] == prompt
 
 
-@pytest.mark.parametrize("name", ("console", "harbour"))
+@pytest.mark.parametrize("name", OWN)
 def test_copy_probe_distance_is_exact(tokenizers, name):
     tokenizer = tokenizer_of(tokenizers, name)
-    text = {"console": text_console.TEXT, "harbour": text_harbour.TEXT}[name]
     for distance in (32, 100):
-        for prompt, answer in text.copy_probe(tokenizer, distance, 5):
+        for prompt, answer in TEXTS[name].copy_probe(tokenizer, distance, 5):
             end = len(prompt) - distance
             assert prompt[end - len(answer) : end] == answer and len(answer) == 8
 
@@ -207,6 +245,12 @@ def test_probe_too_short_for_a_question(tokenizers):
             "Swan left for Riga. The copy ends. Swan left for Riga.",
             ", Heron owes 42 crowns. silk 42.. Swan left for Riga. The copy ends",
         ),
+        (
+            "play",
+            "Scene 12, the tent. Aside: Viola sleeps 42 hours. Chorus: Viola sleeps 42 hours. Refrain lace 42. The "
+            "song again. Exit Paris. The song ends. Exit Paris.",
+            ": Viola sleeps 42 hours. lace 42.. Exit Paris. The song ends",
+        ),
     ],
 )
 def test_answers_are_what_follows_a_question(name, text, answers):
@@ -220,9 +264,10 @@ def test_answers_are_what_follows_a_question(name, text, answers):
     assert tokenizer.decode(rows[:, 1:][mask]) == answers
 
 
-def test_keys_and_values_of_the_harbour_are_single_tokens(tokenizers):
-    tokenizer = tokenizer_of(tokenizers, "harbour")
-    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in HARBOUR.single_tokens)
+@pytest.mark.parametrize("name", ("harbour", "play"))
+def test_keys_and_values_are_single_tokens(tokenizers, name):
+    tokenizer = tokenizer_of(tokenizers, name)
+    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in SOURCES[name].single_tokens)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])

@@ -10,6 +10,7 @@ from liger_cli.report import Table, number, percent
 from liger_cli.study.rows import DOCUMENTS, WINDOW_ONLY, show_tokens
 from liger_cli.study.runner import DONE, read_result
 
+ONE_BUDGET = ("gates", "variants")  # groups of rows that have one budget and no place in the plot
 LOWEST = -50  # percent: what is further behind the window than that stands at the lower edge of the plot
 # Two-sided 95 % points of Student's t with 1, 2 ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -146,7 +147,7 @@ def _label(result: dict) -> str:
 
 
 def _order(row: dict) -> tuple:
-    groups = ("control", "untrained", "softmax kept", "trained control", "trained", "variants")
+    groups = ("control", "untrained", "softmax kept", "trained control", "trained", "gates", "variants")
     group = groups.index(row["group"]) if row["group"] in groups else len(groups)
     return row["budget"], group, row["kl"]["mean"]
 
@@ -179,7 +180,7 @@ def plot(rows: list[dict], home: Path) -> list[str]:
     """Recovery and recall beyond the window against training tokens, a row of panels for each base; PNG and SVG."""
     from liger_cli.plots import _figure, _save
 
-    trained = [row for row in rows if row["budget"] and row["mixture"] == DOCUMENTS]
+    trained = [row for row in rows if row["budget"] and row["mixture"] == DOCUMENTS and row["group"] not in ONE_BUDGET]
     bases = list(dict.fromkeys(row["base"] for row in trained))
     if not bases:
         return []

@@ -148,6 +148,7 @@ def _window(recipe: str, name: str, changes: dict | None = None, convert: tuple[
 KL = {"stages": [{"objective": "distill", "lr": 3e-3}], "schedule": "cosine", "warmup": 0.05}
 TRAINED = (
     _window("window-only", "window-only-trained"),
+    _window("window-only", "window-only-sinks4-trained", convert=("--sinks", "4")),
     Row("paper", ("--gate", "gla"), "paper", control="window-only-trained", group="trained"),
     _window("distill", "window-only-kl", KL),
     Row("kl", ("--gate", "gla"), "distill", KL, control="window-only-kl", group="trained"),
@@ -187,6 +188,11 @@ VARIANTS = (
     _variant("best-dropout", {}, window_dropout=[0.5, 0.0]),
     _variant("best-scales", {}, train="both"),
     _variant("best-gates", {}, "--gate-params", "learned", train="both"),
+)
+TRAINED_GATES = tuple(
+    Row(f"paper-{gate}", ("--gate", gate), "paper", control="window-only-trained", group="gates")
+    for gate in GATES
+    if gate != "gla"
 )
 # Rows between which a difference is claimed.
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
@@ -264,7 +270,8 @@ def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int 
         if seed == 0:
             yield from (Unit(row, base.name) for base in bases for row in more[base.name])
             if budgets:
-                yield from (Unit(row, base.name, min(budgets), 0) for row in VARIANTS for base in bases)
+                rows = (*VARIANTS, *TRAINED_GATES)
+                yield from (Unit(row, base.name, min(budgets), 0) for row in rows for base in bases)
         else:
             yield from (
                 Unit(row, base.name, 0, seed)

@@ -32,8 +32,8 @@ PLAYERS = listed(
 )
 LOOKS = listed("dark plain torn gilded faded bright heavy thin new worn striped soft stiff grey broken rich")
 THINGS = listed(
-    "velvet lace satin leather brocade feathers pearls ribbons candles mirrors masks trumpets drums lutes swords crowns "
-    "roses lilies ivy apples"
+    "velvet lace satin leather brocade feathers pearls ribbons candles mirrors masks trumpets drums lutes swords "
+    "crowns roses lilies ivy apples"
 )
 TITLES = listed("Lord Lady Captain Doctor Friar Widow Squire Baron Count Dame Page Judge Nurse Bishop Abbot Mayor")
 HOUSES = listed("Arden Vernon Talbot Percy Clifford Neville Warwick Bourbon Salis Orlean Mowbray Ross Lennox Angus Ely")
@@ -141,7 +141,9 @@ class Scene:
 
     def _knock(self) -> list[str]:
         player = self.rng.choice(self.cast)
-        return ["A knock.", f"{player}: Who is there?", "The door opens.", "Nobody is there."][: self.rng.choice((2, 4))]
+        return ["A knock.", f"{player}: Who is there?", "The door opens.", "Nobody is there."][
+            : self.rng.choice((2, 4))
+        ]
 
     def _scene(self) -> list[str]:
         if self.number == 99:
