@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -85,6 +87,21 @@ def test_controls_differ_by_the_window_alone():
     rows = {row.name: row for row in TRAINED}
     assert rows["window-only-kl"].changes == {**rows["kl"].changes, "attention": "window"}
     assert rows["window-only-kl"].recipe == rows["kl"].recipe and rows["window-only-kl"].convert == ()
+
+
+def test_the_readme_names_the_rows_commands():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = text.partition("### The rows as commands")[2].partition("\n## ")[0].splitlines()
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    rows = {row.name: row for row in (*FIRST, *TRAINED)}
+    for name, convert, finetune in told:
+        row = rows[re.match(r"`([^`]+)`", name)[1]]
+        assert tuple(shlex.split(convert.strip("`"))) == row.convert, name
+        recipe, _, changed = finetune.partition(" with ")
+        assert recipe.strip("`") == (row.recipe or ""), name
+        beside = {} if row.recipe in (None, "window-only") else row.changes
+        assert all(f"{key}: {value}" in changed for key, value in beside.items()), name
+    assert len(told) == 18
 
 
 def test_only(base):
