@@ -26,7 +26,8 @@ from liger_cli.kept_shares import share_note, shared_out
 from liger_cli.plan import Plan
 from liger_cli.progress import progress
 from liger_cli.selection import say
-from liger_cli.selection_meter import distances, load_base, not_finite
+from liger_cli.selection_meter import Meter, distances, load_base, not_finite, open_meter
+from liger_cli.sizes import resized, without_recurrence
 from liger_cli.templates.liger_cache import CACHE
 
 ROWS, SHARED_BY, HELD_OUT, ROW_TOKENS = 24, 8, 8, 512
@@ -34,6 +35,7 @@ TEXT_KINDS = ("story", "facts", "recall", "drill", "chat")
 RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
 NEWTON_STEPS = 12
 PENALTY = 1.0  # of the logistic regression, on weights of standardised channels
+SCORED = "window attention with kept tokens, scores fitted, without a recurrence"
 ODDS = [2.0**power for power in range(-8, 13)]  # of the recurrence against the window, for the joint normaliser
 
 
@@ -116,6 +118,22 @@ def text_rows(plan: Plan, model, data: str | None):
         raise LigerError(f"the text to calibrate on fills {len(whole)} rows of {length} tokens; give at least 4")
     held_out, shared_by = (max(1, len(whole) * part // wanted) for part in (HELD_OUT, SHARED_BY))
     return whole[held_out:-shared_by], whole[-shared_by:], whole[:held_out]
+
+
+def open_scored_meter(plan: Plan, data: str | None, layers: list[int]) -> Meter:
+    """A meter of the plan without recurrences, the scores of these layers fitted, those without kept tokens, too.
+
+    Raises:
+        As `selection_meter.open_meter`.
+    """
+    bare = replace(plan, specs=tuple(without_recurrence(spec) for spec in plan.specs))
+    scored = resized(bare, "kept", {layer: max(1, bare.specs[layer].kept) for layer in layers})
+    meter = open_meter(scored, data)
+    rows, *_ = text_rows(scored, meter.model, data)
+    say(f"fitting scores on {rows.numel():,} tokens")
+    fit_keep_scores(meter.model, rows)
+    meter.plan, meter.configured = bare, SCORED
+    return meter
 
 
 def calibration_note(report: dict) -> str:

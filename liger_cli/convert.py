@@ -152,7 +152,7 @@ def convert(
     if checkpoint.family.model_type not in FAMILIES:
         result = run_gate(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
-    plan, selection = selected_plan(plan, request, calibration_data, dry_run)
+    plan, selection = selected_plan(plan, request, calibration_data, dry_run, calibrate)
     if budget:
         plan, selection = sized_plan(plan, budget, calibration_data, dry_run)
     measured, values = ({"selection": selection} if selection else {}), None

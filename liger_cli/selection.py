@@ -73,7 +73,7 @@ def read_request(softmax_layers: str, softmax_heads: str = "none") -> Request:
 
 
 def selected_plan(
-    plan: Plan, request: Request, data: str | None = None, dry_run: bool = False
+    plan: Plan, request: Request, data: str | None = None, dry_run: bool = False, calibrate: bool = False
 ) -> tuple[Plan, dict | None]:
     """The plan with the layers and heads kept that the request names or that a measurement finds.
 
@@ -81,6 +81,7 @@ def selected_plan(
         data: a text or .jsonl file to measure on; a shipped text by default.
         dry_run: measure nothing; a note says what would be, and the last layers and heads stand in the plan for those
             to be chosen.
+        calibrate: the plan is calibrated afterwards, so that kept tokens are measured with their scores fitted.
     Returns:
         The plan, and what was measured: the section `selection` of liger.json, None where nothing was.
     Raises:
@@ -110,10 +111,16 @@ def selected_plan(
     total += head_passes(free, heads) + (2 if request.layers else 0) if heads else 0
     if dry_run:
         return _stand_in(plan, request.layers or 0, heads or 0, total), None
-    from liger_cli.selection_meter import open_meter
+    keeping = [layer for layer in candidates if calibrate and plan.specs[layer].kept]
+    if keeping:
+        from liger_cli.calibrate import open_scored_meter
 
-    meter = open_meter(plan, data)
-    meter.announce(total)
+        meter = open_scored_meter(plan, data, keeping)
+    else:
+        from liger_cli.selection_meter import open_meter
+
+        meter = open_meter(plan, data)
+    meter.announce(total, "liger" if keeping else None)
     report = meter.describe()
     said: tuple[str, ...] = ()
     kept: frozenset = frozenset()

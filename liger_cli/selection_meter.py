@@ -11,6 +11,7 @@ import torch
 from liger_cli import selection
 from liger_cli.columns import load_tokenizer, pick_device, pick_dtype
 from liger_cli.errors import LigerError, ModelError
+from liger_cli.extras import extra_shapes, initial_values
 from liger_cli.finite import first_non_finite
 from liger_cli.memory import available
 from liger_cli.plan import Plan
@@ -27,7 +28,8 @@ HARD = 0.5  # nats of KL divergence between base and window
 WARM_TOKENS = 16
 ANSWER_TOKENS = 4  # of a probe, about
 MEMORY_SHARE = 0.8  # of the free memory that float32 weights may take on a CPU
-STAND_INS = {"window": "window attention alone", "liger": "Liger attention as configured"}
+STAND_INS = ("window", "liger")
+WINDOW_ALONE, CONFIGURED = "window attention alone", "Liger attention as configured"
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Meter:
         candidates: layers that can be linearized.
         stand_in: attention mode of the linearized layers while measuring: `liger` or, before training often nearer to
             the base, `window`; whichever is nearer is taken.
+        configured: what the mode `liger` is, in words.
     """
 
     model: torch.nn.Module
@@ -67,6 +70,7 @@ class Meter:
     batches: list[Batch]
     text: str
     stand_in: str = "window"
+    configured: str = CONFIGURED
     recall_note: str = ""
     passes: int = 0
     seconds: float = 0.0
@@ -123,7 +127,7 @@ class Meter:
         hard = sum(int(batch.hard.sum()) for batch in self.batches)
         judged = sum(int(batch.judged.sum()) for batch in self.batches)
         return {
-            "stand_in": STAND_INS[self.stand_in],
+            "stand_in": WINDOW_ALONE if self.stand_in == "window" else self.configured,
             "text": self.text,
             "recall_note": self.recall_note,
             "hard_tokens": hard,
@@ -262,7 +266,11 @@ def open_meter(plan: Plan, data: str | None) -> Meter:
 
 
 def load_base(plan: Plan):
-    """The model that the folder of `plan` would hold, from the base's own folder. float32 on a CPU where it fits."""
+    """The model that the folder of `plan` would hold, from the base's own folder. float32 on a CPU where it fits.
+
+    Raises:
+        ModelError: the base cannot be loaded.
+    """
     from transformers.utils import logging
 
     from liger_cli.convert import converted_config
@@ -286,7 +294,15 @@ def load_base(plan: Plan):
         raise ModelError(f"the base {plan.checkpoint.folder} cannot be loaded to measure its layers: {error}") from None
     finally:
         logging.set_verbosity(verbosity)
+    set_extras(model, initial_values(extra_shapes(plan.specs, plan.checkpoint.geometry)))
     return model.to(device).eval()
+
+
+def set_extras(model, values: dict) -> None:
+    """Copy extra tensors, NumPy arrays by name, into a model."""
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).copy_(torch.from_numpy(value))
 
 
 def text_batches(tokenizer, data: str | None, config) -> list[Batch]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from liger_cli import selection
 from liger_cli.errors import UsageError
 from liger_cli.plan import Plan, whole_number
-from liger_cli.selection import AUTO, expected_tokens, liger_layers, probe_distances, say
+from liger_cli.selection import AUTO, expected_tokens, liger_layers, probe_distances
 from liger_cli.selection_choice import Ledger
 from liger_cli.selection_sizes import Ladder, choose_sizes, chosen_sizes, rungs_up_to, size_passes
 from liger_cli.templates.liger_config import LayerSpec
@@ -144,7 +144,14 @@ def sized_plan(plan: Plan, budget: Budget, data: str | None = None, dry_run: boo
             f"{same} stands in their place"
         )
         return replace(plan, notes=(*plan.notes, note)), None
-    meter = _open_meter(plan, name, data)
+    if name == "kept":
+        from liger_cli.calibrate import open_scored_meter
+
+        meter = open_scored_meter(plan, data, _layers(plan, name))
+    else:
+        from liger_cli.selection_meter import open_meter
+
+        meter = open_meter(plan, data)
     meter.announce(total, "liger" if name == "kept" else "window")
     everything = frozenset(liger_layers(plan))
     ledger = Ledger(meter.measure, meter.base, frozenset(), meter.none)
@@ -152,8 +159,6 @@ def sized_plan(plan: Plan, budget: Budget, data: str | None = None, dry_run: boo
     plan = resized(plan, name, chosen_sizes(found))
     found["bytes"] = constant_bytes(plan)
     report = {**meter.describe(), f"{name}_sizes": found, "cost": meter.cost()}
-    if name == "kept":
-        report["stand_in"] = "window attention with kept tokens, scores fitted, without a recurrence"
     cost = report["cost"]
     said = (
         size_note(found),
@@ -235,25 +240,6 @@ def ladder_of(plan: Plan, setting: str, rungs: dict[int, list[int]]) -> Ladder:
     }
     others = [layer for layer in liger_layers(plan) if layer not in rungs]
     return Ladder(setting, rungs, nbytes, sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in others))
-
-
-def _open_meter(plan: Plan, setting: str, data: str | None):
-    """A meter of the plan without recurrences; for kept tokens with their scores fitted."""
-    from liger_cli.selection_meter import open_meter
-
-    bare = replace(plan, specs=tuple(without_recurrence(spec) for spec in plan.specs))
-    if setting == "window":
-        return open_meter(bare, data)
-    from liger_cli.calibrate import fit_keep_scores, text_rows
-
-    # Scores have to be there where the uniform size is 0, too.
-    scored = resized(bare, setting, {layer: max(1, bare.specs[layer].kept) for layer in _layers(bare, setting)})
-    meter = open_meter(scored, data)
-    rows, *_ = text_rows(scored, meter.model, data)
-    say(f"fitting scores on {rows.numel():,} tokens")
-    fit_keep_scores(meter.model, rows)
-    meter.plan = bare
-    return meter
 
 
 def without_recurrence(spec: LayerSpec) -> LayerSpec:

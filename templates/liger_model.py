@@ -72,6 +72,14 @@ class LigerDecoder:
             **kwargs,
         )
 
+    def _init_weights(self, module):
+        """The family's, and initial values for extra parameters that a checkpoint does not have."""
+        super()._init_weights(module)
+        if isinstance(module, LigerAttention):
+            for name in (name for name in NAMES if name in module._parameters):
+                if not getattr(getattr(module, name), "_is_hf_initialized", False):
+                    module.init_extra_parameter(name)
+
     def liger_attentions(self) -> list[LigerAttention]:
         """The attention modules in order."""
         return [layer.self_attn for layer in self.layers]
@@ -98,15 +106,6 @@ class LigerForCausalLM:
             attention.liger_spec = spec
             attention.liger_mode = "liger"
             attention.add_extra_parameters()
-
-    def _init_weights(self, module):
-        """The family's, and initial values for extra parameters that a checkpoint does not have."""
-        super()._init_weights(module)
-        if isinstance(module, LigerAttention):
-            missing = [name for name in NAMES if name in module._parameters]
-            for name in missing:
-                if not getattr(getattr(module, name), "_is_hf_initialized", False):
-                    module.init_extra_parameter(name)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds=None, attention_mask=None, *args, **kwargs):

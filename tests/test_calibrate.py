@@ -8,12 +8,15 @@ import torch
 from test_convert import digest
 from typer.testing import CliRunner
 
-from liger_cli import calibrate, shipped
+from liger_cli import calibrate, selection, selection_heads, shipped
 from liger_cli.calibrate import Statistics, fit_scales, fit_scores
-from liger_cli.convert import convert
+from liger_cli.checkpoint import EXTRAS, read_checkpoint
+from liger_cli.convert import convert, converted_config
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.extras import extra_shapes, initial_values
 from liger_cli.main import app
-from liger_cli.modeling import load_model
+from liger_cli.modeling import load_model, model_classes
+from liger_cli.plan import make_plan, with_defaults
 
 BASE = Path(shipped.__file__).parent / "base"
 
@@ -106,3 +109,62 @@ def test_bad_data(tiny_base, tmp_path):
     with pytest.raises(UsageError, match="nothing is measured"):
         convert(str(tiny_base()), str(tmp_path / "out"), calibration_data=str(short))
     assert not (tmp_path / "out").exists()
+
+
+def test_learned_tensors_keep_their_initial_values(tiny_base, tmp_path, monkeypatch):
+    """What a calibration does not fit is written as a plain conversion writes it."""
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(calibrate, "ROW_TOKENS", 64)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{(7 * n * n + n) % 120 + 4}" for n in range(3000)))
+    learned = {"gate_params": "learned", "feature_params": "learned"}
+    convert(str(tiny_base()), str(tmp_path / "plain"), settings=learned)
+    convert(str(tiny_base()), str(tmp_path / "out"), settings=learned, calibrate=True, calibration_data=str(text))
+    plain, found = (load_file(tmp_path / name / EXTRAS) for name in ("plain", "out"))
+    assert len(plain) == 7 * 4 and set(plain) < set(found)
+    for name, value in plain.items():
+        assert torch.equal(found[name], value), name
+    load_model(tmp_path / "out")
+
+
+def test_extra_tensors_that_no_file_holds_have_initial_values(tiny_base):
+    """transformers makes them on the meta device: without an initial value they would be whatever lay in memory."""
+    base = tiny_base()
+    settings = {"gate_params": "learned", "feature_params": "learned"}
+    plan = make_plan(read_checkpoint(base), with_defaults(settings, calibrate=True))
+    config_class, model_class = model_classes(plan.checkpoint.family)
+    config = {name: value for name, value in converted_config(plan).items() if name != "auto_map"}
+    model = model_class.from_pretrained(base, config=config_class.from_dict(config))
+    wanted = initial_values(extra_shapes(plan.specs, plan.checkpoint.geometry))
+    assert len(wanted) == 10 * 4
+    for name, value in wanted.items():
+        found = model.get_parameter(name).detach().numpy()
+        if name.endswith("gate_down"):  # random: another draw of the same spread, to three standard deviations
+            assert found.std() == pytest.approx(value.std(), rel=3 * (2 / found.size) ** 0.5 + 0.05)
+        else:
+            assert (found == value).all(), name
+
+
+def test_heads_are_chosen_beside_kept_tokens_whose_scores_are_fitted(tiny_base, tmp_path, monkeypatch):
+    """Before the calibration they would be measured beside the latest tokens, which is a longer window."""
+    monkeypatch.setattr(calibrate, "ROW_TOKENS", 64)
+    monkeypatch.setattr(selection, "ROW_TOKENS", 64)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{(7 * n * n + n) % 120 + 4}" for n in range(3000)))
+    seen = []
+
+    def measure(meter, kept):
+        attentions = meter.model.get_decoder().liger_attentions()
+        seen.append([float(attention.keep_score.detach().abs().sum()) for attention in attentions])
+        assert all(attention.liger_spec.mix == 0 for attention in attentions)
+        return real(meter, kept)
+
+    real = selection_heads.measure_reach
+    monkeypatch.setattr(selection_heads, "measure_reach", measure)
+    report, _ = convert(
+        str(tiny_base()), str(tmp_path / "out"), settings={"window": 8}, calibrate=True, softmax_heads="auto:1",
+        calibration_data=str(text),
+    )  # fmt: skip
+    assert report["selection"]["stand_in"] == calibrate.SCORED
+    assert seen and all(seen[0])
