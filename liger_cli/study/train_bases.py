@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 
 from liger_cli.shipped.trainer import Recipe, Stage, add_options, run, train_tokenizer
@@ -32,9 +32,12 @@ DISTANCES = (16, 32, 64, 128, 256, 384)
 
 
 def build(
-    model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerFast
+    model_class: type[PreTrainedModel],
+    config_class: type[PreTrainedConfig],
+    tokenizer: PreTrainedTokenizerFast,
+    **fields,
 ) -> PreTrainedModel:
-    """A model with random weights: 6 layers, 4 query and 2 key/value heads of 32 channels."""
+    """A model with random weights: 6 layers, 4 query and 2 key/value heads of 32 channels; `fields` of its config."""
     config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -49,6 +52,7 @@ def build(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **fields,
     )
     model = model_class(config)
     start_previous_token_head(model)
@@ -186,8 +190,8 @@ RECIPES = {
         source=PLAY,
         curriculum=PLAY_CURRICULUM,
         build_tokenizer=partial(train_tokenizer, PLAY, 960),
-        build_model=partial(build, Qwen2ForCausalLM, Qwen2Config),
-        family="Qwen2",
+        build_model=partial(build, SeedOssForCausalLM, SeedOssConfig, attention_dropout=0.0, residual_dropout=0.0),
+        family="Seed-OSS",
         text="the plays that `liger_cli/study/text_play.py` generates: scenes, asides sung again by a chorus, songs",
         role="It is the last base of the study, trained when everything that it measures stood, and evaluated once.",
         held_out="scenes and acts",
