@@ -46,6 +46,8 @@ from liger_cli.plan import Plan, make_plan, read_mix, with_defaults
 from liger_cli.selection import read_request, selected_plan
 from liger_cli.sizes import read_budget, read_share, sized_plan
 from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs, liger_block
+from liger_cli.tokenizer import CONFIG as TOKENIZER_CONFIG
+from liger_cli.tokenizer import converted_tokenizer_config
 from liger_cli.wording import by_layer
 
 FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
@@ -266,7 +268,11 @@ def write_converted(
             if name in MADE_BY_LIGER:
                 continue
             (folder / name).parent.mkdir(exist_ok=True)
-            copy_file(path, folder / name)
+            own = converted_tokenizer_config(checkpoint.family.model_type, path) if name == TOKENIZER_CONFIG else None
+            if own is None:
+                copy_file(path, folder / name)
+            else:
+                (folder / name).write_text(own, encoding="utf-8")
         how = "+".join(sorted(ways))
         config = converted_config(plan)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,26 @@ from liger_cli.untrusted import read_json
 CONFIG = "tokenizer_config.json"
 VOCABULARY = "tokenizer.json"
 SPARE_IDS = 1 << 20  # that a vocabulary may leave out
+BACKEND = "TokenizersBackend"  # of transformers: tokenizer.json as it stands
+# transformers takes these classes for a model type whatever tokenizer_config.json names ...
+TAKEN = {
+    "qwen2": "Qwen2Tokenizer",
+    **dict.fromkeys(
+        (
+            "mistral", "ministral", "ministral3", "mixtral", "phi3", "olmo2", "olmo3", "granite", "granitemoe", "glm",
+            "glm4", "ernie4_5", "nemotron", "stablelm",
+        ),
+        BACKEND,
+    ),
+}  # fmt: skip
+# ... and these where it names none.
+UNNAMED = {
+    **dict.fromkeys(("qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
+    **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
+    **dict.fromkeys(("olmo", "olmoe"), "GPTNeoXTokenizer"),
+    **dict.fromkeys(("starcoder2", "phi"), "GPT2Tokenizer"),
+}
 FILE_FIELD = re.compile(r"\w+_file(_name)?")
 
 
@@ -42,6 +62,27 @@ def load_tokenizer(folder: Path, config=None):
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from None
     return tokenizer
+
+
+def converted_tokenizer_config(model_type: str, path: Path) -> str | None:
+    """The text of a converted folder's tokenizer_config.json; None where the base's own file will do.
+
+    A converted folder has a model type of its own, for which transformers takes the class that the file names: that has
+    to be the one it takes for the base (`AutoTokenizer.from_pretrained` of transformers 5), or texts get other ids.
+
+    Args:
+        model_type: the base's. path: its tokenizer_config.json.
+    Raises:
+        ModelError: it is not JSON.
+    """
+    config = read_json(path)
+    named = config.get("tokenizer_class")
+    if "auto_map" in config or not (named is None or isinstance(named, str)):
+        return None
+    taken = TAKEN.get(model_type) or (UNNAMED.get(model_type) if named is None else None)
+    if taken is None or (named or "").removesuffix("Fast") == taken:
+        return None
+    return json.dumps({**config, "tokenizer_class": taken}, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_ids(largest: int, vocab_size: int, folder) -> None:
