@@ -29,7 +29,7 @@ RECIPE = {
     "description": "Minutes on a CPU: KL to the base, which is the same weights with LoRA off and softmax on.",
     "data": "demo",
     "seq_len": 512,
-    "batch_size": 8,
+    "batch_size": 4,
     "micro_batch_size": 4,
     "held_out": 16,
     "schedule": "cosine",

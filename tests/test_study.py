@@ -32,6 +32,7 @@ from liger_cli.study.rows import (
     show_tokens,
 )
 from liger_cli.study.subjects import study_base
+from liger_cli.study.summary import summary
 from liger_cli.study.unit import calibration_data
 
 
@@ -153,7 +154,7 @@ def test_table_from_results(tmp_path):
         path.write_text(json.dumps(result))
     (tmp_path / "results" / "b" / "broken.json").write_text("{")
     files = {path.name for path in report.write(tmp_path)}
-    assert files == {"table.md", "table.json", "recovery.png", "recovery.svg"}
+    assert files == {"table.md", "table.json", "summary.md", "recovery.png", "recovery.svg"}
     rows = {row["row"]: row for row in json.loads((tmp_path / "table.json").read_text())}
     assert rows["kl"]["seeds"] == 2
     assert rows["kl"]["gap_kl"]["values"] == pytest.approx([0.5, 0.2])
@@ -168,6 +169,40 @@ def test_table_from_results(tmp_path):
     assert "| kl | 1k | 2 | 2.000 ± 0.000 | 0.300 ±" in text
     assert "b, best, 1k tokens, seed 0 (missing): there is no recipe 'best' yet" in text
     assert (tmp_path / "recovery.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary():
+    """Means with intervals where there are some, a column for each base, and single changes beside what they change."""
+    results = [
+        _result("base", 0.0, beyond=0.996),
+        {**_result("calibrated", 0.02, control=WINDOW_ONLY), "base": "c"},
+        *(_result("calibrated", kl, seed=seed, control=WINDOW_ONLY) for seed, kl in enumerate((0.2, 0.4))),
+        *(_result("best", kl, budget=1000, seed=seed) for seed, kl in enumerate((0.06, 0.0602))),
+        {**_result("best-rank32", 0.0512, budget=1000), "group": "variants"},
+    ]
+    assert summary(report.summarize(results)).splitlines() == [
+        "**KL to the base; recall beyond the window; state**",
+        "",
+        "| row | tokens | b | c | state |",
+        "|---|---:|---:|---:|---:|",
+        "| base | 0 | 0.0000; 100 % | - | 2 KiB |",
+        "| calibrated | 0 | 0.300 ± 1.271; 50 % | 0.0200; 50 % | 2 KiB |",
+        "| best | 1k | 0.0601 ± 0.0013; 50 % | - | 2 KiB |",
+        "",
+        "**best and one change at a time, seed 0: KL to the base**",
+        "",
+        "| row | b |",
+        "|---|---:|",
+        "| best | 0.0600 |",
+        "| best-rank32 | 0.0512 |",
+    ]
+
+
+def test_the_readme_shows_the_summary():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    kept = (Path(report.__file__).parent / "results" / "summary.md").read_text(encoding="utf-8")
+    missing = [line for line in kept.splitlines() if line.startswith("|") and line not in text]
+    assert not missing and kept.count("\n| ") > 40
 
 
 def test_a_result_answers_one_question(base):

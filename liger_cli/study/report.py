@@ -7,8 +7,10 @@ from pathlib import Path
 
 from liger_cli.outputs import write_whole
 from liger_cli.report import Table, number, percent
+from liger_cli.study.base_folders import BASES
 from liger_cli.study.rows import DOCUMENTS, WINDOW_ONLY, show_tokens
 from liger_cli.study.runner import DONE, read_result
+from liger_cli.study.summary import summary
 
 ONE_BUDGET = ("gates", "variants")  # groups of rows that have one budget and no place in the plot
 LOWEST = -50  # percent: what is further behind the window than that stands at the lower edge of the plot
@@ -21,18 +23,22 @@ HEADER = (
 
 
 def write(home: Path) -> list[Path]:
-    """Write `table.md`, `table.json` and, where anything was trained, the plot; return the files."""
+    """Write `table.md`, `table.json`, `summary.md` and, where anything was trained, the plot; return the files."""
     results = load(home)
     rows = summarize(results)
     write_whole(home / "table.md", markdown(rows, results))
     write_whole(home / "table.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    return [home / "table.md", home / "table.json", *(home / name for name in plot(rows, home))]
+    write_whole(home / "summary.md", summary(rows))
+    names = ("table.md", "table.json", "summary.md", *plot(rows, home))
+    return [home / name for name in names]
 
 
 def load(home: Path) -> list[dict]:
-    """Every result that the folder holds."""
+    """Every result that the folder holds, the frozen bases in their order."""
     found = (read_result(path) for path in sorted((home / "results").glob("*/*.json")))
-    return [result for result in found if result is not None and "status" in result]
+    known = [result for result in found if result is not None and "status" in result]
+    order = list(BASES)
+    return sorted(known, key=lambda result: order.index(result["base"]) if result["base"] in order else len(order))
 
 
 def summarize(results: list[dict]) -> list[dict]:
