@@ -14,6 +14,7 @@ from liger_cli.study.summary import summary
 
 ONE_BUDGET = ("gates", "variants")  # groups of rows that have one budget and no place in the plot
 LOWEST = -50  # percent: what is further behind the window than that stands at the lower edge of the plot
+HIGHEST = 110  # percent, of the plot
 # Two-sided 95 % points of Student's t with 1, 2 ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 HEADER = (
@@ -204,8 +205,7 @@ def plot(rows: list[dict], home: Path) -> list[str]:
                 if points:
                     axis.errorbar(
                         [point["budget"] for point in points],
-                        [max(100 * point[figure_name]["mean"], LOWEST) for point in points],
-                        [100 * (point[figure_name]["interval"] or 0) for point in points],
+                        *zip(*(_shown_point(point[figure_name]) for point in points), strict=True),
                         **_style(index, name),
                     )
             kept = [x for x in rows if x["base"] == base and not x["budget"] and x["row"] in ("base", WINDOW_ONLY)]
@@ -214,7 +214,8 @@ def plot(rows: list[dict], home: Path) -> list[str]:
                     style = ":" if row["row"] == WINDOW_ONLY else "--"
                     axis.axhline(100 * row[figure_name]["mean"], color="black", linewidth=0.8, linestyle=style)
             axis.set(xlabel="training tokens", ylabel=label, title=base, xscale="log")
-            axis.set_ylim(bottom=max(axis.get_ylim()[0], LOWEST - 5))
+            bottom, top = axis.get_ylim()
+            axis.set_ylim(max(bottom, LOWEST - 5), min(top, HIGHEST))
             ticks = sorted({row["budget"] for row in trained if row["base"] == base})
             axis.set_xticks(ticks, [show_tokens(tick) for tick in ticks])
             axis.minorticks_off()
@@ -223,6 +224,12 @@ def plot(rows: list[dict], home: Path) -> list[str]:
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     figure.supxlabel(f"dashed: the base; dotted: the window alone, untrained; at {LOWEST} %: that or less", fontsize=8)
     return _save(figure, home, "recovery")
+
+
+def _shown_point(figure: dict) -> tuple[float, float]:
+    """A point and half its interval, in percent; none where the point itself is out of sight."""
+    place = 100 * figure["mean"]
+    return (LOWEST, 0.0) if place < LOWEST else (place, 100 * (figure["interval"] or 0))
 
 
 def _style(index: int, name: str) -> dict:
