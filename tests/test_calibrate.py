@@ -41,15 +41,21 @@ def test_scales_are_the_least_squares_solution():
     torch.testing.assert_close(torch.cat([grm, swa]), planted, atol=2e-3, rtol=0)  # the ridge pulls by 1e-3
 
 
-@pytest.mark.parametrize("settings", [{}, {"normalizer": "joint"}, {"gate": "gdn", "kept": 0}, {"window": 16}])
-def test_never_worse_than_the_window(tiny_base, tmp_path, monkeypatch, settings):
-    """A random base has nothing to calibrate for: the window's own answer is the floor; the base stays as it is."""
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A text that the tiny base's tokenizer knows, to be read in rows of 64 tokens."""
     monkeypatch.setattr(calibrate, "ROW_TOKENS", 64)
-    base = tiny_base()
-    before = digest(base)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{(7 * n * n + n) % 120 + 4}" for n in range(3000)))
-    report, _ = convert(str(base), str(tmp_path / "out"), settings=settings, calibrate=True, calibration_data=str(text))
+    return str(text)
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalizer": "joint"}, {"gate": "gdn", "kept": 0}, {"window": 16}])
+def test_never_worse_than_the_window(tiny_base, tmp_path, words, settings):
+    """A random base has nothing to calibrate for: the window's own answer is the floor; the base stays as it is."""
+    base = tiny_base()
+    before = digest(base)
+    report, _ = convert(str(base), str(tmp_path / "out"), settings=settings, calibrate=True, calibration_data=words)
     measured = report["calibration"]
     assert measured["kl"] <= measured["window_only_kl"] * (1 + 1e-6)
     assert json.loads((tmp_path / "out" / "liger.json").read_text())["calibration"] == measured
@@ -111,16 +117,13 @@ def test_bad_data(tiny_base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_learned_tensors_keep_their_initial_values(tiny_base, tmp_path, monkeypatch):
+def test_learned_tensors_keep_their_initial_values(tiny_base, tmp_path, words):
     """What a calibration does not fit is written as a plain conversion writes it."""
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(calibrate, "ROW_TOKENS", 64)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{(7 * n * n + n) % 120 + 4}" for n in range(3000)))
     learned = {"gate_params": "learned", "feature_params": "learned"}
     convert(str(tiny_base()), str(tmp_path / "plain"), settings=learned)
-    convert(str(tiny_base()), str(tmp_path / "out"), settings=learned, calibrate=True, calibration_data=str(text))
+    convert(str(tiny_base()), str(tmp_path / "out"), settings=learned, calibrate=True, calibration_data=words)
     plain, found = (load_file(tmp_path / name / EXTRAS) for name in ("plain", "out"))
     assert len(plain) == 7 * 4 and set(plain) < set(found)
     for name, value in plain.items():
@@ -146,12 +149,9 @@ def test_extra_tensors_that_no_file_holds_have_initial_values(tiny_base):
             assert (found == value).all(), name
 
 
-def test_heads_are_chosen_beside_kept_tokens_whose_scores_are_fitted(tiny_base, tmp_path, monkeypatch):
+def test_heads_are_chosen_beside_kept_tokens_whose_scores_are_fitted(tiny_base, tmp_path, monkeypatch, words):
     """Before the calibration they would be measured beside the latest tokens, which is a longer window."""
-    monkeypatch.setattr(calibrate, "ROW_TOKENS", 64)
     monkeypatch.setattr(selection, "ROW_TOKENS", 64)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{(7 * n * n + n) % 120 + 4}" for n in range(3000)))
     seen = []
 
     def measure(meter, kept):
@@ -164,7 +164,7 @@ def test_heads_are_chosen_beside_kept_tokens_whose_scores_are_fitted(tiny_base, 
     monkeypatch.setattr(selection_heads, "measure_reach", measure)
     report, _ = convert(
         str(tiny_base()), str(tmp_path / "out"), settings={"window": 8}, calibrate=True, softmax_heads="auto:1",
-        calibration_data=str(text),
+        calibration_data=words,
     )  # fmt: skip
     assert report["selection"]["stand_in"] == calibrate.SCORED
     assert seen and all(seen[0])

@@ -10,9 +10,8 @@ from liger_cli.report import Table, number, percent
 from liger_cli.study.base_folders import BASES
 from liger_cli.study.rows import DOCUMENTS, WINDOW_ONLY, show_tokens
 from liger_cli.study.runner import DONE, read_result
-from liger_cli.study.summary import summary
+from liger_cli.study.summary import VARIED, summary
 
-ONE_BUDGET = ("gates", "variants")  # groups of rows that have one budget and no place in the plot
 LOWEST = -50  # percent: what is further behind the window than that stands at the lower edge of the plot
 HIGHEST = 110  # percent, of the plot
 # Two-sided 95 % points of Student's t with 1, 2 ... degrees of freedom.
@@ -187,7 +186,8 @@ def plot(rows: list[dict], home: Path) -> list[str]:
     """Recovery and recall beyond the window against training tokens, a row of panels for each base; PNG and SVG."""
     from liger_cli.plots import _figure, _save
 
-    trained = [row for row in rows if row["budget"] and row["mixture"] == DOCUMENTS and row["group"] not in ONE_BUDGET]
+    # Groups of single changes have one budget.
+    trained = [row for row in rows if row["budget"] and row["mixture"] == DOCUMENTS and row["group"] not in VARIED]
     bases = list(dict.fromkeys(row["base"] for row in trained))
     if not bases:
         return []

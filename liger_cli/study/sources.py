@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
+from types import ModuleType
 
 from liger_cli.errors import UsageError
 from liger_cli.shipped import probes, text
 from liger_cli.study import text_console, text_harbour, text_play
-from liger_cli.study.transcripts import Transcripts
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ STORIES = Source(
 )
 
 
-def _source(
-    name: str, text: Transcripts, single_tokens: tuple[str, ...], answer_marks: tuple, tokens_per_word: float
-) -> Source:
+def _source(name: str, module: ModuleType, words: tuple[tuple[str, ...], ...], tokens_per_word: float) -> Source:
+    """The source of a text's module; words: its keys and values, by kind."""
+    text = module.TEXT
     return Source(
         name=name,
         kinds=text.kinds,
-        single_tokens=single_tokens,
-        answer_marks=answer_marks,
+        single_tokens=tuple(chain.from_iterable(words)),
+        answer_marks=module.ANSWER_MARKS,
         tokens_per_word=tokens_per_word,
         document=text.document,
         documents=text.documents,
@@ -73,29 +74,9 @@ def _source(
     )
 
 
-CONSOLE = _source(
-    "console",
-    text_console.TEXT,
-    (*text_console.KEYS, *text_console.WORDS, *text_console.NUMBERS),
-    text_console.ANSWER_MARKS,
-    1.35,
-)
-
-HARBOUR = _source(
-    "harbour",
-    text_harbour.TEXT,
-    tuple(word for kind in text_harbour.WORDS for word in kind),
-    text_harbour.ANSWER_MARKS,
-    1.25,
-)
-
-PLAY = _source(
-    "play",
-    text_play.TEXT,
-    tuple(word for kind in text_play.WORDS for word in kind),
-    text_play.ANSWER_MARKS,
-    1.45,
-)
+CONSOLE = _source("console", text_console, (text_console.KEYS, text_console.WORDS, text_console.NUMBERS), 1.35)
+HARBOUR = _source("harbour", text_harbour, text_harbour.WORDS, 1.25)
+PLAY = _source("play", text_play, text_play.WORDS, 1.45)
 
 SOURCES = {source.name: source for source in (STORIES, CONSOLE, HARBOUR, PLAY)}
 

@@ -157,10 +157,6 @@ def _question(setting: Setting) -> str:
     return f"{setting.question}{setting.prefix}"
 
 
-def _reply(setting: Setting) -> str:
-    return setting.asked.strip()
-
-
 TEXT = Transcripts(
     transcript=Console,
     keys=KEYS,
@@ -172,7 +168,6 @@ TEXT = Transcripts(
     copy_marks=("begin\n", "again\n", "end\n"),
     request=_request,
     question=_question,
-    reply=_reply,
     words=(9, 8, 2),
     headed=False,
     sort=True,

@@ -18,9 +18,10 @@ pieces: a heading, then sentences, each with the space before it; pieces can be 
 Everything is deterministic in the seed. Seeds below 2**31 are for training, seeds from 2**31 up are held out.
 """
 
+from functools import partial
 from random import Random
 
-from liger_cli.study.transcripts import Setting, Transcripts, echo_sentences, listed
+from liger_cli.study.transcripts import Setting, Transcripts, asked_by_verb, echo_sentences, listed
 
 # What lies between them only the context answers.
 ANSWER_MARKS = ((" noted", "."), (" more", "."), (" again", " ends"))
@@ -150,21 +151,8 @@ class DayBook:
         return [f"The wind turned from {old} to {self.wind}."]
 
 
-def _echo(rng: Random, words: int) -> str:
-    return echo_sentences(rng, words, WORDS, "Listed", "Once more")
-
-
 def _request(_rng: Random) -> str:
     return "Write the report."
-
-
-def _question(entry: Setting) -> str:
-    ship, verb = entry.prefix.split()
-    return QUESTIONS[verb].format(ship)
-
-
-def _reply(entry: Setting) -> str:
-    return entry.asked.strip()
 
 
 TEXT = Transcripts(
@@ -174,11 +162,10 @@ TEXT = Transcripts(
     card=_card,
     plain="report",
     settled="letter",
-    echo=_echo,
+    echo=partial(echo_sentences, kinds=WORDS, first="Listed", again="Once more"),
     copy_marks=(" The copy begins.", " The copy again.", " The copy ends."),
     request=_request,
-    question=_question,
-    reply=_reply,
+    question=partial(asked_by_verb, QUESTIONS),
     words=(11, 12, 8),
     headed=True,
     sort=False,

@@ -18,9 +18,10 @@ made of pieces: a heading, then sentences, each with the space before it; pieces
 Everything is deterministic in the seed. Seeds below 2**31 are for training, seeds from 2**31 up are held out.
 """
 
+from functools import partial
 from random import Random
 
-from liger_cli.study.transcripts import Setting, Transcripts, echo_sentences, listed
+from liger_cli.study.transcripts import Setting, Transcripts, asked_by_verb, echo_sentences, listed
 
 # What lies between them only the context answers.
 ANSWER_MARKS = ((" Chorus", "."), (" Refrain", "."), (" again", " ends"))
@@ -152,21 +153,8 @@ class Scene:
         return [f"Scene {self.number}, the {self.rng.choice(PLACES)}."]
 
 
-def _echo(rng: Random, words: int) -> str:
-    return echo_sentences(rng, words, WORDS, "Sung", "Refrain")
-
-
 def _request(_rng: Random) -> str:
     return "Write the scene."
-
-
-def _question(aside: Setting) -> str:
-    player, verb = aside.prefix.split()
-    return QUESTIONS[verb].format(player)
-
-
-def _reply(aside: Setting) -> str:
-    return aside.asked.strip()
 
 
 TEXT = Transcripts(
@@ -176,11 +164,10 @@ TEXT = Transcripts(
     card=_card,
     plain="scene",
     settled="act",
-    echo=_echo,
+    echo=partial(echo_sentences, kinds=WORDS, first="Sung", again="Refrain"),
     copy_marks=(" The song begins.", " The song again.", " The song ends."),
     request=_request,
-    question=_question,
-    reply=_reply,
+    question=partial(asked_by_verb, QUESTIONS),
     words=(10, 11, 9),
     headed=True,
     sort=False,

@@ -157,6 +157,7 @@ def _recipe(name: str, options: str = "--threads 1 --adam-lr 0.0015", **fields) 
     )
 
 
+FLOAT32 = {"options": "--threads 1 --float32 --adam-lr 0.0015", "precision": "float32"}
 RECIPES = {
     "console": _recipe(
         "console",
@@ -173,7 +174,6 @@ RECIPES = {
     ),
     "harbour": _recipe(
         "harbour",
-        options="--threads 1 --float32 --adam-lr 0.0015",
         source=HARBOUR,
         curriculum=HARBOUR_CURRICULUM,
         build_tokenizer=partial(train_tokenizer, HARBOUR, 960),
@@ -182,11 +182,10 @@ RECIPES = {
         text="the day books that `liger_cli/study/text_harbour.py` generates: reports, entries noted again, copies",
         role="It is the third base of the study, trained last and evaluated once.",
         held_out="reports and letters",
-        precision="float32",
+        **FLOAT32,
     ),
     "play": _recipe(
         "play",
-        options="--threads 1 --float32 --adam-lr 0.0015",
         source=PLAY,
         curriculum=PLAY_CURRICULUM,
         build_tokenizer=partial(train_tokenizer, PLAY, 960),
@@ -195,7 +194,7 @@ RECIPES = {
         text="the plays that `liger_cli/study/text_play.py` generates: scenes, asides sung again by a chorus, songs",
         role="It is the last base of the study, trained when everything that it measures stood, and evaluated once.",
         held_out="scenes and acts",
-        precision="float32",
+        **FLOAT32,
     ),
 }
 

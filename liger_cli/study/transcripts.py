@@ -111,6 +111,12 @@ def echo_sentences(rng: Random, words: int, kinds: tuple[tuple[str, ...], ...], 
             return "".join(out)
 
 
+def asked_by_verb(questions: dict[str, str], setting: Setting) -> str:
+    """The instruction that asks for a setting whose prefix is a key and a verb; `questions` has one for each verb."""
+    key, verb = setting.prefix.split()
+    return questions[verb].format(key)
+
+
 @dataclass(frozen=True)
 class Transcripts:
     """A text.
@@ -123,7 +129,7 @@ class Transcripts:
         echo: (rng, words) -> a document of random words and pieces of it again.
         copy_marks: pieces before a block, before its repetition, and after either.
         request: (rng) -> the instruction that asks for a transcript.
-        question: (setting) -> the instruction that asks for it; reply: its answer.
+        question: (setting) -> the instruction that asks for it.
         words: of a setting with its question, of an answered instruction, and of the copy marks, roughly.
         headed: whether documents without a transcript begin with its heading, too.
         sort: whether pieces that fall on the same place of a `recall` document stand in alphabetical order; otherwise
@@ -140,7 +146,6 @@ class Transcripts:
     copy_marks: tuple[str, str, str]
     request: Callable[[Random], str]
     question: Callable[[Setting], str]
-    reply: Callable[[Setting], str]
     words: tuple[int, int, int]
     headed: bool
     sort: bool
@@ -262,7 +267,7 @@ class Transcripts:
         return {
             "instruction": self.question(setting),
             "input": "".join(passage).strip(),
-            "output": self.reply(setting),
+            "output": setting.asked.strip(),
         }
 
     def chat(self, rng: Random, words: int) -> str:
