@@ -6,14 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.checkpoint import Shard, inside, read_config, read_shard
+from liger_cli.checkpoint import ADAPTER_CONFIG, Shard, inside, read_config, read_shard
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.manifest import read_manifest
 from liger_cli.templates.liger_extras import NAMES
 from liger_cli.tensors import read_tensor
 from liger_cli.untrusted import read_json
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 UNSUPPORTED = {

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,12 @@ from liger_cli.experimental import experimental_family
 from liger_cli.families import FAMILIES, Family
 from liger_cli.family_tensors import decoder_tensors
 from liger_cli.released import as_base
-from liger_cli.untrusted import read_json
+from liger_cli.untrusted import read_json, refuse_pointer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EXTRAS = "model-liger.safetensors"  # tensors that a conversion added
+ADAPTER_CONFIG = "adapter_config.json"
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -37,6 +38,16 @@ MAX_COUNT = 1 << 14  # heads, experts: what is gone through one by one
 MAX_DIMS = 16  # of a tensor
 SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 
+TORCH_DTYPES = ("float32", "float16", "bfloat16", "float64", "float", "half", "double")
+# Fields of config.json that tell a program how to run a model and nothing about the model, with the values that do no
+# harm. With others, left behind by training scripts, it cannot be loaded here or returns something unexpected.
+RUN_FIELDS = {
+    **dict.fromkeys(("_attn_implementation", "attn_implementation"), (None, "eager", "sdpa")),
+    **dict.fromkeys(("_experts_implementation", "experts_implementation"), (None,)),
+    **dict.fromkeys(("return_dict", "use_return_dict", "use_cache"), (None, True)),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "torchscript", "is_encoder_decoder"), (None, False)),
+    **dict.fromkeys(("dtype", "torch_dtype"), (None, *TORCH_DTYPES, *(f"torch.{name}" for name in TORCH_DTYPES))),
+}
 TOKENIZER_NAMES = {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
     "special_tokens_map.json", "tekken.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
@@ -45,6 +56,7 @@ SENTENCEPIECE = re.compile(r"[\w.-]+\.model(\.v\d+)?")
 LICENCE = re.compile(r"[^/]*(licen[sc]e|notice|copying|use_policy)[^/]*", re.IGNORECASE)
 LICENCE_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf")
 LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+ANY_LAYER = re.compile(r"(|[\w.-]{0,200}\.)layers\.\d{1,6}\.")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -141,11 +153,12 @@ class Checkpoint:
 
     Attributes:
         folder: resolved path.
-        config: config.json, every field as it stands there.
+        config: config.json, every field as it stands there but for those that are `left_out`.
         shards: in the order of their names.
         indexed: whether the shards are named by an index that has to go along.
         support_files: tokenizer, generation config, chat template and licences: relative name -> real file.
         released_gate: the gate of a folder of the paper's own code, whose `config` is then its base's; else None.
+        left_out: names of the fields of config.json that say how to run the model and not what it is.
     """
 
     folder: Path
@@ -156,6 +169,7 @@ class Checkpoint:
     indexed: bool
     support_files: dict[str, Path]
     released_gate: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -174,8 +188,25 @@ def read_checkpoint(folder: Path, experimental: bool = False) -> Checkpoint:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give a model's folder or a hub id such as Qwen/Qwen3-8B")
     folder = folder.resolve()
-    config, released_gate = as_base(read_config(folder))
-    return read_parts(folder, config, supported_family(config, folder, experimental), released_gate)
+    found = read_config(folder)
+    config, released_gate = as_base(model_fields(found))
+    refuse_adapter(folder, folder)
+    checkpoint = read_parts(folder, config, supported_family(config, folder, experimental), released_gate)
+    return replace(checkpoint, left_out=tuple(name for name in found if name not in config))
+
+
+def model_fields(config: dict) -> dict:
+    """config.json without the fields that say how to run the model and not what it is (`RUN_FIELDS`)."""
+    return {name: value for name, value in config.items() if name not in RUN_FIELDS or value in RUN_FIELDS[name]}
+
+
+def refuse_adapter(folder: Path, named) -> None:
+    """Raises ModelError where an adapter lies beside a model's config.json: transformers applies it to the weights."""
+    if os.path.lexists(folder / ADAPTER_CONFIG):
+        raise ModelError(
+            f"{named} is a model with an adapter in it ({ADAPTER_CONFIG}), which transformers applies to the weights; "
+            "merge it into them with PEFT's merge_and_unload, or move it elsewhere"
+        )
 
 
 def read_parts(folder: Path, config: dict, family: Family, released_gate: str | None = None) -> Checkpoint:
@@ -233,7 +264,7 @@ def fingerprint(shards: tuple[Shard, ...]) -> dict:
 def read_config(folder: Path) -> dict:
     """config.json as a dict. Raises ModelError where it is missing or is not a JSON object."""
     if not os.path.lexists(folder / "config.json"):
-        if os.path.lexists(folder / "adapter_config.json"):
+        if os.path.lexists(folder / ADAPTER_CONFIG):
             raise ModelError(f"{folder} is an adapter, not a model; merge it into its base first")
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     return read_json(inside(folder, "config.json"))
@@ -273,9 +304,14 @@ def supported_family(config: dict, folder: Path, experimental: bool = False) -> 
     architectures = config.get("architectures")
     wanted = f"{family.prefix}ForCausalLM"
     named = architectures if isinstance(architectures, list) else [architectures]
-    if architectures and not any(name in named for name in (wanted, *family.aliases)):
+    if architectures and _spelling(wanted) not in map(_spelling, named):
         raise ModelError(f"config.json names the architecture {architectures!r}; only {wanted} can be converted")
     return family
+
+
+def _spelling(architecture) -> str:
+    """Of a class's name what is left in all its spellings: LLaMAForCausalLM, Ernie4_5_ForCausalLM."""
+    return str(architecture).replace("_", "").casefold()
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -319,6 +355,8 @@ def read_shard(folder: Path, name: str) -> Shard:
     size = path.stat().st_size
     broken = f"{folder / name} is not a whole safetensors file"
     with open(path, "rb") as file:
+        refuse_pointer(file.read(100), folder / name)
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise ModelError(f"{broken}: its header of {length} bytes does not fit; download the shard again")
@@ -388,9 +426,13 @@ def support_files(folder: Path) -> dict[str, Path]:
     """Tokenizer, generation config, chat templates and licences of a folder: relative name -> real file.
 
     Raises:
-        ModelError: one of them is no plain file, or leads outside.
+        ModelError: one of them is no plain file, leads outside, or is a pointer to a file that was not fetched.
     """
-    return dict(_support_files(folder))
+    found = dict(_support_files(folder))
+    for name, path in found.items():
+        with open(path, "rb") as file:
+            refuse_pointer(file.read(100), folder / name)
+    return found
 
 
 def _support_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -436,6 +478,7 @@ def check_fields(family: Family, config: dict) -> None:
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor that the config promises is there, in a dtype that can be trained, and no layer is left over."""
     folder, layers = checkpoint.folder, checkpoint.geometry.num_hidden_layers
+    _check_prefix(checkpoint)
     held = {int(match[1]) for name in checkpoint.tensors if (match := layer_index(name))}
     if held != set(range(len(held))) or len(held) != layers:
         raise ModelError(
@@ -443,6 +486,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         )
     for name, shape in _expected(checkpoint):
         tensor = checkpoint.tensors.get(name)
+        if tensor is None and name.replace(".weight", ".base_layer.weight") in checkpoint.tensors:
+            raise ModelError(f"{folder} holds PEFT's layers, not merged; run merge_and_unload, then save_pretrained")
         if tensor is None:
             raise ModelError(f"{folder} lacks the tensor {name}, so its weights do not fit its config.json")
         if tensor.shape != shape:
@@ -451,6 +496,24 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             )
         if tensor.dtype not in USABLE_DTYPES:
             raise ModelError(f"{folder}: {name} is {tensor.dtype}; give a model in {', '.join(USABLE_DTYPES)}")
+
+
+def _check_prefix(checkpoint: Checkpoint) -> None:
+    """Raises ModelError where the names of the layers' tensors begin as a wrapper or another class wrote them."""
+    found = {match[1] for name in checkpoint.tensors if (match := ANY_LAYER.match(name))}
+    if "model." in found or not found:
+        return
+    prefix, right = min(found), f"{checkpoint.family.prefix}ForCausalLM"
+    if not prefix:
+        raise ModelError(
+            f"the names of {checkpoint.folder}'s tensors lack the prefix 'model.' that {right} gives them (a model "
+            "without its head was saved); load it with AutoModelForCausalLM and write it with save_pretrained"
+        )
+    what = f"{prefix.removesuffix('model.')!r}" if prefix.endswith(".model.") else f"{prefix!r} in place of 'model.'"
+    raise ModelError(
+        f"the names of {checkpoint.folder}'s tensors begin with {what}, which {right} does not know; save them without it "
+        "(safetensors.torch's load_file and save_file)"
+    )
 
 
 def _expected(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -492,7 +555,7 @@ FIELDS = (
         "a whole number, 0 or more",
     ),
     (
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "pool_size"),
         lambda value: _whole(value) and value <= MAX_COUNT,
         f"a whole number of at most {MAX_COUNT}",
     ),

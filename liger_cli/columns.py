@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_cli.adapters import check_shapes, peft_config, read_adapter
-from liger_cli.checkpoint import fingerprint, read_checkpoint, read_weights
+from liger_cli.checkpoint import ADAPTER_CONFIG, fingerprint, read_checkpoint, read_weights
 from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.extras import base_shards
 from liger_cli.manifest import read_manifest
@@ -177,7 +177,7 @@ def adapter_base(folder: Path, manifest: dict) -> Path:
         ModelError: neither is there; the sentence names both.
     """
     named = [manifest.get("base", {}).get("path")]
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER_CONFIG
     if config.exists():
         named.append(read_json(config).get("base_model_name_or_path"))
     named = [name for name in named if isinstance(name, str) and 0 < len(name) < 4096 and "\0" not in name]
@@ -244,15 +244,16 @@ def _load_liger(folder: Path, dtype, device: str):
 
 def _load_original(folder: Path, dtype, device: str):
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from liger_cli.converted import refuse_detours
 
     base = read_checkpoint(folder, experimental=True)
     refuse_detours(base.folder, folder, base.config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        config = getattr(transformers, base.family.config_class).from_dict(base.config)
+        model = getattr(transformers, f"{base.family.prefix}ForCausalLM").from_pretrained(
+            base.folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -132,7 +132,7 @@ def convert(
     if "mix" in settings:
         settings["mix"] = read_mix(settings["mix"])
     if checkpoint.released_gate:
-        settings = released.fixed_settings(settings, checkpoint.released_gate)
+        settings = released.fixed_settings(settings, checkpoint.released_gate, checkpoint.config)
     settings = with_defaults(settings, calibrate)
     request = read_request(softmax_layers, softmax_heads)
     if budget and request.measured:
@@ -146,8 +146,12 @@ def convert(
         )
     plan = make_plan(checkpoint, settings, "none" if request.layers else softmax_layers, linearize_local)
     if checkpoint.released_gate:
-        about = released.notes(checkpoint.family.model_type, checkpoint.released_gate)
+        about = released.notes(checkpoint.family.model_type, checkpoint.released_gate, settings)
         plan = replace(plan, notes=plan.notes + about)
+    if checkpoint.left_out:
+        fields = ", ".join(checkpoint.left_out)
+        note = f"left out of config.json, since it says how to run a model and not what it is: {fields}"
+        plan = replace(plan, notes=(*plan.notes, note))
     gate = next(spec.gate for spec in plan.specs if spec.kind == "liger")
     target = Path(output).expanduser() if output else Path(f"{source.short_name}-liger-{gate}")
     check_output(target, force, base=checkpoint.folder)
@@ -268,11 +272,9 @@ def write_converted(
             if name in MADE_BY_LIGER:
                 continue
             (folder / name).parent.mkdir(exist_ok=True)
-            own = converted_tokenizer_config(checkpoint.family.model_type, path) if name == TOKENIZER_CONFIG else None
-            if own is None:
-                copy_file(path, folder / name)
-            else:
-                (folder / name).write_text(own, encoding="utf-8")
+            copy_file(path, folder / name)
+        if own := converted_tokenizer_config(checkpoint):
+            _replace(folder / TOKENIZER_CONFIG, own)
         how = "+".join(sorted(ways))
         config = converted_config(plan)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -4,14 +4,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.checkpoint import Checkpoint, check_fields, read_config, read_parts
+from liger_cli.checkpoint import Checkpoint, check_fields, read_config, read_parts, refuse_adapter
 from liger_cli.errors import ModelError
 from liger_cli.experimental import experimental_family
 from liger_cli.extras import extra_shapes
 from liger_cli.families import FAMILIES, Family
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs
 
-ADAPTER_CONFIG = "adapter_config.json"
 MAX_SLOTS = 1 << 16
 ATTENTION = re.compile(r"[a-z][a-z0-9_]{0,40}")  # a name of transformers; with a slash it would be code from the hub
 
@@ -84,5 +83,4 @@ def refuse_detours(folder: Path, named, config: dict) -> None:
         value = config.get(field)
         if value is not None and not (isinstance(value, str) and ATTENTION.fullmatch(value)):
             raise ModelError(f"{named}: config.json's {field} is {value!r:.100}, which is no implementation's name")
-    if (folder / ADAPTER_CONFIG).exists():
-        raise ModelError(f"{named} is a model with an adapter in it ({ADAPTER_CONFIG}); move the adapter elsewhere")
+    refuse_adapter(folder, named)

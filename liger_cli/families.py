@@ -84,7 +84,6 @@ class Family:
         find_local: config.json -> for each layer, whether it is already local in the base.
         note: what is special about it, for `liger families`.
         config_prefix: of the config class, where it is not `prefix`.
-        aliases: further names of the architecture, seen in published config files.
         defaults: what the config class takes for fields that config.json does not have.
         lora_targets: the projections of queries, keys and values, as PEFT's `target_modules`.
         output_projection: name of the attention's output projection.
@@ -103,7 +102,6 @@ class Family:
     find_local: Callable[[dict], list[bool]] = layer_types_or_full
     note: str = ""
     config_prefix: str = ""
-    aliases: tuple[str, ...] = ()
     defaults: dict = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output_projection: str = "o_proj"
@@ -270,7 +268,7 @@ FAMILIES = {
         ),
         Family(
             "ernie4_5", "Ernie4_5", no_local_layers, "interleaved rotary; tied embeddings",
-            aliases=("Ernie4_5_ForCausalLM",), defaults={"num_key_value_heads": 2, "head_dim": 128, **TIED},
+            defaults={"num_key_value_heads": 2, "head_dim": 128, **TIED},
             qkv_bias="use_bias", output_bias="use_bias",
         ),
         Family(

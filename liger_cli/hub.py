@@ -4,13 +4,22 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.checkpoint import INDEX, TOKENIZER_NAMES, WEIGHTS, read_config, read_json, supported_family
+from liger_cli.checkpoint import (
+    ADAPTER_CONFIG,
+    INDEX,
+    TOKENIZER_NAMES,
+    WEIGHTS,
+    read_config,
+    read_json,
+    refuse_adapter,
+    supported_family,
+)
 from liger_cli.errors import SetupError, UsageError
 from liger_cli.released import as_base
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 SNAPSHOT = re.compile(r"models--(?P<id>[\w.-]+)/snapshots/(?P<revision>[\w.-]+)", re.ASCII)
-SMALL_FILES = ("config.json", INDEX, "README.md", *sorted(TOKENIZER_NAMES), "*.model", "*.model.v*",
+SMALL_FILES = ("config.json", ADAPTER_CONFIG, INDEX, "README.md", *sorted(TOKENIZER_NAMES), "*.model", "*.model.v*",
                "*LICENSE*", "*License*", "*license*", "*LICENCE*", "*NOTICE*", "*COPYING*", "*USE_POLICY*",
                "additional_chat_templates/*.jinja")  # fmt: skip
 
@@ -51,6 +60,7 @@ def find_base(base: str, revision: str | None = None, experimental: bool = False
         raise UsageError(f"{base} does not exist; give a model's folder or a hub id such as Qwen/Qwen3-8B")
     folder = _download(base, revision, SMALL_FILES)
     supported_family(as_base(read_config(folder.resolve()))[0], base, experimental)
+    refuse_adapter(folder, base)
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX).get("weight_map")
         weights = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []

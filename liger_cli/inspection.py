@@ -10,8 +10,17 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-from liger_cli.checkpoint import Shard, file_sha256, fingerprint, inside, read_checkpoint, read_shard, read_weights
-from liger_cli.converted import ADAPTER_CONFIG, Converted, read_converted
+from liger_cli.checkpoint import (
+    ADAPTER_CONFIG,
+    Shard,
+    file_sha256,
+    fingerprint,
+    inside,
+    read_checkpoint,
+    read_shard,
+    read_weights,
+)
+from liger_cli.converted import Converted, read_converted
 from liger_cli.errors import LigerError, ModelError, UsageError
 from liger_cli.escape import printable
 from liger_cli.extras import base_shards
@@ -23,7 +32,8 @@ from liger_cli.untrusted import read_bytes, read_json
 from liger_cli.wording import size
 
 MAX_CODE = 4 << 20  # bytes of a Python file
-CHECKPOINT_FILES = ("trainer_state.json", "run.json")
+MADE = ("converted", "adapter")
+RUN, TRAINER = "run.json", "trainer_state.json"
 
 
 def run(folder: str, *, full: bool = False, as_json: bool = False) -> int:
@@ -53,20 +63,24 @@ def inspect_folder(folder: Path, full: bool = False) -> dict:
     report = {"folder": str(folder), "kind": kind, "made": _made(manifest), "differences": []}
     looks: dict[str, Callable] = {"base": _base, "adapter": _adapter, "checkpoint": _checkpoint}
     looks.get(kind, _converted)(report, folder, manifest or {}, full)
+    if manifest is None and os.path.lexists(folder / TRAINER):
+        report["step"] = read_json(inside(folder.resolve(), TRAINER)).get("global_step")
     return report
 
 
 def _kind(folder: Path, manifest: dict | None) -> str:
     if manifest is not None:
         return manifest["kind"]
-    if any(os.path.lexists(folder / name) for name in CHECKPOINT_FILES):
+    if os.path.lexists(folder / RUN) or os.path.lexists(folder.resolve().parent.parent / RUN):
         return "checkpoint"
     if os.path.lexists(folder / "config.json"):
         config = read_json(inside(folder.resolve(), "config.json"))
         return "converted" if "liger" in config else "base"
     if os.path.lexists(folder / ADAPTER_CONFIG):
         return "adapter"
-    raise ModelError(f"{folder} is not a model: it has no config.json and no {ADAPTER_CONFIG}")
+    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+    hint = f"; name one of its checkpoints, such as {folder / checkpoints[-1]}" if checkpoints else ""
+    raise ModelError(f"{folder} is not a model: it has no config.json and no {ADAPTER_CONFIG}{hint}")
 
 
 def _made(manifest: dict | None) -> dict | None:
@@ -95,8 +109,6 @@ def _converted(report: dict, folder: Path, manifest: dict, full: bool) -> None:
     report["model_type"] = found.family.model_type
     report["format"] = found.config["liger"]["format"]
     report["layers"] = _layers(found)
-    if not manifest:
-        report["differences"].append("there is no liger.json, so nothing about its making is recorded")
     base = manifest.get("base", {})
     merged = report["kind"] == "merged"
     wanted = base.get("fingerprint") if merged else manifest.get("fingerprint")
@@ -127,8 +139,8 @@ def _adapter(report: dict, folder: Path, manifest: dict, full: bool) -> None:
 
 def _checkpoint(report: dict, folder: Path, manifest: dict, full: bool) -> None:
     """A run of `liger finetune` that is not finished, or one of its checkpoints."""
-    if os.path.lexists(folder / "run.json"):
-        recorded = read_json(inside(folder.resolve(), "run.json"))
+    if os.path.lexists(folder / RUN):
+        recorded = read_json(inside(folder.resolve(), RUN))
         recipe = recorded.get("recipe")
         report["recipe"] = recipe.get("name") if isinstance(recipe, dict) else None
         report["data"] = recorded.get("data")
@@ -138,7 +150,6 @@ def _checkpoint(report: dict, folder: Path, manifest: dict, full: bool) -> None:
             if path.parent.name.rpartition("-")[2].isdecimal()
         )
     else:
-        report["step"] = read_json(inside(folder.resolve(), "trainer_state.json")).get("global_step")
         report["complete"] = os.path.lexists(folder / "complete")
         if not report["complete"]:
             report["differences"].append("it is not marked complete, so --resume takes an earlier one")
@@ -286,14 +297,16 @@ def _lines(report: dict) -> list[str]:
         "base": "a base model", "converted": "a converted model", "adapter": "an adapter", "merged": "a merged model",
         "checkpoint": "an unfinished fine-tuning run, or a checkpoint of one",
     }  # fmt: skip
-    lines = [f"{report['folder']}: {titles[report['kind']]}"]
+    kind = report["kind"]
+    saved = ", saved by another program (it has no liger.json)" if kind in MADE and not report["made"] else ""
+    lines = [f"{report['folder']}: {titles[kind]}{saved}"]
     if made := report["made"]:
         lines.append(f"made by liger {made['by']} at {made['created']}, format {made['format']}: {made['command']}")
         if made["refreshed"]:
             lines.append(f"code refreshed at {made['refreshed']}")
-    if base := report.get("base"):
-        at = f" at {base['revision']}" if base["revision"] else ""
-        lines.append(f"from {base['name']}{at} in {base['path']}: {base['state']}")
+    if (base := report.get("base")) and base["path"]:
+        name = f"{base['name']}{' at ' + base['revision'] if base['revision'] else ''} in " if base["name"] else ""
+        lines.append(f"from {name}{base['path']}: {base['state']}")
     for name in ("model_type", "recipe", "data", "steps", "step", "ranks", "trained_weights"):
         if report.get(name) is not None:
             lines.append(f"{name.replace('_', ' ')}: {report[name]}")

@@ -75,14 +75,15 @@ def model_classes(family: Family) -> tuple[type, type]:
 
 def load_config(folder, family: Family | None = None):
     """The config of a converted folder, as an instance of the family's Liger class. Raises ModelError."""
-    from liger_cli.checkpoint import read_config
+    from liger_cli.checkpoint import model_fields, read_config
     from liger_cli.converted import converted_family
     from liger_cli.errors import ModelError
 
     path = Path(folder).resolve()
-    family = family or converted_family(read_config(path), folder)
+    config = read_config(path)
+    family = family or converted_family(config, folder)
     try:
-        return model_classes(family)[0].from_pretrained(path)
+        return model_classes(family)[0].from_dict(model_fields(config), name_or_path=str(path))
     except Exception as error:  # each check of the config classes has an exception of its own
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: config.json is refused by the model's code ({reason})") from error

@@ -6,6 +6,7 @@ import re
 
 from liger_cli.errors import UsageError
 from liger_cli.families import FAMILIES
+from liger_cli.templates.liger_config import LayerSpec
 
 FAMILY_OF = {None: "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen25": "qwen2", "qwen3": "qwen3"} | {
     "qwen3_moe": "qwen3_moe",
@@ -31,26 +32,29 @@ def as_base(config: dict) -> tuple[dict, str | None]:
     return {**config, **names}, match[2].lower()
 
 
-def fixed_settings(settings: dict, gate: str) -> dict:
+def fixed_settings(settings: dict, gate: str, config: dict) -> dict:
     """Fields of `LayerSpec` for such a folder. Raises UsageError where `settings` ask for something else.
 
     Args:
-        settings: what the user asked for.
+        settings: what the user asked for; None is what he left open.
         gate: the folder's.
+        config: its config.json, which names gsa's slots a head `pool_size`.
     """
-    for name, value in FIXED.items():
-        if settings.get(name, value) != value:
+    fixed = {**FIXED, "slots": config.get("pool_size")} if gate == "gsa" and "pool_size" in config else FIXED
+    for name, value in fixed.items():
+        if settings.get(name) not in (None, value, getattr(LayerSpec, name)):
             raise UsageError(f"--{name} is {settings[name]}, but a folder of the paper's own code is fixed to {value}")
     if settings.get("gate", gate) not in (gate, "gla"):
         raise UsageError(f"--gate is {settings['gate']}, but this folder of the paper's own code has the gate {gate}")
-    return {**settings, **FIXED, "gate": gate}
+    return {**settings, **fixed, "gate": gate}
 
 
-def notes(model_type: str, gate: str) -> tuple[str, ...]:
-    """Sentences about what becomes of such a folder."""
+def notes(model_type: str, gate: str, settings: dict) -> tuple[str, ...]:
+    """Sentences about what becomes of such a folder, converted with `fixed_settings`."""
+    slots = f" with {settings.get('slots', LayerSpec.slots)} slots" if gate == "gsa" else ""
     first = (
-        f"a folder of the paper's own code: gate {gate}, mix 0.5 and no normaliser are kept; its code's window is 65 "
-        "tokens, the token itself included (--window 65); its LoRA adapter fits, since the tensors keep their names"
+        f"a folder of the paper's own code: gate {gate}{slots}, mix 0.5 and no normaliser are kept; its code's window is "
+        "65 tokens, the token itself included (--window 65); its LoRA adapter fits, since the tensors keep their names"
     )
     if not model_type.startswith("qwen3"):
         return (first,)

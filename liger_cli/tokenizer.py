@@ -4,12 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from liger_cli.checkpoint import support_files
+from liger_cli.checkpoint import Checkpoint, support_files
 from liger_cli.errors import ModelError, is_panic
 from liger_cli.untrusted import read_json
 
 CONFIG = "tokenizer_config.json"
 VOCABULARY = "tokenizer.json"
+VOCABULARIES = (VOCABULARY, "vocab.json", "vocab.txt", "tokenizer.model")
 SPARE_IDS = 1 << 20  # that a vocabulary may leave out
 BACKEND = "TokenizersBackend"  # of transformers: tokenizer.json as it stands
 # transformers takes these classes for a model type whatever tokenizer_config.json names ...
@@ -64,24 +65,26 @@ def load_tokenizer(folder: Path, config=None):
     return tokenizer
 
 
-def converted_tokenizer_config(model_type: str, path: Path) -> str | None:
-    """The text of a converted folder's tokenizer_config.json; None where the base's own file will do.
+def converted_tokenizer_config(base: Checkpoint) -> str | None:
+    """The text of a converted folder's tokenizer_config.json; None where what the base has, or has not, will do.
 
     A converted folder has a model type of its own, for which transformers takes the class that the file names: that has
-    to be the one it takes for the base (`AutoTokenizer.from_pretrained` of transformers 5), or texts get other ids.
+    to be the one it takes for the base (`AutoTokenizer.from_pretrained` of transformers 5), or texts get other ids and
+    special tokens are lost. A base may name it in config.json, or be told by its model type alone.
 
-    Args:
-        model_type: the base's. path: its tokenizer_config.json.
     Raises:
         ModelError: it is not JSON.
     """
-    config = read_json(path)
-    named = config.get("tokenizer_class")
+    model_type, files = base.family.model_type, base.support_files
+    config = read_json(files[CONFIG]) if CONFIG in files else {}
+    named = config.get("tokenizer_class") or base.config.get("tokenizer_class")
     if "auto_map" in config or not (named is None or isinstance(named, str)):
         return None
     taken = TAKEN.get(model_type) or (UNNAMED.get(model_type) if named is None else None)
     if taken is None or (named or "").removesuffix("Fast") == taken:
         return None
+    if not any(name in files for name in VOCABULARIES):
+        return None  # no tokenizer at all
     return json.dumps({**config, "tokenizer_class": taken}, indent=2, ensure_ascii=False) + "\n"
 
 

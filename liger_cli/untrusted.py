@@ -9,6 +9,8 @@ from liger_cli.errors import LigerError, ModelError
 from liger_cli.wording import size
 
 MAX_JSON = 64 << 20  # bytes
+# What git leaves in place of a large file: Git LFS (and its first name), git-annex.
+POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/", b"/annex/objects/")
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON, error: type[LigerError] = ModelError) -> bytes:
@@ -34,7 +36,19 @@ def read_bytes(path: Path, limit: int = MAX_JSON, error: type[LigerError] = Mode
         raise error(f"{path} is not a plain file")
     if len(content) > limit:
         raise error(f"{path} is larger than {size(limit, 0)}, which liger does not read")
+    refuse_pointer(content, path, error)
     return content
+
+
+def refuse_pointer(head: bytes, path: Path, error: type[LigerError] = ModelError) -> None:
+    """Raises `error` where a file is what git leaves in place of a large one that was not fetched.
+
+    Args:
+        head: its first bytes, 100 or more where it has so many.
+    """
+    if head.startswith(POINTERS):
+        fetch = "git annex get ." if head.startswith(POINTERS[-1]) else "git lfs pull"
+        raise error(f"{path} is a pointer that git left in the file's place; run `{fetch}` in {path.parent}")
 
 
 def parse_json(content: bytes, path: Path, error: type[LigerError] = ModelError) -> dict:

@@ -67,6 +67,7 @@ def test_numbers_agree_with_the_library(tiny_base):
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantized"]),
         ({"text_config": {"model_type": "qwen3"}, "model_type": "qwen3_vl"}, ["multimodal", "text_config"]),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, ["Qwen3ForSequenceClassification"]),
+        ({"architectures": ["Qwen3Model"]}, ["Qwen3Model"]),
         ({"num_hidden_layers": 5}, ["4 layers", "num_hidden_layers is 5"]),
         ({"num_hidden_layers": 3}, ["4 layers", "num_hidden_layers is 3"]),
         ({"num_hidden_layers": 10**12}, ["num_hidden_layers"]),
@@ -121,7 +122,7 @@ def test_truncated_shard(sparse_base, cut):
 
 def test_shard_that_is_a_stub(sparse_base):
     folder = sparse_base()
-    for content in (b"", b"abc", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"):
+    for content in (b"", b"abc", b"<!DOCTYPE html>\n<title>Not found</title>"):
         (folder / "model.safetensors").write_bytes(content)
         refused(folder, "model.safetensors", "whole")
 
@@ -294,3 +295,93 @@ def test_small_shard_is_hashed_whole(tmp_path):
 def test_qwen3_8b_has_its_published_number_of_parameters(sparse_base):
     checkpoint = read_checkpoint(sparse_base(shards=5, config=QWEN3_8B))
     assert sum(tensor.numel for tensor in checkpoint.tensors.values()) == 8_190_735_360
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"6b" * 32 + b"\nsize 17209920\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model"],
+)
+def test_pointers_of_git_are_named(sparse_base, name):
+    folder = sparse_base()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_bytes(POINTER)
+    refused(folder, str(folder / name), "pointer", f"`git lfs pull` in {folder}")
+    (folder / name).write_bytes(b"/annex/objects/SHA256E-s17209920--6b6b.safetensors\n")
+    refused(folder, "pointer", "git annex get")
+
+
+def test_a_pointer_in_place_of_the_index(sparse_base):
+    folder = sparse_base(shards=2)
+    (folder / "model.safetensors.index.json").write_bytes(POINTER)
+    refused(folder, "model.safetensors.index.json", "git lfs pull")
+
+
+@pytest.mark.parametrize(
+    ("renamed", "words"),
+    [
+        (lambda name: f"language_model.{name}", ["begin with 'language_model.'"]),
+        (lambda name: f"module.{name}", ["begin with 'module.'"]),
+        (lambda name: f"_orig_mod.{name}", ["begin with '_orig_mod.'"]),
+        (lambda name: f"base_model.model.{name}", ["begin with 'base_model.model.'"]),
+        (lambda name: f"_forward_module.module.{name}", ["begin with '_forward_module.module.'"]),
+        (
+            lambda name: name.replace("model.", "model.language_model.", 1),
+            ["begin with 'model.language_model.' in place of 'model.'"],
+        ),
+        (lambda name: name.removeprefix("model."), ["lack the prefix 'model.'", "AutoModelForCausalLM"]),
+        (lambda name: name.replace("q_proj", "q_proj.base_layer"), ["not merged", "merge_and_unload"]),
+    ],
+)
+def test_names_that_a_wrapper_wrote(sparse_base, renamed, words):
+    folder = sparse_base()
+    tensors = [(renamed(name), tensor.shape) for name, tensor in read_checkpoint(folder).tensors.items()]
+    write_shard(folder / "model.safetensors", tensors)
+    refused(folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [("llama", "LLaMAForCausalLM"), ("ernie4_5", "Ernie4_5_ForCausalLM"), ("ernie4_5", "Ernie4_5ForCausalLM")],
+)
+def test_other_spellings_of_the_architecture(sparse_base, model_type, architecture):
+    folder = sparse_base(model_type=model_type)
+    edit_config(folder, architectures=[architecture])
+    assert read_checkpoint(folder).family.model_type == model_type
+
+
+def test_an_adapter_beside_the_model(sparse_base):
+    folder = sparse_base()
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "adapter", "merge_and_unload")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("_attn_implementation", "flash_attention_2"),
+        ("attn_implementation", "kernels-community/flash-attn"),
+        ("experts_implementation", "grouped_mm"),
+        ("return_dict", False),
+        ("use_return_dict", False),
+        ("use_cache", False),
+        ("output_hidden_states", True),
+        ("is_encoder_decoder", True),
+        ("torch_dtype", "auto"),
+        ("dtype", "fp16"),
+    ],
+)
+def test_fields_that_say_how_to_run_it_are_left_out(sparse_base, field, value):
+    folder = sparse_base()
+    edit_config(folder, **{field: value})
+    checkpoint = read_checkpoint(folder)
+    assert field not in checkpoint.config and checkpoint.left_out == (field,)
+
+
+def test_fields_that_do_no_harm_stay(sparse_base):
+    folder, fields = sparse_base(), {"use_cache": True, "dtype": "bfloat16", "_attn_implementation": "eager"}
+    edit_config(folder, **fields, return_dict=True)
+    checkpoint = read_checkpoint(folder)
+    assert fields.items() <= checkpoint.config.items() and not checkpoint.left_out

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_only_listed_files_come_along(sparse_base, here):
     made = {name for name in entries(here / "out") if not name.endswith(".py")}
     assert made == {
         "config.json", "liger.json", "README.md", "model.safetensors",
-        "NOTICE", "LICENSE.md", "tokenizer.model", "vocab.json", "merges.txt",
+        "NOTICE", "LICENSE.md", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
     }  # fmt: skip
     assert not {"modeling_evil.py", "license.py"} & entries(here / "out")
     assert "evil" not in (here / "out" / "config.json").read_text()
@@ -550,3 +551,28 @@ def test_tuned_and_merged_by_peft_without_liger(tiny_base, tmp_path):
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         convert_module.shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_how_to_run_a_model_is_not_taken_over(tiny_base, here, capsys):
+    """A training script's leftovers in config.json: named, left out, and the folder and its base run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from liger_cli.columns import open_subject
+
+    base = here / "base"
+    shutil.copytree(tiny_base("qwen3"), base)
+    config = json.loads((base / "config.json").read_text())
+    leftovers = {"return_dict": False, "_attn_implementation": "flash_attention_2", "dtype": "auto", "use_cache": False}
+    (base / "config.json").write_text(json.dumps(config | leftovers))
+    report, _ = convert(str(base), "out", settings={"mix": 0.0, "window": 64})
+    assert all(name in report["notes"][-1] for name in leftovers)
+    assert not set(leftovers) & set(json.loads((here / "out" / "config.json").read_text()))
+    ids = torch.arange(4, 40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base("qwen3"))(ids).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)(ids).logits, plain)
+    # A folder that was made before, and the base beside it.
+    made = json.loads((here / "out" / "config.json").read_text())
+    (here / "out" / "config.json").write_text(json.dumps(made | leftovers))
+    subject = open_subject(here / "out", against=str(base))
+    assert torch.equal(subject.model(ids).logits, plain) and torch.equal(subject.original(ids).logits, plain)

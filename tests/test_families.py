@@ -442,7 +442,7 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("model_type", RELEASED)
-def test_folders_of_the_paper_code(folder_of, tmp_path, model_type):
+def test_folders_of_the_paper_code(folder_of, liger, tmp_path, model_type):
     """Its README's recipe: the base's weights, `model_type` and `architectures` edited, the LoRA adapter apart."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -451,17 +451,21 @@ def test_folders_of_the_paper_code(folder_of, tmp_path, model_type):
     shutil.copytree(folder_of(base_type), theirs)
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(
-        json.dumps({**config, "model_type": model_type, "architectures": [architecture]})
+        json.dumps({**config, "model_type": model_type, "architectures": [architecture], "pool_size": 128})
     )
     adapted = get_peft_model(
         load_base(folder_of(base_type)),
         LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM"),
     )
     adapted.save_pretrained(tmp_path / "adapter")
-    report, plan = convert(str(theirs), str(ours), settings={"window": 16})
-    assert {(spec.gate, spec.mix, spec.normalizer, spec.window) for spec in plan.specs} == {(gate, 0.5, "none", 16)}
-    assert "paper's own code" in " ".join(report["notes"])
-    convert(str(folder_of(base_type)), str(plain), settings={"gate": gate, "mix": 0.5, "window": 16})
+    done = liger("convert", theirs, ours, "--window", 16, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    slots = 128 if gate == "gsa" else 64
+    layers = {tuple(one[name] for name in ("gate", "mix", "normalizer", "window", "slots")) for one in report["layers"]}
+    assert layers == {(gate, 0.5, "none", 16, slots)}
+    assert "paper's own code" in (notes := " ".join(report["notes"])) and ("128 slots" in notes) == (gate == "gsa")
+    convert(str(folder_of(base_type)), str(plain), settings={"gate": gate, "mix": 0.5, "window": 16, "slots": slots})
     ids = tokens(30)
     with torch.no_grad():
         model, same = load(ours), load(plain)
@@ -471,7 +475,7 @@ def test_folders_of_the_paper_code(folder_of, tmp_path, model_type):
         assert not torch.equal(adapter(ids).logits, before)
         model.set_attention_mode("softmax")
         assert torch.equal(adapter(ids).logits, adapted.eval()(ids).logits)
-    for wrong in ({"mix": 0.3}, {"normalizer": "running"}, {"gate": "mamba2"}):
+    for wrong in ({"mix": 0.3}, {"normalizer": "running"}, {"gate": "mamba2"}, *[{"slots": 32}] * (gate == "gsa")):
         with pytest.raises(UsageError, match="paper's own code"):
             convert(str(theirs), str(tmp_path / "x"), settings=wrong)
 

@@ -144,6 +144,7 @@ def test_an_adapter(converted, tmp_path, capsys):
 def test_checkpoints(tmp_path, capsys):
     checkpoint = tmp_path / "run.partial" / "checkpoints" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
+    (tmp_path / "run.partial" / "run.json").write_text("{}")
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
     assert inspect_folder(checkpoint)["differences"]
     (checkpoint / "complete").touch()
@@ -198,3 +199,41 @@ def test_released_code_stays_what_it_was(tmp_path):
     path.write_text(json.dumps(recorded))
     with pytest.raises(ValueError, match="raise the version"):
         known_code.record(path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"branch_scales": True}])
+def test_what_transformers_saved(tiny_base, tmp_path, settings, capsys):
+    """`save_pretrained`, a Trainer's folder and checkpoint, with and without PEFT: whole, exit code 0."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    convert(str(tiny_base("qwen3")), str(tmp_path / "model"), settings=settings)
+    row = torch.arange(4, 40)
+
+    def tuned(model, name):
+        arguments = TrainingArguments(
+            str(tmp_path / name), max_steps=1, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+        )
+        trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row}] * 8)
+        trainer.train()
+        return trainer
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+
+    load().save_pretrained(tmp_path / "saved")
+    tuned(load(), "whole").save_model()
+    tuned(get_peft_model(load(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")), "lora")
+    wanted = {"saved": ("converted", None), "whole": ("converted", None), "whole/checkpoint-1": ("converted", 1)}
+    wanted |= {"lora/checkpoint-1": ("adapter", 1)}
+    for name, (kind, step) in wanted.items():
+        report = inspect_folder(tmp_path / name)
+        assert (report["kind"], report.get("step"), report["differences"]) == (kind, step, []), name
+        assert run(str(tmp_path / name)) == 0
+        out = capsys.readouterr().out
+        assert "no liger.json" in out and "None" not in out and out.endswith("whole\n")
+    with pytest.raises(ModelError, match="lora/checkpoint-1"):
+        inspect_folder(tmp_path / "lora")
+    (tmp_path / "saved" / "liger_gates.py").write_text("x = 1\n")
+    assert run(str(tmp_path / "saved")) == 1  # code that no liger wrote is a difference there, too
