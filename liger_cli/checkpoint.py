@@ -511,8 +511,8 @@ def _check_prefix(checkpoint: Checkpoint) -> None:
         )
     what = f"{prefix.removesuffix('model.')!r}" if prefix.endswith(".model.") else f"{prefix!r} in place of 'model.'"
     raise ModelError(
-        f"the names of {checkpoint.folder}'s tensors begin with {what}, which {right} does not know; save them without it "
-        "(safetensors.torch's load_file and save_file)"
+        f"the names of {checkpoint.folder}'s tensors begin with {what}, which {right} does not know; save them without "
+        "it (safetensors.torch's load_file and save_file)"
     )
 
 

@@ -53,8 +53,8 @@ def notes(model_type: str, gate: str, settings: dict) -> tuple[str, ...]:
     """Sentences about what becomes of such a folder, converted with `fixed_settings`."""
     slots = f" with {settings.get('slots', LayerSpec.slots)} slots" if gate == "gsa" else ""
     first = (
-        f"a folder of the paper's own code: gate {gate}{slots}, mix 0.5 and no normaliser are kept; its code's window is "
-        "65 tokens, the token itself included (--window 65); its LoRA adapter fits, since the tensors keep their names"
+        f"a folder of the paper's own code: gate {gate}{slots}, mix 0.5 and no normaliser are kept; its code's window "
+        "is 65 tokens, the token itself included (--window 65); its LoRA adapter fits, since tensors keep their names"
     )
     if not model_type.startswith("qwen3"):
         return (first,)
