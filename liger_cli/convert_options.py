@@ -88,14 +88,19 @@ def convert(
         str, typer.Option(help=f"Map of queries and keys in the recurrent branch: {', '.join(FEATURE_MAPS)}.")
     ] = DEFAULT.feature_map,
     feature_params: Annotated[
-        str, typer.Option(help="fixed, or learned: a linear map for each head before the feature map.")
+        str,
+        typer.Option(help="Before the feature map: fixed, learned (a map for each head), dense (one across heads)."),
     ] = DEFAULT.feature_params,
     feature_dim: Annotated[
-        int | None, typer.Option(help="Outputs of the learned feature map; the head dimension by default.")
+        int | None, typer.Option(help="Outputs of a learned map for each head; the head dimension by default.")
     ] = DEFAULT.feature_dim,
     positions: Annotated[
-        str, typer.Option(help="Queries and keys of the recurrent branch before (none) or after (rope) RoPE.")
+        str,
+        typer.Option(help="RoPE in the recurrent branch: none, rope (before the feature map), after (behind it)."),
     ] = DEFAULT.positions,
+    delayed: Annotated[
+        bool, typer.Option("--delayed", help="Tokens enter the recurrence when they leave the window.")
+    ] = DEFAULT.delayed,
     gate_params: Annotated[
         str | None,
         typer.Option(
@@ -155,6 +160,7 @@ def convert(
             "feature_params": feature_params,
             "feature_dim": feature_dim,
             "positions": positions,
+            "delayed": delayed,
             "gate_params": gate_params or ("learned" if gate_init == "random" else "pooled"),
             "gate_init": gate_init,
             "gate_rank": gate_rank,

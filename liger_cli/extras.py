@@ -37,10 +37,12 @@ def initial_values(extras: dict[str, Extra], seed: int = 0) -> dict:
     values = {}
     for name, extra in extras.items():
         value = numpy.zeros(extra.shape, dtype=numpy.float32)
-        if extra.init == "eye":
-            value[...] = numpy.eye(*extra.shape[-2:], dtype=numpy.float32)
-        elif extra.init == "normal":
-            value[...] = generator.normal(0.0, extra.std, extra.shape)
+        if extra.init == "normal":
+            value[...] = generator.normal(0.0, extra.width, extra.shape)
+        elif extra.init == "uniform":
+            value[...] = generator.uniform(-extra.width, extra.width, extra.shape)
+        elif isinstance(extra.init, str):
+            value[...] = values[f"{name.rpartition('.')[0]}.{extra.init}"]
         else:
             value[...] = extra.init
         values[name] = value

@@ -8,7 +8,7 @@ from liger_cli.checkpoint import Checkpoint, layer_index
 from liger_cli.errors import ModelError, UsageError
 from liger_cli.extras import count as count_extras
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
-from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_gates import GATES, state_heads
 from liger_cli.wording import did_you_mean
 
 CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
@@ -76,8 +76,10 @@ class Plan:
         sizes = self.checkpoint.geometry
         shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
         heads = sizes.num_key_value_heads - len(spec.softmax_kv_heads)
-        state = sum(math.prod(shape) for shape in shapes) * heads * STATE_BYTES if spec.mix else 0
-        window = min(spec.window, self.local_window(index) or spec.window)
+        groups = sizes.num_attention_heads // sizes.num_key_value_heads
+        states = state_heads(spec, heads * groups, heads)
+        state = sum(math.prod(shape) for shape in shapes) * states * STATE_BYTES if spec.mix else 0
+        window = min(spec.window, self.local_window(index) or spec.window) + spec.delayed
         kept = spec.kept if self.local_window(index) is None else 0
         in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
         # Room for sinks and kept tokens is there from the first token on.

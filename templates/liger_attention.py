@@ -15,7 +15,7 @@ from .liger_branches import document_starts, mixed_attention, packed_attention
 from .liger_cache import CACHE
 from .liger_config import LayerSpec
 from .liger_extras import extra_tensors
-from .liger_gates import GATES
+from .liger_gates import GATES, mapped
 from .liger_kept import keep_scores
 
 MODES = ("liger", "softmax", "window")
@@ -35,6 +35,12 @@ def unpack_padding(attention_mask):
     if attention_mask is None or attention_mask.shape[-1] == 0:
         return None
     return attention_mask[:, 0, 0, :]
+
+
+def _across_heads(x, weight, bias):
+    """A linear map over all heads of a token together. [B, H, T, D] -> [B, H, T, D] float32"""
+    flat = torch.nn.functional.linear(x.transpose(1, 2).flatten(2).float(), weight, bias)
+    return flat.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
 
 class LigerAttention:
@@ -62,10 +68,12 @@ class LigerAttention:
     def init_extra_parameter(self, name: str) -> None:
         """Fill one of them with its initial value."""
         parameter, extra = getattr(self, name), self._extras()[name]
-        if extra.init == "eye":
-            parameter.copy_(torch.eye(*extra.shape[-2:], device=parameter.device))
-        elif extra.init == "normal":
-            parameter.normal_(0.0, extra.std)
+        if extra.init == "normal":
+            parameter.normal_(0.0, extra.width)
+        elif extra.init == "uniform":
+            parameter.uniform_(-extra.width, extra.width)
+        elif isinstance(extra.init, str):
+            parameter.copy_(getattr(self, extra.init))
         else:
             parameter.fill_(extra.init)
 
@@ -145,12 +153,14 @@ class LigerAttention:
         scores = keep_scores(plain_k, self.keep_score) if self.liger_kept else None
         if self.liger_spec.positions == "rope":
             plain_q, plain_k = rotated_q, rotated_k
-        branches = (*self._features(plain_q, plain_k), v, rotated_q, rotated_k, gate, scores)
+        features = self._features(plain_q, plain_k, position_embeddings, **kwargs)
+        branches = (*features, v, rotated_q, rotated_k, gate, scores)
         settings = {
             "spec": self.liger_spec,
             "window": self.liger_window,
             "mix": self.liger_mix,
             "scales": self._scales(),
+            "key_map": self.feature_k if self.liger_spec.feature_params == "learned" else None,
             "scaling": self.scaling,
             "softcap": self._softcap(),
             "dropout": self._dropout(),
@@ -188,8 +198,11 @@ class LigerAttention:
         return q, k
 
     def _gate_logits(self, hidden_states, q, k, v):
-        """The gate's logits [B, Hkv, T, W]: pooled from a projection, learned from the hidden state, or their sum."""
+        """The gate's logits [B, Hkv, T, W]: pooled from a projection, learned from the hidden state, or their sum;
+        [B, Hq, T, W] where query heads of a group differ."""
         spec, gate = self.liger_spec, GATES[self.liger_spec.gate]
+        if gate.per_query_head:
+            return gate.pool(q, spec)
         learned = spec.gate_params == "learned"
         if learned:
             low = hidden_states.float() @ self.gate_down.T
@@ -202,20 +215,30 @@ class LigerAttention:
         pooled = gate.pool(source, spec)
         return pooled + logits if learned else pooled
 
-    def _features(self, q, k):
-        """q and k through the learned linear maps, where the layer has them. [B, H, T, D] -> [B, H, T, F]"""
-        if self.liger_spec.feature_params != "learned":
-            return q, k
-        q = q.float() @ self.feature_q.mT + self.feature_q_bias[:, None]
-        k = k.float() @ self.feature_k.mT + self.feature_k_bias[:, None]
-        return q, k
+    def _features(self, q, k, position_embeddings, **kwargs):
+        """q and k as the recurrence's gate takes them, but for the keys' map for each head: a key that enters the
+        recurrence later is mapped then. [B, H, T, D] -> [B, H, T, F or D]"""
+        spec = self.liger_spec
+        if spec.feature_params == "learned":
+            q = q.float() @ self.feature_q.mT
+        elif spec.feature_params == "dense":
+            shared = q.shape[1] == k.shape[1]
+            weight, bias = (self.feature_q, self.feature_q_bias) if shared else (self.feature_k, self.feature_k_bias)
+            q = _across_heads(q, self.feature_q, self.feature_q_bias)
+            k = _across_heads(k, weight, bias)
+        if spec.positions == "after":
+            q, k = self.rotate(mapped(q, spec), mapped(k, spec), position_embeddings, **kwargs)
+        return q, k * self.head_dim**-0.5 if spec.feature_params == "dense" else k
 
     def _scales(self):
         """The coefficients of both branches, [Hq] each; None where `mix` decides or a branch is off."""
-        if not self.liger_spec.branch_scales or self.liger_mode == "window":
+        spec = self.liger_spec
+        if self.liger_mode == "window" or (spec.mix == 1 and self.liger_window > 0):
             return None
-        dropped = self.liger_spec.mix == 1 and self.liger_window > 0
-        return None if dropped else (self.grm_scale, self.swa_scale)
+        if spec.normalizer == "joint-max" and spec.mix > 0:
+            factor = self.window_factor.sigmoid()
+            return torch.ones_like(factor), factor
+        return (self.grm_scale, self.swa_scale) if spec.branch_scales else None
 
     def project_output(self, output):
         """[B, T, Hq * D] -> [B, T, D_model]"""

@@ -12,7 +12,7 @@ from .liger_config import LayerSpec
 from .liger_gates import GATES
 from .liger_heads import with_softmax_heads
 from .liger_kept import add_kept, empty_memory, kept_attention, remember
-from .liger_window import reach, window_attention
+from .liger_window import leaving, reach, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
 # has no use for small pieces; there they only bound the memory.
@@ -23,15 +23,15 @@ CUDA_PIECE_SIZE = 16384
 def mixed_attention(
     q, k, v, rotated_q, rotated_k, gate, scores, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
     cache: LigerCacheLayer | None = None, scales=None, softcap=None, sink_logits=None, dropout: float = 0.0,
-    within_window=None, local_window=None, recompute: bool = False,
+    within_window=None, local_window=None, recompute: bool = False, key_map=None,
 ):  # fmt: skip
     """Both branches over T new tokens.
 
     Args:
-        q: [B, Hq, T, F] and k: [B, Hkv, T, F], read by the recurrence.
+        q: [B, Hq, T, F] and k: [B, Hkv, T, F], read by the recurrence; F is D in k where there is a `key_map`.
         v: [B, Hkv, T, D].
         rotated_q: [B, Hq, T, D] and rotated_k: [B, Hkv, T, D], after RoPE, read by the window.
-        gate: [B, Hkv, T, W], the gate's logits.
+        gate: [B, Hkv, T, W], the gate's logits; [B, Hq, T, W] where query heads of a group differ.
         scores: [B, Hkv, T, 1], by which tokens are kept (see `liger_kept`), or None.
         spec: the layer's settings; `window` and `mix` are those in use.
         scales: coefficients of the recurrence and of the window, [Hq] each, in place of `mix` where both run.
@@ -42,14 +42,15 @@ def mixed_attention(
         local_window: the base's own window, which the layer's softmax heads keep; None where they see the whole text.
         recompute: run each branch again in backward instead of keeping what it computes on the way, which is more than
             a layer's MLP keeps.
+        key_map: [Hq, F, D], a linear map of the recurrence's keys for each query head, or None.
     Returns:
         [B, T, Hq, D] in v's dtype.
     """
     if spec.softmax_kv_heads:
         return with_softmax_heads(
             mixed_attention, q, k, v, rotated_q, rotated_k, gate, scores, spec, valid, cache, scales, sink_logits,
-            within_window, local_window, window=window, mix=mix, scaling=scaling, softcap=softcap, dropout=dropout,
-            recompute=recompute,
+            within_window, local_window, key_map, window=window, mix=mix, scaling=scaling, softcap=softcap,
+            dropout=dropout, recompute=recompute,
         )  # fmt: skip
     length = q.shape[2]
     past = 0 if cache is None else cache.get_seq_length()
@@ -62,8 +63,8 @@ def mixed_attention(
         scores = scores if cache is None else cache.update_scores(scores)
     keys, values, seen = (rotated_k, v, valid) if cache is None else cache.update(rotated_k, v, valid)
     states = None if cache is None else cache.states
-    joint = spec.normalizer == "joint" and mix > 0
-    whole = past == 0 and length <= window and within_window is not None and not joint
+    joint = spec.joint and mix > 0
+    whole = past == 0 and length <= window and within_window is not None and (spec.delayed or not joint)
     size = CUDA_PIECE_SIZE if v.is_cuda else PIECE_SIZE
     if torch.is_grad_enabled() or whole or (mix == 0 and scores is None):
         size = length
@@ -73,10 +74,13 @@ def mixed_attention(
     for start in range(0, max(length, 1), max(size, 1)):
         at = slice(start, start + size)
         recurrent = local = total = lse = None
-        if mix > 0:
-            here = None if valid is None else valid[:, at]
-            inputs = (q[:, :, at], k[:, :, at], v[:, :, at], gate[:, :, at])
-            recurrent, total, states = run(_recurrent, *inputs, spec, here, states)
+        rows = min(size, length - start)
+        remembers = not spec.delayed or states is not None or before + start + rows > window
+        if mix == 1 or (mix > 0 and remembers):
+            entering = (k[:, :, at], v[:, :, at], None if valid is None else valid[:, at])
+            if spec.delayed:
+                entering = leaving(keys, values, seen, before, start, rows, window, sinks)
+            recurrent, total, states = run(_recurrent, q[:, :, at], *entering, gate[:, :, at], key_map, spec, states)
         if whole:
             local = within_window(valid)
         elif window == 0 and mix < 1:
@@ -94,7 +98,7 @@ def mixed_attention(
                 softcap,
                 sink_logits,
                 None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
-                need_lse=joint or scores is not None,
+                need_lse="relative" if joint and spec.normalizer == "joint-max" else joint or scores is not None,
                 dropout=dropout,
                 backend=spec.backend,
             )
@@ -206,11 +210,18 @@ def _combine(recurrent, total, local, lse, mix: float, scales=None, out=None):
     return torch.lerp(local.float(), recurrent, mix, out=out)
 
 
-def _recurrent(q, k, v, gate_logits, spec, valid, states):
-    """The gated recurrence in float32. Output [B, Hq, T, D], its denominator [B, Hq, T, 1] or None, and the states."""
+def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states):
+    """The gated recurrence in float32: query t reads the state once k and v of row t are in it.
+
+    Output [B, Hq, T, D], its denominator [B, Hq, T, 1] or None, and the states.
+    """
     gate, dtype = GATES[spec.gate], v.dtype
     q, k, v = q.float(), k.float(), v.float()
-    denominator = spec.normalizer if spec.normalizer in ("running", "joint") else gate.denominator
+    if key_map is not None:
+        k = (k.unsqueeze(2) @ key_map.unflatten(0, (k.shape[1], -1)).mT).flatten(1, 2)
+    heads = max(k.shape[1], gate_logits.shape[1])
+    k, v, gate_logits = (_for_heads(x, heads) for x in (k, v, gate_logits))
+    denominator = spec.normalizer if spec.divides else gate.denominator
     if denominator:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     inputs = gate.inputs(q, k, v, gate_logits.float(), spec)
@@ -235,6 +246,11 @@ def _recurrent(q, k, v, gate_logits, spec, valid, states):
     # max1: mLSTM (arXiv 2405.04517, eq. 21). Else nothing has been written yet where the sum is 0.
     floor = 1.0 if denominator == "max1" else torch.finfo(output.dtype).tiny
     return output / total.abs().clamp_min(floor), total, states
+
+
+def _for_heads(x, heads: int):
+    """[B, H, T, D] -> [B, heads, T, D]: what a group shares, for each of its heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _sinks(k, v, valid, cache, past: int, count: int):

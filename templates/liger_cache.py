@@ -243,7 +243,8 @@ def adapt_cache(cache: Cache, attentions) -> None:
         if int(layer.get_seq_length()) > 0:
             raise ValueError("this cache was filled in another attention mode; start with an empty one")
         spec = attention.liger_spec
-        window, local_window = attention.liger_window, attention.local_window
+        # A token that leaves the window is still needed: then it enters the recurrence.
+        window, local_window = attention.liger_window + spec.delayed, attention.local_window
         cache.layers[index] = (
             LigerCacheLayer(window, spec.sinks, local_window) if attention.keeps_state else DynamicLayer()
         )

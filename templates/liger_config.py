@@ -13,9 +13,10 @@ from .liger_gates import GATES
 
 FORMAT = 1
 KINDS = ("liger", "softmax", "base")
-NORMALIZERS = ("none", "running", "joint", "group")
+NORMALIZERS = ("none", "running", "joint", "joint-max", "group")
 FEATURE_MAPS = ("softmax", "none", "relu", "hedgehog")
-POSITIONS = ("none", "rope")
+FEATURE_PARAMS = ("fixed", "learned", "dense")
+POSITIONS = ("none", "rope", "after")
 GATE_SOURCES = ("k", "q", "v")
 GATE_POOLINGS = ("mean", "max")
 BACKENDS = ("auto", "torch", "fla")
@@ -39,14 +40,21 @@ class LayerSpec:
         mix: coefficient of the recurrent branch; the window's is 1 - mix (Liger, eq. 9).
         normalizer: `none` sums over the memory as the paper does (`mlstm` divides by max(|phi(q) . z|, 1), which keeps
             mLSTM's bound without its input gate, for which there are no parameters), `running` divides by phi(q) . z,
-            `joint` shares one denominator between the memory and the window, `group` normalises each head's output to
-            mean 0 and variance 1 (RetNet's and SUPRA's GroupNorm, without weights).
+            `joint` shares one denominator between the memory and the window, `joint-max` does so with the window's
+            weights as exp(s - max s), max over the window, times a learned factor for each query head (`window_factor`,
+            whose sigmoid starts as 1 - mix), and the memory's times 1 (LoLCATs, arXiv 2410.10254, eq. 6, and its code),
+            `group` normalises each head's output to mean 0 and variance 1 (RetNet's and SUPRA's GroupNorm, without
+            weights).
         branch_scales: two coefficients for each query head (`grm_scale`, `swa_scale`) in place of `mix` and 1 - mix.
         feature_map: phi, applied to queries and keys of the recurrent branch. The delta gates, which take vectors of
             length 1, have no use for `softmax` and normalise without it.
-        feature_params: `fixed`, or `learned`: a linear map for each head before phi, starting as the identity.
-        feature_dim: outputs of that linear map; None takes the head dimension.
-        positions: `none` gives the recurrence queries and keys before the rotary embedding, `rope` after it.
+        feature_params: `fixed`; `learned`: before phi a linear map for each query head, for its queries and for its
+            keys, random at first (LoLCATs); `dense`: one linear map with a bias across all heads, and keys times
+            D^-1/2 (SUPRA).
+        feature_dim: outputs of a `learned` map; None takes the head dimension.
+        positions: `none` gives the recurrence queries and keys before the rotary embedding, `rope` after it, `after`
+            turns them once they went through phi (SUPRA).
+        delayed: a token enters the recurrence when it leaves the window, so that none counts twice (LoLCATs).
         gate_params: `pooled` (no parameters), or `learned`: a low-rank projection of the hidden state as well.
         gate_init: `pooled` adds the learned projection, from zero, to the pooled gate; `random` puts a random one in
             its place (the paper's ablation).
@@ -57,7 +65,7 @@ class LayerSpec:
             what it was on the shipped base, untrained, was within 1.2 % of the maximum's (see the README).
         gate_normalizer: divisor of the log gate; None takes the gate's own default (16 for `gla`, as released).
         gate_lower_bound: lower bound of the decay (HGRN2's gamma).
-        slots: memory slots of `gsa`.
+        slots: memory slots of `gsa`; by default as many as the paper's released models have.
         softmax_kv_heads: key/value heads, 0-based, that stay full softmax with their query heads; in JSON a list. At
             least one head is Liger's: for all of them there is `kind` softmax.
         backend: what runs the kernels, `auto`, `torch` or `fla` (see `liger_backend`): the block's, not a layer's own.
@@ -75,6 +83,7 @@ class LayerSpec:
     feature_params: str = "fixed"
     feature_dim: int | None = None
     positions: str = "none"
+    delayed: bool = False
     gate_params: str = "pooled"
     gate_init: str = "pooled"
     gate_rank: int = 16
@@ -82,7 +91,7 @@ class LayerSpec:
     gate_pooling: str = "mean"
     gate_normalizer: float | None = None
     gate_lower_bound: float = 0.0
-    slots: int = 64
+    slots: int = 128
     softmax_kv_heads: tuple[int, ...] = ()
     backend: str = "auto"
 
@@ -100,12 +109,16 @@ class LayerSpec:
         _require(self.feature_map in FEATURE_MAPS, "feature_map", self.feature_map, f"one of {', '.join(FEATURE_MAPS)}")
         ok = isinstance(self.branch_scales, bool)
         _require(ok, "branch_scales", self.branch_scales, "true or false")
-        _require(self.feature_params in ("fixed", "learned"), "feature_params", self.feature_params, "fixed or learned")
+        ok = self.feature_params in FEATURE_PARAMS
+        _require(ok, "feature_params", self.feature_params, f"one of {', '.join(FEATURE_PARAMS)}")
         ok = self.feature_dim is None or (_is_int(self.feature_dim) and self.feature_dim > 0)
         _require(ok, "feature_dim", self.feature_dim, "a positive whole number")
-        if self.feature_params == "fixed":
-            _require(self.feature_dim is None, "feature_dim", self.feature_dim, "left out: no feature map is learned")
+        if self.feature_params != "learned":
+            _require(self.feature_dim is None, "feature_dim", self.feature_dim, "left out without a map for each head")
         _require(self.positions in POSITIONS, "positions", self.positions, f"one of {', '.join(POSITIONS)}")
+        if self.positions == "after":
+            ok = GATES[self.gate].rule == "decay" and self.feature_map != "hedgehog" and self.feature_dim is None
+            _require(ok, "positions", self.positions, "none or rope with this gate and feature map")
         _require(self.gate_params in ("pooled", "learned"), "gate_params", self.gate_params, "pooled or learned")
         _require(self.gate_init in ("pooled", "random"), "gate_init", self.gate_init, "pooled or random")
         if self.gate_init == "random":
@@ -127,15 +140,39 @@ class LayerSpec:
         _require(ok, "softmax_kv_heads", heads, "a list of heads in ascending order, each once")
         object.__setattr__(self, "softmax_kv_heads", tuple(heads))
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
-        if self.normalizer in ("running", "joint"):
-            gate = GATES[self.gate]
-            ok = gate.rule == "decay"
+        if GATES[self.gate].fixed:
+            _require(self.gate_params == "pooled", "gate_params", self.gate_params, f"pooled with `{self.gate}`")
+        if self.divides:
+            ok = GATES[self.gate].rule == "decay"
             _require(ok, "normalizer", self.normalizer, f"none: `{self.gate}` is not a sum that could be divided")
-            _require(self.feature_map != "none", "normalizer", self.normalizer, "none without positive features")
-        if self.normalizer == "joint":
+            ok = self.feature_map != "none" and self.positions != "after"
+            _require(ok, "normalizer", self.normalizer, "none without positive features")
+        if self.joint:
             _require(self.window > 0, "normalizer", self.normalizer, "none or running where the window is 0")
+        if self.normalizer == "joint-max":
+            _require(not self.branch_scales, "branch_scales", True, "false: joint-max has a factor of its own")
+            _require(self.kept == 0, "kept", self.kept, "0 with the normalizer joint-max")
+        _require(isinstance(self.delayed, bool), "delayed", self.delayed, "true or false")
+        if self.delayed:
+            _require(self.joint, "delayed", True, "false without a denominator that the window shares")
+            _require(
+                self.kept == 0, "kept", self.kept, "0 where tokens enter the recurrence when they leave the window"
+            )
+            _require(GATES[self.gate].fixed, "delayed", True, f"false with `{self.gate}`, whose decay the text decides")
+            ok = self.positions == "rope" and self.feature_params != "dense"
+            _require(ok, "delayed", True, "false where the recurrence does not read the keys of the window")
         if self.kind == "liger" and self.window == 0:
             _require(self.mix > 0, "mix", self.mix, "more than 0 where the window is 0, or the layer has no output")
+
+    @property
+    def joint(self) -> bool:
+        """Whether the recurrence and the window share a denominator."""
+        return self.normalizer in ("joint", "joint-max")
+
+    @property
+    def divides(self) -> bool:
+        """Whether the state has a column for what its sums are divided by."""
+        return self.joint or self.normalizer == "running"
 
     def to_dict(self) -> dict:
         """The JSON form: for layers that are not Liger's only the kind, since nothing else applies."""

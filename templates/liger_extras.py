@@ -1,9 +1,10 @@
 """Tensors that a Liger layer may have beside its family's own, only where the config asks for them. No torch here.
 
 Each is a float32 parameter of the layer's attention: its shape and its initial value, at which the layer computes what
-it would compute without it (but for `gate_init: random`, and feature maps that are learned from the identity).
+it would compute without it (but for `gate_init: random` and feature maps, which start at random as published).
 """
 
+import math
 from dataclasses import dataclass
 
 from .liger_gates import GATES
@@ -12,6 +13,7 @@ from .liger_gates import GATES
 NAMES = (
     "grm_scale",
     "swa_scale",
+    "window_factor",
     "keep_score",
     "feature_q",
     "feature_k",
@@ -29,14 +31,14 @@ class Extra:
 
     Attributes:
         shape: of the parameter.
-        init: a number to fill it with; `eye` for the identity in the last two dimensions (cut or padded with zeros);
-            `normal` for a normal distribution.
-        std: of `normal`.
+        init: a number to fill it with; `normal` or `uniform` for a random distribution around 0; or the name of the
+            layer's tensor whose values it starts with.
+        width: standard deviation of `normal`, largest value of `uniform`.
     """
 
     shape: tuple[int, ...]
     init: float | str = 0.0
-    std: float = 0.0
+    width: float = 0.0
 
 
 def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> dict[str, Extra]:
@@ -44,8 +46,13 @@ def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: i
 
     - `grm_scale`, `swa_scale` [Hq] (`branch_scales`): coefficients of the two branches, for each query head.
     - `keep_score` [Hkv, D] (`kept`): weights of the score of a key; from zero, at which the latest tokens are kept.
-    - `feature_q` [Hq, F, D], `feature_k` [Hkv, F, D] and their biases (`feature_params: learned`): a linear map before
-      the feature map.
+    - `window_factor` [Hq] (`normalizer: joint-max`): its sigmoid is the coefficient of the window.
+    - `feature_q` and `feature_k` [Hq, F, D] (`feature_params: learned`): linear maps before the feature map, for the
+      queries and the keys of each query head. Uniform as torch's `kaiming_uniform_` fills a [D, F] tensor of H heads,
+      keys as queries: so LoLCATs' code.
+    - `feature_q` [Hq * D, Hq * D] and `feature_q_bias` (`feature_params: dense`): a linear map across heads, for
+      queries and keys alike; where there are fewer key/value heads, keys have `feature_k` [Hkv * D, Hkv * D] and
+      `feature_k_bias`. Uniform as in torch's `Linear`: so SUPRA's code.
     - `gate_down` [R, D_model], `gate_up` [Hkv, W, R], `gate_bias` [Hkv, W] (`gate_params: learned`): a low-rank
       projection of the hidden state, added to the pooled gate (`gate_init: pooled`) or in its place (`random`).
     """
@@ -55,14 +62,21 @@ def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: i
     if spec.branch_scales:
         found["grm_scale"] = Extra((num_heads,), float(spec.mix))
         found["swa_scale"] = Extra((num_heads,), float(1 - spec.mix))
+    if spec.normalizer == "joint-max" and 0 < spec.mix < 1:
+        found["window_factor"] = Extra((num_heads,), math.log((1 - spec.mix) / spec.mix))
     if spec.kept:
         found["keep_score"] = Extra((num_key_value_heads, head_dim))
     if spec.feature_params == "learned":
         width = spec.feature_dim or head_dim
-        found["feature_q"] = Extra((num_heads, width, head_dim), "eye")
-        found["feature_k"] = Extra((num_key_value_heads, width, head_dim), "eye")
-        found["feature_q_bias"] = Extra((num_heads, width))
-        found["feature_k_bias"] = Extra((num_key_value_heads, width))
+        shape = (num_heads, width, head_dim)
+        found["feature_q"] = Extra(shape, "uniform", math.sqrt(6 / (width * head_dim)))
+        found["feature_k"] = Extra(shape, "feature_q")
+    elif spec.feature_params == "dense":
+        for name, heads in (("feature_q", num_heads), ("feature_k", num_key_value_heads)):
+            if name == "feature_q" or heads != num_heads:
+                width = heads * head_dim
+                found[name] = Extra((width, width), "uniform", width**-0.5)
+                found[f"{name}_bias"] = Extra((width,), "uniform", width**-0.5)
     if spec.gate_params == "learned":
         width = GATES[spec.gate].width(spec, head_dim)
         random = spec.gate_init == "random"

@@ -5,7 +5,8 @@ formulas and state sizes, and has to answer without loading torch.
 
 Shapes: q [B, Hq, T, F], k [B, Hkv, T, F] and v [B, Hkv, T, D], float32 and (unless the config says otherwise) before
 RoPE; the gate's logits p [B, Hkv, T, W], pooled from a projection, learned, or both; decays are logarithms. F is D
-unless a feature map is learned with another width.
+unless a feature map is learned with another width. Where keys or decays differ between the query heads of a group
+(`state_heads`), k, v and p have Hq heads.
 Source of the table: Liger (arXiv 2503.01496), Table 1, unless a row says otherwise.
 """
 
@@ -57,6 +58,8 @@ class Gate:
         inputs: (q, k, v, p, spec) -> RecurrenceInputs; p are the gate's logits.
         pool: (x, spec) -> p: the parameter-free pooling of a projection x [B, Hkv, T, D] to logits.
         width: (spec, head_dim) -> W, the number of logits of a head.
+        fixed: the decay does not come from the text, so there are no logits that could be learned.
+        per_query_head: decays differ between the query heads of a group; `pool` is given queries.
         normalizer: divisor of the log gate where the config gives none.
         denominator: `max1` divides by max(|q . z|, 1) as mLSTM does, unless the config's `normalizer` names another;
             None leaves the sum as it is.
@@ -68,21 +71,39 @@ class Gate:
     inputs: Callable
     pool: Callable
     width: Callable
+    fixed: bool = False
+    per_query_head: bool = False
     normalizer: float = 1.0
     denominator: str | None = None
 
     def state_shapes(self, spec, head_dim: int) -> list[tuple[int, int]]:
-        """Shapes of the float32 states of one key/value head."""
+        """Shapes of the float32 states of one head (see `state_heads`)."""
         features = feature_width(spec, head_dim)
         if self.rule == "slots":
             return [(features, spec.slots), (spec.slots, head_dim)]
-        extra = 1 if self.rule == "decay" and (self.denominator or spec.normalizer in ("running", "joint")) else 0
+        extra = 1 if self.rule == "decay" and (self.denominator or spec.divides) else 0
         return [(features, head_dim + extra)]
+
+
+def state_heads(spec, num_heads: int, num_key_value_heads: int) -> int:
+    """Number of states: one for each key/value head, or for each query head where keys or decays differ by these."""
+    own = spec.feature_params == "learned" or GATES[spec.gate].per_query_head
+    return num_heads if own else num_key_value_heads
 
 
 def feature_map(x, spec):
     """phi: softmax over the head dimension (Liger, eq. 7), the identity, ReLU (SUPRA, arXiv 2405.06640) or the softmax
-    over x and -x (Hedgehog, arXiv 2402.04347), which has twice as many features."""
+    of x beside that of -x (Hedgehog, as LoLCATs has it, arXiv 2410.10254), which has twice as many features.
+
+    Where positions come after it, x has been mapped already.
+    """
+    if spec.positions == "after":
+        return x
+    return mapped(x, spec)
+
+
+def mapped(x, spec):
+    """phi(x), wherever the positions come. [B, H, T, D] -> [B, H, T, F]"""
     if spec.feature_map == "softmax":
         # A projection lies in memory as [B, T, H, D]; torch copies it to the order it is given in.
         return x.transpose(1, 2).softmax(-1).transpose(1, 2)
@@ -91,7 +112,7 @@ def feature_map(x, spec):
     if spec.feature_map == "hedgehog":
         from torch import cat
 
-        return cat([x, -x], dim=-1).softmax(-1)
+        return cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
     return x
 
 
@@ -171,7 +192,7 @@ def _gsa(q, k, v, p, spec):
     from torch.nn.functional import logsigmoid
 
     log_decay = logsigmoid(p) / _divisor(spec, "gsa")
-    return RecurrenceInputs(q * q.shape[-1] ** -0.5, k, v, log_decay, write=-log_decay.expm1())
+    return RecurrenceInputs(q, k, v, log_decay, write=-log_decay.expm1())
 
 
 def _hgrn2(q, k, v, p, spec):
@@ -212,12 +233,42 @@ def _none(q, k, v, p, spec):
     return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, p * 0.0)
 
 
-def _retnet(q, k, v, p, spec):
-    from torch import arange, log1p
+def _of_heads(name: str):
+    """A decay for each head: the logits are its logarithm."""
 
-    heads = arange(k.shape[1], device=k.device, dtype=k.dtype)
-    log_decay = log1p(-(2.0 ** (-5 - heads))).view(1, -1, 1, 1) / _divisor(spec, "retnet")
-    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, log_decay + p * 0.0)
+    def inputs(q, k, v, p, spec):
+        return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, p / _divisor(spec, name))
+
+    return inputs
+
+
+def _pool_retnet(x, spec):
+    """log(1 - 2^(-5-h)) for each head, h from 0. [B, H, T, 1]"""
+    from torch import log1p
+
+    return _for_tokens(log1p(-(2.0 ** (-4 - _numbered(x)))), x)
+
+
+def _pool_lightning(x, spec):
+    """Minus ALiBi's slope for each head: 2^(-8h/H), h from 1; where H is no power of 2, those of the power below it,
+    then every second one of the power above (arXiv 2108.12409, and its code). [B, H, T, 1]"""
+    from torch import cat
+
+    power = 1 << (x.shape[1].bit_length() - 1)
+    heads = _numbered(x)
+    places = cat([heads[:power], heads[: x.shape[1] - power] - 0.5])
+    return _for_tokens(-(2.0 ** (-8 * places / power)), x)
+
+
+def _numbered(x):
+    """The heads of x [B, H, T, D], numbered from 1, in float32 or better. [H]"""
+    from torch import arange, float32, promote_types
+
+    return arange(1, x.shape[1] + 1, device=x.device, dtype=promote_types(x.dtype, float32))
+
+
+def _for_tokens(log_decay, x):
+    return log_decay.view(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[2], 1)
 
 
 def _unit(x, spec):
@@ -288,9 +339,29 @@ GATES = {
             _one,
         ),
         Gate("rwkv6", "S_t = diag(exp(-exp(p))) S_{t-1} + phi(k)^T v", "decay", _rwkv6, _pool_channels, _channels),
-        Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none, _pool_head, _one),
-        # Not in the paper's table: RetNet (arXiv 2307.08621), section 2.1, as SUPRA uses it.
-        Gate("retnet", "S_t = (1 - 2^(-5-h)) S_{t-1} + phi(k)^T v, h the head", "decay", _retnet, _pool_head, _one),
+        Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none, _pool_head, _one, fixed=True),
+        # Not in the paper's table: RetNet (arXiv 2307.08621), section 2.1, as SUPRA's paper has it.
+        Gate(
+            "retnet",
+            "S_t = (1 - 2^(-5-h)) S_{t-1} + phi(k)^T v, h the query head",
+            "decay",
+            _of_heads("retnet"),
+            _pool_retnet,
+            _one,
+            fixed=True,
+            per_query_head=True,
+        ),
+        # Not in the paper's table: Lightning Attention's decays (arXiv 2401.04658), as SUPRA's code has them.
+        Gate(
+            "lightning",
+            "S_t = exp(-2^(-8h/H)) S_{t-1} + phi(k)^T v, h the query head from 1",
+            "decay",
+            _of_heads("lightning"),
+            _pool_lightning,
+            _one,
+            fixed=True,
+            per_query_head=True,
+        ),
         # Not in the paper's table: gated delta rule (arXiv 2412.06464), Kimi delta attention (arXiv 2510.26692).
         Gate(
             "gdn",

@@ -17,7 +17,7 @@ PIECE_SIZE = 1024
 
 def with_softmax_heads(
     attention, q, k, v, rotated_q, rotated_k, gate, scores, spec, valid=None, cache=None, scales=None, sink_logits=None,
-    within_window=None, local_window=None, **settings,
+    within_window=None, local_window=None, key_map=None, **settings,
 ):  # fmt: skip
     """`mixed_attention` for the key/value heads that are Liger's, full softmax attention for `spec.softmax_kv_heads`.
 
@@ -63,7 +63,7 @@ def with_softmax_heads(
         v[:, others],
         rotated_q[:, other_queries],
         rotated_k[:, others],
-        gate[:, others],
+        gate[:, other_queries if gate.shape[1] > k.shape[1] else others],
         None if scores is None else scores[:, others],
         spec=_without(spec),
         valid=valid,
@@ -71,6 +71,7 @@ def with_softmax_heads(
         scales=None if scales is None else tuple(scale[other_queries] for scale in scales),
         sink_logits=None if sink_logits is None else sink_logits[other_queries],
         within_window=None if family is None else lambda valid: family(valid)[:, other_queries],
+        key_map=None if key_map is None else key_map[other_queries],
         **settings,
     )
     output = linear.new_empty(batch, length, heads, dim)

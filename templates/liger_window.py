@@ -28,7 +28,7 @@ def window_attention(
     softcap=None,
     sink_logits=None,
     sinks=None,
-    need_lse: bool = False,
+    need_lse: bool | str = False,
     dropout: float = 0.0,
     backend: str = "auto",
 ):
@@ -45,7 +45,8 @@ def window_attention(
         sinks: (keys, values, age) of the first tokens of the text, [B, Hkv, N, D] twice and [B, N] int: how far each
             lies before query 0, hugely negative where the slot is empty. Visible once they have left the window.
         dropout: probability of dropping a softmax weight.
-        need_lse: also return the log of the softmax's denominator, in float32 or better.
+        need_lse: also return the log of the softmax's denominator, in float32 or better; `relative` returns that of
+            its sum of exp(s - max s).
         backend: `torch` keeps flash-attn out; else it is used where it can be (see `liger_backend.flash_window`).
     Returns:
         o [B, Hq, T, D] in q's dtype, and lse [B, Hq, T] or None.
@@ -114,6 +115,31 @@ def _block(window: int) -> int:
 def reach(window: int) -> int:
     """Past tokens that whole blocks of queries are given: those the window sees, rounded up to blocks."""
     return _whole(window, _block(window))
+
+
+def leaving(keys, values, valid, past: int, start: int, rows: int, window: int, sinks=None):
+    """The tokens that leave the window, one a query: behind the one that leaves before query i, no query from i on
+    sees it in the window.
+
+    Args:
+        keys, values: [B, Hkv, P + T, D], P = `past` tokens before query 0. valid: [B, P + T] bool or None.
+        start, rows: for the queries from `start` on.
+        sinks: as `window_attention` takes them; they never leave.
+    Returns:
+        keys and values [B, Hkv, rows, D], and [B, rows] bool, false where no token leaves; None where all do.
+    """
+    first = past + start - window
+    missing = min(max(-first, 0), rows)
+    at = slice(first + missing, first + rows)
+    keys, values = (torch.nn.functional.pad(x[:, :, at], (0, 0, missing, 0)) for x in (keys, values))
+    if valid is None and sinks is None and not missing:
+        return keys, values, None
+    there = torch.ones_like(keys[:, 0, missing:, 0], dtype=torch.bool) if valid is None else valid[:, at]
+    there = torch.nn.functional.pad(there, (missing, 0), value=False)
+    if sinks is not None:
+        age = torch.arange(window - start, window - start - rows, -1, device=there.device)
+        there = there & ~(sinks[2].unsqueeze(2) == age).any(1)
+    return keys, values, there
 
 
 def _whole(window: int, block: int) -> int:
@@ -272,10 +298,12 @@ class _LogDenominator(torch.autograd.Function):
 def _weights(scores, sink_logits, need_lse, dropout):
     """Softmax weights, and the log of their denominator or None. sink_logits broadcast to the scores' rows, or None."""
     weights = scores.softmax(-1)
-    lse = log_denominator(scores, weights) if need_lse or sink_logits is not None else None
+    lse = log_denominator(scores, weights) if need_lse is True or sink_logits is not None else None
     if sink_logits is not None:
         weights = weights * (lse - sink_logits).sigmoid().unsqueeze(-1)
         lse = torch.logaddexp(lse, sink_logits)
+    if need_lse == "relative":
+        lse = -weights.amax(-1).log()
     if dropout > 0:
         weights = torch.nn.functional.dropout(weights, dropout)
     return weights, lse

@@ -21,6 +21,24 @@ from liger_cli.plan import layer_settings
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 from liger_cli.templates.liger_gates import GATES
 
+LOLCATS = {
+    "gate": "none",
+    "feature_map": "hedgehog",
+    "feature_params": "learned",
+    "positions": "rope",
+    "normalizer": "joint-max",
+    "delayed": True,
+    "mix": 0.9,
+}
+SUPRA = {
+    "gate": "lightning",
+    "feature_map": "relu",
+    "feature_params": "dense",
+    "positions": "after",
+    "normalizer": "group",
+    "window": 0,
+}
+LOGITS = [name for name, gate in GATES.items() if not gate.fixed]
 LEARNED = {
     "scales": {"branch_scales": True},
     "running scales": {"branch_scales": True, "normalizer": "running"},
@@ -33,20 +51,19 @@ LEARNED = {
     "max pooling to slots": {"gate": "gsa", "gate_pooling": "max"},
     "mlstm as an average": {"gate": "mlstm", "normalizer": "running"},
     "scales, no window": {"branch_scales": True, "window": 0},
+    "lolcats": LOLCATS,
+    "lolcats, sinks": LOLCATS | {"sinks": 3},
+    "lolcats, softmax head": LOLCATS | {"softmax_kv_heads": [1], "feature_dim": 8},
+    "lolcats, no recurrence": LOLCATS | {"mix": 0.0},
+    "delayed, joint": {"gate": "retnet", "normalizer": "joint", "positions": "rope", "delayed": True, "sinks": 2},
     "hedgehog": {"feature_map": "hedgehog", "feature_params": "learned", "normalizer": "joint", "positions": "rope"},
     "narrow features": {"feature_params": "learned", "feature_dim": 8},
     "wide features, gdn": {"gate": "gdn", "feature_params": "learned", "feature_dim": 24, "feature_map": "none"},
     "wide features, kda": {"gate": "kda", "feature_params": "learned", "feature_dim": 24},
-    "supra": {
-        "gate": "retnet",
-        "feature_map": "relu",
-        "feature_params": "learned",
-        "positions": "rope",
-        "normalizer": "group",
-        "window": 0,
-    },
+    "supra": SUPRA,
+    "supra, softmax head": SUPRA | {"gate": "lightning", "softmax_kv_heads": [0], "window": 16},
     "random gate": {"gate_params": "learned", "gate_init": "random"},
-} | {f"learned {gate}": {"gate": gate, "gate_params": "learned", "gate_rank": 4, "slots": 8} for gate in GATES}
+} | {f"learned {gate}": {"gate": gate, "gate_params": "learned", "gate_rank": 4, "slots": 8} for gate in LOGITS}
 
 
 def converted(base, tmp_path, **settings):
@@ -62,7 +79,7 @@ def shaken(folder):
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in ("grm_scale", "swa_scale"):
             parameter.data.uniform_(0.2, 1.2)
-        elif name.rpartition(".")[2].startswith(("gate_", "feature_", "keep_")):
+        elif name.rpartition(".")[2].startswith(("gate_", "feature_", "keep_", "window_")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 
@@ -89,7 +106,7 @@ def test_every_way_of_feeding_a_text(tiny_base, tmp_path, settings):
     assert torch.equal(again(ids).logits, whole)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", LOGITS)
 @torch.no_grad()
 def test_a_learned_gate_starts_as_the_pooled_one(tiny_base, tmp_path, gate):
     plain = load_model(converted(tiny_base(), tmp_path / "plain", gate=gate), dtype=torch.float32)
@@ -100,9 +117,9 @@ def test_a_learned_gate_starts_as_the_pooled_one(tiny_base, tmp_path, gate):
 
 
 @torch.no_grad()
-def test_scales_start_as_the_mix_and_feature_maps_as_the_identity(tiny_base, tmp_path):
+def test_scales_start_as_the_mix(tiny_base, tmp_path):
     plain = load_model(converted(tiny_base(), tmp_path / "plain", mix=0.3), dtype=torch.float32)
-    settings = {"branch_scales": True, "feature_params": "learned", "mix": 0.3}
+    settings = {"branch_scales": True, "mix": 0.3}
     learned = load_model(converted(tiny_base(), tmp_path / "learned", **settings), dtype=torch.float32)
     close(learned(tokens(60)).logits, plain(tokens(60)).logits)
 
@@ -204,6 +221,19 @@ def test_layer_settings_add_up():
         {"branch_scales": 1},
         {"gate_rank": 0},
         {"positions": "alibi"},
+        {"gate": "retnet", "gate_params": "learned"},
+        {"feature_params": "dense", "feature_dim": 8},
+        {"positions": "after", "feature_map": "hedgehog"},
+        {"positions": "after", "gate": "gsa"},
+        {"positions": "after", "normalizer": "running"},
+        LOLCATS | {"branch_scales": True},
+        LOLCATS | {"kept": 4},
+        LOLCATS | {"window": 0},
+        LOLCATS | {"positions": "none"},
+        LOLCATS | {"feature_params": "dense"},
+        LOLCATS | {"normalizer": "running"},
+        LOLCATS | {"gate": "gla"},
+        LOLCATS | {"delayed": 1},
     ],
 )
 def test_settings_that_contradict_one_another(wrong):

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 import yaml
+from test_extras import LOLCATS, SUPRA
 
 from liger_cli import adapters, convert, finetune, merge
 from liger_cli.checkpoint import EXTRAS
@@ -15,22 +16,6 @@ from liger_cli.modeling import load_model
 from liger_cli.recipes import Recipe, Stage, load_recipe
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8, "max_steps": 6, "quiet": True}
-LOLCATS = {
-    "gate": "none",
-    "feature_map": "hedgehog",
-    "feature_params": "learned",
-    "positions": "rope",
-    "normalizer": "joint",
-    "mix": 0.9,
-}
-SUPRA = {
-    "gate": "retnet",
-    "feature_map": "relu",
-    "feature_params": "learned",
-    "positions": "rope",
-    "normalizer": "group",
-    "window": 0,
-}
 X = torch.arange(4, 64)[None]
 
 
@@ -76,8 +61,11 @@ def test_trained_saved_loaded_by_peft_and_merged(setup, tmp_path, recipe, settin
     assert report["trainable_extra_parameters"] > 0
     merge.run(adapter, output=tmp_path / "merged", quiet=True)
     wanted = {"q_proj", "k_proj", "v_proj"}
-    wanted |= {"gate_down", "gate_up", "gate_bias"} if recipe == "paper" else {"o_proj", "feature_q", "feature_k"}
-    wanted |= set() if recipe == "paper" else {"feature_q_bias", "feature_k_bias"}
+    wanted |= {
+        "paper": {"gate_down", "gate_up", "gate_bias"},
+        "lolcats": {"o_proj", "feature_q", "feature_k", "window_factor"},
+        "supra": {"o_proj", "feature_q", "feature_k", "feature_q_bias", "feature_k_bias"},
+    }[recipe]
     assert changed(folder, tmp_path / "merged") == wanted
     base = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     tuned = PeftModel.from_pretrained(base, adapter)
@@ -104,7 +92,7 @@ def test_stages_train_what_they_say(setup, tmp_path):
         merge.run(tmp_path / name, output=tmp_path / f"{name}-merged", quiet=True)
     one, other = ((tmp_path / f"{name}-merged" / EXTRAS).read_bytes() for name in ("both", "alone"))
     assert one == other != (folder / EXTRAS).read_bytes()
-    assert changed(folder, tmp_path / "alone-merged") == {"feature_q", "feature_k", "feature_q_bias", "feature_k_bias"}
+    assert changed(folder, tmp_path / "alone-merged") == {"feature_q", "feature_k", "window_factor"}
     assert {"q_proj", "k_proj", "v_proj"} < changed(folder, tmp_path / "both-merged")
     frozen = replace(recipe, name="frozen", stages=(Stage("ce", train="lora"),))
     _, _, report = setup(frozen, LOLCATS, "frozen", max_steps=2)

@@ -101,12 +101,12 @@ class Unit:
 
 
 LOLCATS = (
-    *("--gate", "none", "--feature-map", "hedgehog", "--feature-params", "learned"),
-    *("--positions", "rope", "--normalizer", "joint", "--mix", "0.9"),
+    *("--gate", "none", "--feature-map", "hedgehog", "--feature-params", "learned", "--positions", "rope"),
+    *("--normalizer", "joint-max", "--delayed", "--mix", "0.9"),
 )
 SUPRA = (
-    *("--gate", "retnet", "--feature-map", "relu", "--feature-params", "learned"),
-    *("--positions", "rope", "--normalizer", "group", "--window", "0"),
+    *("--gate", "lightning", "--feature-map", "relu", "--feature-params", "dense", "--positions", "after"),
+    *("--normalizer", "group", "--window", "0"),
 )
 
 # The same number of kept tokens in every layer, where a calibration shares as many out.
@@ -136,7 +136,7 @@ FIRST = (
     Row("heads-auto1", ("--mix", "0", "--softmax-heads", "auto:1"), group="softmax kept"),
     Row("heads-auto2", ("--mix", "0", "--softmax-heads", "auto:2"), group="softmax kept"),
 )
-GATE_ROWS = tuple(Row(gate, ("--gate", gate)) for gate in GATES if gate not in ("gla", "retnet"))
+GATE_ROWS = tuple(Row(gate, ("--gate", gate)) for gate in GATES if gate not in ("gla", "retnet", "lightning"))
 
 
 def _window(recipe: str, name: str, changes: dict | None = None, convert: tuple[str, ...] = ()) -> Row:
@@ -192,7 +192,7 @@ VARIANTS = (
 TRAINED_GATES = tuple(
     Row(f"paper-{gate}", ("--gate", gate), "paper", control="window-only-trained", group="gates")
     for gate in GATES
-    if gate != "gla"
+    if gate not in ("gla", "lightning")
 )
 # Rows between which a difference is claimed.
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
