@@ -9,10 +9,10 @@ from pathlib import Path
 
 from liger_cli.columns import COLUMNS, Subject
 from liger_cli.errors import LigerError, UsageError
+from liger_cli.evaluation.position import Positions, score_positions
 from liger_cli.untrusted import read_bytes
 
 LOGITS_BYTES = 512 << 20  # float32 logits of one batch at most, where the batch size is free
-FIRST_BUCKET = 64  # tokens; the next buckets double
 
 
 @dataclass(frozen=True)
@@ -96,91 +96,33 @@ def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreem
     Args:
         step: called after each batch of each column.
     Returns:
-        `{"perplexity": {column: {token, byte, by_position}}, "agreement": {column: {kl, top1}}}`: `token` is exp of the
-        mean negative log-likelihood, `byte` the same for each UTF-8 byte of the text, `kl` the mean KL divergence
-        (base || column) in nats a token, `top1` the share of positions whose most likely token is the base's.
+        `{"perplexity": {column: {token, byte, by_position}}, "agreement": {column: {kl, top1, by_position}}}`: `token`
+        is exp of the mean negative log-likelihood, `byte` the same for each UTF-8 byte of the text, `kl` the mean KL
+        divergence (base || column) in nats a token, `top1` the share of positions whose most likely token is the
+        base's; by_position has `token` or `kl` for each of `evaluation.position.buckets`.
     Raises:
         LigerError: a loss that is not finite; the sentence names the first layer where that shows.
     """
-    import torch
-
-    length = rows.ids.shape[1] - 1
-    sums = {column: torch.zeros(3, length, dtype=torch.float64) for column in COLUMNS}  # loss, KL, top-1
-    counts = torch.zeros(length, dtype=torch.float64)
+    columns = {column: partial(subject.column, column) for column in COLUMNS}
     size = batch_size_for(rows, subject.liger_model.config.vocab_size, batch_size)
-    for ids, lengths in zip(rows.ids.split(size), rows.lengths.split(size), strict=True):
-        counted = torch.arange(length)[None] < lengths[:, None]  # [B, T]
-        counts += counted.sum(0)
-        base_logits = None
-        for column in COLUMNS:
-            with subject.column(column) as model, torch.inference_mode():
-                run = partial(model, input_ids=ids[:, :-1].to(model.device), use_cache=False)
-                logits = run().logits  # [B, T, V]
-            if column == "base" and agreement:
-                base_logits = logits
-            for row in range(len(ids)):
-                reference = None if base_logits is None else base_logits[row]
-                figures = _compare(logits[row], reference, ids[row, 1:].to(logits.device))
-                sums[column] += torch.where(counted[row], figures.double().cpu(), 0)
-            if not torch.isfinite(sums[column]).all():
-                with subject.column(column):
-                    raise _not_finite(subject, column, run)
-            if step is not None:
-                step()
-    perplexity = {column: _perplexity(sums[column][0], counts, rows) for column in COLUMNS}
-    result = {"perplexity": perplexity}
+    found = score_positions(columns, rows.ids, rows.lengths, batch_size=size, step=step, whose=f" of {subject.folder}")
+    result = {"perplexity": {column: _perplexity(positions, rows) for column, positions in found.items()}}
     if agreement:
         result["agreement"] = {
             column: {
-                "kl": float(sums[column][1].sum() / counts.sum()),
-                "top1": float(sums[column][2].sum() / counts.sum()),
+                "kl": positions.mean("kl"),
+                "top1": positions.mean("top1"),
+                "by_position": positions.by_bucket("kl"),
             }
-            for column in COLUMNS
+            for column, positions in found.items()
         }
     return result
 
 
-def _not_finite(subject: Subject, column: str, run) -> LigerError:
-    from liger_cli.finite import first_non_finite
-
-    original = subject.original if column == "base" else None
-    where = first_non_finite(original if original is not None else subject.liger_model, run)
-    dtype = str(subject.liger_model.dtype).removeprefix("torch.")
-    advice = "; try --dtype float32" if dtype != "float32" else ""
-    return LigerError(
-        f"the {column} column of {subject.folder} has a loss that is not finite in {dtype}"
-        f"{f', first in {where}' if where else ''}{advice}"
-    )
-
-
-def _compare(logits, reference, targets):
-    """Loss, KL and top-1 agreement of one row, [3, T]. logits, reference [T, V]; targets [T]."""
-    import torch
-
-    figures = torch.zeros(3, len(targets), device=logits.device)
-    for first in range(0, len(targets), 256):
-        part = slice(first, first + 256)
-        log_p = logits[part].float().log_softmax(-1)
-        figures[0, part] = -log_p.gather(-1, targets[part, None])[:, 0]
-        if reference is not None:
-            base = reference[part].float().log_softmax(-1)
-            figures[1, part] = (base.exp() * (base - log_p)).sum(-1)
-            figures[2, part] = (log_p.argmax(-1) == base.argmax(-1)).float()
-    return figures
-
-
-def _perplexity(loss, counts, rows: Rows) -> dict:
-    total = float(loss.sum())
-    by_position = {}
-    first, last = 0, FIRST_BUCKET
-    while first < len(loss):
-        held = float(counts[first:last].sum())
-        if held:
-            name = f"{first + 1}-{min(last, len(loss))}"
-            by_position[name] = math.exp(float(loss[first:last].sum()) / held)
-        first, last = last, 2 * last
+def _perplexity(positions: Positions, rows: Rows) -> dict:
+    total = float(positions.loss.sum())
     return {
         "token": math.exp(total / rows.tokens),
         "byte": math.exp(total / rows.nbytes),
-        "by_position": by_position,
+        "by_position": {bucket: math.exp(loss) for bucket, loss in positions.by_bucket("loss").items()},
     }

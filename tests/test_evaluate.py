@@ -89,10 +89,10 @@ def test_perplexity_is_that_of_transformers(subject):
 def test_buckets_make_up_the_whole(subject):
     rows = make_rows(subject.tokenizer, TEXT, seq_len=200)
     found = score(subject, rows, agreement=False)["perplexity"]["base"]
-    assert list(found["by_position"]) == ["1-64", "65-128", "129-200"]
-    counts = [0, 0, 0]
+    assert list(found["by_position"]) == ["1-64", "65-200"]
+    counts = [0, 0]
     for length in rows.lengths.tolist():
-        for index, (first, last) in enumerate(((0, 64), (64, 128), (128, 200))):
+        for index, (first, last) in enumerate(((0, 64), (64, 200))):
             counts[index] += max(0, min(length, last) - first)
     mean = sum(n * math.log(x) for n, x in zip(counts, found["by_position"].values(), strict=True)) / sum(counts)
     assert math.exp(mean) == pytest.approx(found["token"], rel=1e-6)
@@ -121,7 +121,8 @@ def test_agreement_by_hand(subject):
     counted = torch.arange(100)[None] < rows.lengths[:, None]
     assert found["model"]["kl"] == pytest.approx(float(kl[counted].mean()), rel=1e-4)
     assert found["model"]["top1"] == pytest.approx(float(same[counted].double().mean()))
-    assert found["base"] == {"kl": pytest.approx(0, abs=1e-6), "top1": 1.0}
+    assert found["model"]["by_position"]["65-100"] == pytest.approx(float(kl[:, 64:][counted[:, 64:]].mean()), rel=1e-4)
+    assert found["base"] == {"kl": 0.0, "top1": 1.0, "by_position": {"1-64": 0.0, "65-100": 0.0}}
 
 
 def test_recall_needs_the_base(subject):
