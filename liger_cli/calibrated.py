@@ -89,7 +89,7 @@ def calibrated_specs(specs: list[LayerSpec]) -> tuple[LayerSpec, ...]:
 
 def _is_open(specs: list[LayerSpec]) -> bool:
     """Whether nothing was asked for that the kept tokens of a layer depend on, so that they are shared out."""
-    return all(spec.kept == 0 and spec.sinks == 0 for spec in specs if spec.kind == "liger")
+    return all(spec.kept == 0 for spec in specs if spec.kind == "liger")
 
 
 def _calibrated_spec(spec: LayerSpec) -> LayerSpec:

@@ -84,7 +84,9 @@ class Plan:
         in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
         # Room for sinks and kept tokens is there from the first token on.
         cached = in_window + spec.sinks + kept
-        other = spec.sinks * POSITION_BYTES + (in_window + kept) * heads * SCORE_BYTES * bool(kept)
+        if kept:
+            scored = (in_window + spec.sinks + kept) * heads * SCORE_BYTES + POSITION_BYTES * bool(spec.sinks)
+        other = scored if kept else spec.sinks * POSITION_BYTES
         return state + cached * self._token_bytes() * heads // sizes.num_key_value_heads + other
 
     def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
@@ -160,7 +162,7 @@ def with_defaults(settings: dict, calibrate: bool = False) -> dict:
     if not calibrate:
         return found
     gate = GATES.get(found.get("gate", LayerSpec.gate))
-    if "kept" not in found and not found.get("sinks"):
+    if "kept" not in found:
         found["kept"] = 2 * found.get("window", LayerSpec.window)
     if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
         found["normalizer"] = "running" if gate.rule == "decay" else LayerSpec.normalizer

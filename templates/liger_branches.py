@@ -54,13 +54,17 @@ def mixed_attention(
         )  # fmt: skip
     length = q.shape[2]
     past = 0 if cache is None else cache.get_seq_length()
-    sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks) if spec.sinks and mix < 1 else None
-    memory = None
+    sinks, memory, count = None, None, spec.kept + spec.sinks
     if scores is not None:
         scores = scores.squeeze(-1)
+        if spec.sinks:
+            # Never beaten, so that the memory always holds them: one softmax with the kept tokens.
+            scores = scores.masked_fill((_places(valid, cache, scores) < spec.sinks)[:, None], torch.inf)
         scores = scores if valid is None else scores.masked_fill(~valid[:, None], -torch.inf)
         memory = None if cache is None else cache.kept
         scores = scores if cache is None else cache.update_scores(scores)
+    elif spec.sinks and mix < 1:
+        sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks)
     keys, values, seen = (rotated_k, v, valid) if cache is None else cache.update(rotated_k, v, valid)
     states = None if cache is None else cache.states
     joint = spec.joint and mix > 0
@@ -105,7 +109,7 @@ def mixed_attention(
             if scores is not None:
                 kept, kept_lse, memory = run(
                     kept_attention, rotated_q[:, :, at], keys, values, scores, before + start, memory, window,
-                    spec.kept, scaling, softcap, dropout=dropout,
+                    count, scaling, softcap, dropout=dropout,
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
                 lse = lse if joint else None
@@ -116,7 +120,7 @@ def mixed_attention(
     if cache is not None:
         cache.states = states
         if scores is not None:
-            memory = empty_memory(keys, values, spec.kept) if memory is None else memory
+            memory = empty_memory(keys, values, count) if memory is None else memory
             cache.kept = remember(memory, keys, values, scores, keys.shape[2] - window)
     return output
 
@@ -251,6 +255,14 @@ def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states):
 def _for_heads(x, heads: int):
     """[B, H, T, D] -> [B, heads, T, D]: what a group shares, for each of its heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _places(valid, cache, like):
+    """Which tokens of the text these are, padding aside. valid [B, T] or None -> [B, T]; what it says of padding has
+    no meaning."""
+    batch, _, length = like.shape
+    there = valid if valid is not None else torch.ones(batch, length, dtype=torch.bool, device=like.device)
+    return there.cumsum(1) - 1 if cache is None else cache.places(there)
 
 
 def _sinks(k, v, valid, cache, past: int, count: int):

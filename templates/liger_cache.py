@@ -23,8 +23,11 @@ class LigerCacheLayer(CacheLayerMixin):
         keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first.
         valid: [B, <= window - 1] bool, false at padding; None while no padding was seen.
         sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, slot of each, EMPTY where none.
-        kept: keys, values [B, Hkv, kept, D] and scores [B, Hkv, kept] of the kept tokens, oldest first; None before
-            the first update. window_scores: [B, Hkv, <= window - 1], scores of the tokens of `keys`, or None.
+            None where tokens are kept: then the sinks are among those.
+        kept: keys, values [B, Hkv, sinks + kept, D] and scores [B, Hkv, sinks + kept] of the sinks and kept tokens,
+            oldest first; None before the first update.
+        window_scores: [B, Hkv, <= window - 1], scores of the tokens of `keys`, or None.
+        tokens: [B] int64, tokens seen but for padding; None where nothing asks for it.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
         softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
             layer has none. softmax_valid: [B, S] bool, None while no padding was seen.
@@ -39,7 +42,7 @@ class LigerCacheLayer(CacheLayerMixin):
     TENSORS = (
         *("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions"),
         *("softmax_keys", "softmax_values", "softmax_valid"),
-        "window_scores",
+        *("window_scores", "tokens"),
     )
 
     def __init__(self, window: int, sinks: int = 0, local_window: int | None = None):
@@ -55,7 +58,7 @@ class LigerCacheLayer(CacheLayerMixin):
         self.keys = self.values = self.valid = None
         self.softmax_keys = self.softmax_values = self.softmax_valid = None
         self.sink_keys = self.sink_values = self.sink_positions = None
-        self.states = self.kept = self.window_scores = None
+        self.states = self.kept = self.window_scores = self.tokens = None
         self.cumulative_length = 0
         self.is_initialized = False
 
@@ -112,6 +115,12 @@ class LigerCacheLayer(CacheLayerMixin):
             self.sinks,
         )
         return self.sink_keys, self.sink_values, self.sink_positions
+
+    def places(self, valid):
+        """Count T tokens. valid [B, T] bool, false at padding -> which tokens of the text they are, from 0, [B, T]."""
+        counted = valid.cumsum(1) if self.tokens is None else self.tokens[:, None] + valid.cumsum(1)
+        self.tokens = counted[:, -1].clone()
+        return counted - 1
 
     def update_scores(self, scores):
         """Append the scores [B, Hkv, T] of T tokens. Returns those of all that `update` would return."""
@@ -245,6 +254,5 @@ def adapt_cache(cache: Cache, attentions) -> None:
         spec = attention.liger_spec
         # A token that leaves the window is still needed: then it enters the recurrence.
         window, local_window = attention.liger_window + spec.delayed, attention.local_window
-        cache.layers[index] = (
-            LigerCacheLayer(window, spec.sinks, local_window) if attention.keeps_state else DynamicLayer()
-        )
+        sinks = 0 if attention.liger_kept else spec.sinks
+        cache.layers[index] = LigerCacheLayer(window, sinks, local_window) if attention.keeps_state else DynamicLayer()

@@ -35,8 +35,8 @@ class LayerSpec:
         gate: name of a row of `liger_gates.GATES`.
         window: tokens of the softmax window, the token itself included; 0 runs the recurrent branch alone.
         sinks: number of first tokens that stay visible to the window.
-        kept: number of tokens that stay visible to the window after they have left it, chosen by a learned score for
-            each key/value head (see `liger_kept`); the score takes in first tokens, so there are no `sinks` beside it.
+        kept: number of tokens that stay visible to the window after they have left it, beside the sinks, chosen by a
+            learned score for each key/value head (see `liger_kept`).
         mix: coefficient of the recurrent branch; the window's is 1 - mix (Liger, eq. 9).
         normalizer: `none` sums over the memory as the paper does (`mlstm` divides by max(|phi(q) . z|, 1), which keeps
             mLSTM's bound without its input gate, for which there are no parameters), `running` divides by phi(q) . z,
@@ -103,7 +103,6 @@ class LayerSpec:
         _require(_is_int(self.kept) and self.kept >= 0, "kept", self.kept, "a whole number, 0 or more")
         if self.kept:
             _require(self.window > 0, "kept", self.kept, "0 where the window is 0")
-            _require(self.sinks == 0, "sinks", self.sinks, "0 where tokens are kept by their score")
         _require(_is_number(self.mix) and 0 <= self.mix <= 1, "mix", self.mix, "a number from 0 to 1")
         _require(self.normalizer in NORMALIZERS, "normalizer", self.normalizer, f"one of {', '.join(NORMALIZERS)}")
         _require(self.feature_map in FEATURE_MAPS, "feature_map", self.feature_map, f"one of {', '.join(FEATURE_MAPS)}")

@@ -34,7 +34,7 @@ def kept_attention(
 
     Args:
         q: [B, Hq, T, D], the queries at `first`, `first + 1`, ... of the S tokens.
-        keys, values: [B, Hkv, S, D], after RoPE. scores: [B, Hkv, S], -inf at padding.
+        keys, values: [B, Hkv, S, D], after RoPE. scores: [B, Hkv, S], -inf at padding, inf for what is always kept.
         memory: keys, values and scores [B, Hkv, count, ...] of what was kept before, oldest first; None at the start.
         window: a token leaves when it is `window` tokens old.
     Returns:
@@ -196,7 +196,7 @@ def _remembered(pool, since, until, count: int):
 def _step(q, memory, scaling: float, softcap, dropout: float):
     """One query where no token leaves the window: it sees what is kept, and nothing has to be chosen."""
     keys, values, scores = memory
-    visible = scores.isfinite()[:, :, None]
+    visible = (scores > -torch.inf)[:, :, None]
     logits = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() @ keys.float().mT * scaling  # [B, Hkv, G, count]
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
@@ -271,7 +271,7 @@ def _visible(kept, new, count: int):
     beats = torch.cat([newer >= kept.unsqueeze(-2), (newer > older) | ((newer == older) & later)], dim=-1)
     beaten = beaten_before.unsqueeze(-2) + beats.to(torch.int32).cumsum(-2)
     left = torch.nn.functional.pad(later | later.new_ones(rows).diag(), (count, 0), value=True)
-    there = torch.cat([kept, new], dim=-1).isfinite().unsqueeze(-2)
+    there = (torch.cat([kept, new], dim=-1) > -torch.inf).unsqueeze(-2)
     return (beaten < count) & left & there
 
 

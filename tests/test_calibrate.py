@@ -99,7 +99,7 @@ def test_defaults_give_way(tiny_base, tmp_path):
     assert layers()[0]["kept"] == 128 and layers()[0]["normalizer"] == "running" and layers()[0]["branch_scales"]
     assert layers("--window", "32")[0]["kept"] == 64
     assert layers("--kept", "0")[0]["kept"] == 0
-    assert layers("--sinks", "4")[0]["kept"] == 0
+    assert layers("--sinks", "4")[0]["kept"] == 128 and layers("--sinks", "4")[0]["sinks"] == 4
     assert layers("--gate", "gdn")[0]["normalizer"] == "none"
     assert layers("--normalizer", "none")[0]["normalizer"] == "none"
     assert not (tmp_path / "out").exists()

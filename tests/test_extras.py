@@ -46,6 +46,10 @@ LEARNED = {
     "kept": {"kept": 8},
     "kept, window alone": {"kept": 8, "mix": 0.0},
     "kept, joint": {"kept": 5, "normalizer": "joint", "branch_scales": True},
+    "kept, sinks": {"kept": 6, "sinks": 3},
+    "kept, sinks, joint, softmax head": {
+        **{"kept": 5, "sinks": 2, "normalizer": "joint", "branch_scales": True, "softmax_kv_heads": [0]},
+    },
     "kept, softmax head": {"kept": 8, "softmax_kv_heads": [1]},
     "max pooling": {"gate": "gdn", "gate_pooling": "max"},
     "max pooling to slots": {"gate": "gsa", "gate_pooling": "max"},

@@ -7,8 +7,10 @@ import pytest
 import torch
 from test_extras import converted, shaken
 from test_model import close, in_pieces, tokens
+from transformers import AutoModelForCausalLM
 
 from liger_cli.convert import convert
+from liger_cli.modeling import load_model
 from liger_cli.templates import liger_kept
 from liger_cli.templates.liger_kept import add_kept, keep_scores, kept_attention, lifetimes
 from liger_cli.templates.liger_window import window_attention
@@ -81,6 +83,31 @@ def test_both_ways():
         close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("sinks", [1, 4])
+@torch.no_grad()
+def test_sinks_beside_kept_tokens(tiny_base, tmp_path, sinks):
+    """From equal scores the latest tokens are kept: the base under a mask of sinks, kept tokens and window, each seen
+    once, and no sink in the place of a kept token; padded, in pieces, and with a softmax head."""
+    settings = {"window": 16, "kept": 10, "sinks": sinks, "mix": 0.0}
+    base = AutoModelForCausalLM.from_pretrained(tiny_base()).eval()
+    model = load_model(converted(tiny_base(), tmp_path, **settings), dtype=torch.float32).eval()
+    ids = tokens(120)
+    row, column = torch.arange(120)[:, None], torch.arange(120)
+    seen = (column <= row) & ((column > row - 26) | (column < sinks))
+    wanted = base(ids, attention_mask=seen[None, None]).logits
+    close(model(ids).logits, wanted, 1e-5)
+    with torch.enable_grad():
+        close(model(ids).logits.detach(), wanted, 1e-5)
+    for piece in (1, 7, 50):
+        close(in_pieces(model, ids, piece), wanted)
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(129) >= 9).long()[None]
+    close(in_pieces(model, padded, 11, attention_mask=mask)[:, 9:], wanted)
+    model.set_attention_mode("window")
+    seen = (column <= row) & ((column > row - 16) | (column < sinks))
+    close(in_pieces(model, ids, 7), base(ids, attention_mask=seen[None, None]).logits)
+
+
 def test_lifetimes():
     """Two are kept; of equal scores the later one; what has no score never is."""
     scores = torch.tensor([[[-torch.inf, 1.0, 3.0, 2.0, -torch.inf, 3.0, 0.0, 3.0]]])
@@ -145,10 +172,11 @@ def test_families(tiny_base, tmp_path, model_type):
     close(kept, model(ids).logits, 1e-4)
 
 
+@pytest.mark.parametrize("sinks", [0, 3])
 @torch.no_grad()
-def test_generation_with_beams_and_padding(tiny_base, tmp_path):
+def test_generation_with_beams_and_padding(tiny_base, tmp_path, sinks):
     """Beams reorder the memory: beam search is the same with the cache and without."""
-    model = shaken(converted(tiny_base(), tmp_path, kept=8))
+    model = shaken(converted(tiny_base(), tmp_path, kept=8, sinks=sinks))
     ids = tokens(50, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :21] = 0
@@ -157,4 +185,4 @@ def test_generation_with_beams_and_padding(tiny_base, tmp_path):
     again = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
     assert torch.equal(cached, again)
     cache = model(ids, use_cache=True).past_key_values
-    assert cache.layers[0].kept[0].shape == (2, 2, 8, 16)
+    assert cache.layers[0].kept[0].shape == (2, 2, 8 + sinks, 16)

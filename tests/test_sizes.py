@@ -300,7 +300,6 @@ def test_a_local_layer_gets_no_more_than_its_own_window(tiny_base):
         ({"window": "auto:1MiB", "layers": ["1:window=4"]}, {}, "--layer sets window"),
         ({"window": "auto:1MiB"}, {"softmax_layers": "auto:1"}, "run those first"),
         ({"window": "auto:40KiB"}, {"calibration_data": "none.txt"}, "none.txt is not a file"),
-        ({"kept": "auto:1MiB", "sinks": 4}, {"calibrate": True}, "sinks"),
     ],
 )
 def test_what_cannot_be_chosen(tiny_base, tmp_path, settings, options, sentence):
