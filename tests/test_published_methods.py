@@ -1,0 +1,253 @@
+"""One layer's attention, before the output projection, against the methods' formulas and the authors' own code.
+
+Every formula is written anew from its paper, token by token in float64. `data/published_methods.json` holds what the
+authors' released code gave for the same layer (four query heads, two key/value heads of 8 channels, 20 tokens, weights
+and inputs from sines, below): so the formulas are the releases', and the layer, in float32, is the formulas'.
+
+How the values were made: q, k and v of the layer, after its rotary embedding where the code applies it, were given to
+- lolcats: `hybrid_attention_quadratic` of HazyResearch/lolcats, src/model/linear_attention/linear_window_attention_sw.py
+  (commit 1c9fea8), and `FeatureMapMLP` and `SoftmaxDim` of src/model/feature_map.py (4b003f6), window 6;
+- supra, supra-paper: `LinearAttn` of TRI-ML/linear_open_lm, its projections replaced by the layer's, its lightning kernel
+  by its own `recurrent_forward`, `use_decay` on, `use_retnet_slopes` off and on;
+- gla, hgrn2, gsa: the forward of OpenSparseLLMs/Linearization's `modeling_liger_*.py`, its kernels replaced by fla
+  0.6.0's `naive_recurrent_gla` and `naive_recurrent_gsa`, its flash attention by a masked softmax, window 6.
+All in float32, on a CPU, with torch 2.13.
+"""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_extras import LOLCATS, SUPRA
+
+from liger_cli.families import FAMILIES
+from liger_cli.modeling import model_classes
+from liger_cli.templates.liger_config import LayerSpec, liger_block
+from liger_cli.templates.liger_extras import NAMES
+from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_recurrence import naive_decay, naive_slots
+
+STORED = json.loads(Path(__file__).with_name("data").joinpath("published_methods.json").read_text())
+HEADS, KV_HEADS, DIM, TOKENS, WINDOW = 4, 2, 8, 20, 6
+SHAPES = {
+    **{"hidden_size": HEADS * DIM, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8},
+    **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": DIM},
+}
+SETTINGS = {
+    "lolcats": LOLCATS | {"feature_dim": 4},
+    "supra": SUPRA,
+    "supra-paper": SUPRA | {"gate": "retnet"},
+    "gla": {},
+    "hgrn2": {"gate": "hgrn2"},
+    "gsa": {"gate": "gsa", "slots": DIM},
+}
+
+
+def waves(*shape, phase: float = 0.0):
+    """Numbers in [-1, 1] without a pattern that heads or channels share."""
+    return torch.sin(torch.arange(math.prod(shape)) ** 1.3 * 0.7 + phase).view(shape)
+
+
+class Layer:
+    """A Llama's only attention layer with weights from sines, and what it makes of inputs from sines.
+
+    Attributes:
+        q, k, v: [H, T, D] float64 before the rotary embedding; rotated_q, rotated_k after it.
+        rope: turns a [H, T, D] tensor of the same tokens.
+        extras: the layer's own tensors, float64.
+        output: [Hq, T, D], what reaches the output projection.
+    """
+
+    def __init__(self, settings: dict):
+        config_class, model_class = model_classes(FAMILIES["llama"])
+        spec = LayerSpec(**{"window": WINDOW} | settings)
+        model = model_class(config_class(**SHAPES, liger=liger_block([spec]))).eval()
+        attention = model.model.layers[0].self_attn
+        for place, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            weight = getattr(attention, name).weight.data
+            weight.copy_(0.5 * waves(*weight.shape, phase=place))
+        self.extras = {}
+        for place, name in enumerate(name for name in NAMES if hasattr(attention, name)):
+            parameter = getattr(attention, name).data
+            parameter.copy_(0.8 * waves(*parameter.shape, phase=10 + place))
+            self.extras[name] = parameter.double()
+        hidden = 2 * waves(1, TOKENS, HEADS * DIM, phase=5.0)
+        angles = model.model.rotary_emb(hidden, torch.arange(TOKENS)[None])
+        caught = []
+        attention.o_proj.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        with torch.no_grad():
+            q, k, v = attention.project(hidden)
+            rotated_q, rotated_k = attention.rotate(q, k, angles)
+            attention(hidden, position_embeddings=angles)
+        self.q, self.k, self.v, self.rotated_q, self.rotated_k = (
+            x[0].double() for x in (q, k, v, rotated_q, rotated_k)
+        )
+        self.rope = lambda x: attention.rotate(x[None], x[None], [one.double() for one in angles])[0][0]
+        self.output = caught[0][0].unflatten(-1, (HEADS, DIM)).transpose(0, 1)
+
+
+def softmax_over_window(layer: Layer, head: int, t: int):
+    """Scores of the window's tokens, and their places."""
+    places = range(max(0, t - WINDOW + 1), t + 1)
+    keys = layer.rotated_k[head * KV_HEADS // HEADS]
+    return torch.stack([layer.rotated_q[head, t] @ keys[j] for j in places]) / math.sqrt(DIM), places
+
+
+def lolcats(layer: Layer):
+    """arXiv 2410.10254, eq. 6, with the feature map of section 3.1; the window's weights as its code scales them."""
+    factor = layer.extras["window_factor"].sigmoid()
+
+    def phi(x, weight):
+        return torch.cat([torch.softmax(weight @ x, 0), torch.softmax(-(weight @ x), 0)])
+
+    output = torch.zeros(HEADS, TOKENS, DIM, dtype=torch.float64)
+    for head in range(HEADS):
+        keys, values = layer.rotated_k[head * KV_HEADS // HEADS], layer.v[head * KV_HEADS // HEADS]
+        for t in range(TOKENS):
+            scores, places = softmax_over_window(layer, head, t)
+            weights = {j: factor[head] * (s - scores.max()).exp() for j, s in zip(places, scores, strict=True)}
+            query = phi(layer.rotated_q[head, t], layer.extras["feature_q"][head])
+            for j in range(places[0]):
+                weights[j] = query @ phi(keys[j], layer.extras["feature_k"][head])
+            output[head, t] = sum(w * values[j] for j, w in weights.items()) / sum(weights.values())
+    return output
+
+
+def supra(layer: Layer, decays):
+    """arXiv 2405.06640, eqs. 7, 9 and 10."""
+    flat = lambda x: x.transpose(0, 1).flatten(1)  # noqa: E731
+    heads = lambda x: x.unflatten(1, (-1, DIM)).transpose(0, 1)  # noqa: E731
+    q = (flat(layer.q) @ layer.extras["feature_q"].T + layer.extras["feature_q_bias"]).relu()
+    k = (flat(layer.k) @ layer.extras["feature_k"].T + layer.extras["feature_k_bias"]).relu()
+    q, k = layer.rope(heads(q)), layer.rope(heads(k)) / math.sqrt(DIM)
+    output = torch.zeros(HEADS, TOKENS, DIM, dtype=torch.float64)
+    for head, decay in enumerate(decays):
+        keys, values = k[head * KV_HEADS // HEADS], layer.v[head * KV_HEADS // HEADS]
+        for t in range(TOKENS):
+            summed = sum(decay ** (t - j) * (q[head, t] @ keys[j]) * values[j] for j in range(t + 1))
+            centred = summed - summed.mean()
+            output[head, t] = centred / (centred.square().mean() + 1e-5).sqrt()
+    return output
+
+
+def liger(layer: Layer, step, states):
+    """arXiv 2503.01496, eq. 9: half a recurrence, half a window of the rotated queries and keys."""
+    output = torch.zeros(HEADS, TOKENS, DIM, dtype=torch.float64)
+    for head in range(HEADS):
+        values, state = layer.v[head * KV_HEADS // HEADS], states()
+        for t in range(TOKENS):
+            read, state = step(layer.q[head, t], layer.k[head * KV_HEADS // HEADS, t], values[t], state)
+            scores, places = softmax_over_window(layer, head, t)
+            local = sum(w * values[j] for j, w in zip(places, scores.softmax(0), strict=True))
+            output[head, t] = 0.5 * read + 0.5 * local
+    return output
+
+
+def gla(q, k, v, state):
+    """S = diag(a) S + phi(k)^T v with a = sigmoid(k)^(1/16), phi a softmax over the channels."""
+    state = k.sigmoid()[:, None] ** (1 / 16) * state + torch.outer(k.softmax(0), v)
+    return q.softmax(0) @ state, state
+
+
+def hgrn2(q, k, v, state):
+    """S = diag(a) S + (1 - a)^T v with a = sigmoid(k)."""
+    state = k.sigmoid()[:, None] * state + torch.outer(1 - k.sigmoid(), v)
+    return q.softmax(0) @ state, state
+
+
+def gsa(q, k, v, states):
+    """Slots of keys K = K diag(a) + k^T (1 - a) and of values V = diag(a) V + (1 - a)^T v, a = sigmoid(k)^(1/16) with
+    as many slots as channels; o = softmax(q K) V, without a scale."""
+    decay = k.sigmoid() ** (1 / 16)
+    keys, values = states
+    keys = keys * decay + torch.outer(k, 1 - decay)
+    values = decay[:, None] * values + torch.outer(1 - decay, v)
+    return (q @ keys).softmax(0) @ values, (keys, values)
+
+
+def zeros():
+    return torch.zeros(DIM, DIM, dtype=torch.float64)
+
+
+# SUPRA's code takes the slopes of ALiBi, 2^(-8h/H); its paper RetNet's decays, 1 - 2^(-5-h).
+FORMULAS = {
+    "lolcats": lolcats,
+    "supra": lambda layer: supra(layer, [math.exp(-(2 ** (-8 * (h + 1) / HEADS))) for h in range(HEADS)]),
+    "supra-paper": lambda layer: supra(layer, [1 - 2.0 ** (-5 - h) for h in range(HEADS)]),
+    "gla": lambda layer: liger(layer, gla, zeros),
+    "hgrn2": lambda layer: liger(layer, hgrn2, zeros),
+    "gsa": lambda layer: liger(layer, gsa, lambda: (zeros(), zeros())),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_layer_is_the_formula_and_the_formula_the_release(name):
+    layer = Layer(SETTINGS[name])
+    formula = FORMULAS[name](layer)
+    stored = torch.tensor(STORED[name], dtype=torch.float64).view(HEADS, TOKENS, DIM)
+    torch.testing.assert_close(formula, stored, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(layer.output.double(), formula, rtol=1e-5, atol=1e-5)
+
+
+def test_decays_of_32_heads():
+    """SUPRA on Mistral-7B: 0.43 to 0.996 as released, 0.969 to almost 1 as in the paper; and heads that are no power
+    of 2, as ALiBi's code has them."""
+    x, spec = torch.zeros(1, 32, 1, DIM), LayerSpec()
+    released, paper = (GATES[name].pool(x, spec).exp().flatten() for name in ("lightning", "retnet"))
+    assert released[0].item() == pytest.approx(0.4313, abs=1e-4) and released[-1].item() == pytest.approx(
+        0.9961, abs=1e-4
+    )
+    assert paper[0].item() == pytest.approx(0.96875) and 0.999999 < paper[-1].item() <= 1
+    slopes = -GATES["lightning"].pool(torch.zeros(1, 6, 1, DIM), spec).flatten()
+    torch.testing.assert_close(slopes, torch.tensor([2**-2.0, 2**-4.0, 2**-6.0, 2**-8.0, 2**-1.0, 2**-3.0]))
+
+
+def test_feature_maps_start_as_published():
+    """Uniform as `kaiming_uniform_` fills [H, D, F], keys as queries; the window's factor is 0.1."""
+    config_class, model_class = model_classes(FAMILIES["llama"])
+    spec = LayerSpec(**LOLCATS, feature_dim=64)
+    shapes = SHAPES | {"head_dim": 128, "hidden_size": 512}
+    attention = model_class(config_class(**shapes, liger=liger_block([spec]))).model.layers[0].self_attn
+    published = torch.nn.init.kaiming_uniform_(torch.empty(HEADS, 128, 64))
+    assert attention.feature_q.shape == attention.feature_k.shape == (HEADS, 64, 128)
+    assert torch.equal(attention.feature_q, attention.feature_k)
+    assert attention.feature_q.std().item() == pytest.approx(published.std().item(), rel=0.03)
+    assert attention.feature_q.abs().max().item() == pytest.approx(published.abs().max().item(), rel=0.01)
+    torch.testing.assert_close(attention.window_factor.sigmoid(), torch.full((HEADS,), 0.1))
+    assert attention.window_factor[0].item() == pytest.approx(-2.1972245773362196)
+
+
+def fla_naive(operation: str, function: str):
+    """One of fla's naive functions, by its file: importing fla needs Triton."""
+    found = importlib.util.find_spec("fla")
+    if found is None:
+        pytest.skip("flash-linear-attention is not installed")
+    path = Path(found.submodule_search_locations[0], "ops", operation, "naive.py")
+    spec = importlib.util.spec_from_file_location(f"naive_{operation}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
+def test_recurrences_are_flas():
+    """The definitions that every other form is held to, with query heads that share a state."""
+    q, k, v = waves(2, 4, 30, 16), waves(2, 2, 30, 16, phase=1), waves(2, 2, 30, 16, phase=2)
+    log_decay = -waves(2, 2, 30, 16, phase=3).square()
+    shared = lambda x: x.repeat_interleave(2, dim=1).transpose(1, 2)  # noqa: E731
+    found, state = naive_decay(4 * q, k, v, log_decay)  # fla's divides queries by sqrt(K)
+    wanted, wanted_state = fla_naive("gla", "naive_recurrent_gla")(
+        (16 * q).transpose(1, 2), shared(k), shared(v), shared(log_decay), output_final_state=True
+    )
+    torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, wanted_state[:, ::2], rtol=1e-5, atol=1e-5)
+    write = -log_decay.expm1()
+    found, states = naive_slots(q, k, v, log_decay, write)
+    wanted, wanted_states = fla_naive("gsa", "naive_recurrent_gsa")(
+        *(x.transpose(1, 2) for x in (q, k, v, write, log_decay)), scale=1.0, output_final_state=True
+    )
+    torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    for one, other in zip(states, wanted_states, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
