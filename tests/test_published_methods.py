@@ -4,13 +4,13 @@ Every formula is written anew from its paper, token by token in float64. `data/p
 authors' released code gave for the same layer (four query heads, two key/value heads of 8 channels, 20 tokens, weights
 and inputs from sines, below): so the formulas are the releases', and the layer, in float32, is the formulas'.
 
-How the values were made: q, k and v of the layer, after its rotary embedding where the code applies it, were given to
-- lolcats: `hybrid_attention_quadratic` of HazyResearch/lolcats, src/model/linear_attention/linear_window_attention_sw.py
-  (commit 1c9fea8), and `FeatureMapMLP` and `SoftmaxDim` of src/model/feature_map.py (4b003f6), window 6;
-- supra, supra-paper: `LinearAttn` of TRI-ML/linear_open_lm, its projections replaced by the layer's, its lightning kernel
-  by its own `recurrent_forward`, `use_decay` on, `use_retnet_slopes` off and on;
-- gla, hgrn2, gsa: the forward of OpenSparseLLMs/Linearization's `modeling_liger_*.py`, its kernels replaced by fla
-  0.6.0's `naive_recurrent_gla` and `naive_recurrent_gsa`, its flash attention by a masked softmax, window 6.
+How the values were made: q, k and v of the layer, after its rotary embedding where the code applies it, went through
+- lolcats: `hybrid_attention_quadratic` of HazyResearch/lolcats (src/model/linear_attention/, commit 1c9fea8, the file
+  linear_window_attention_sw.py) and what `FeatureMapMLP` and `SoftmaxDim` compute (src/model/feature_map.py, 4b003f6);
+- supra, supra-paper: the steps of TRI-ML/linear_open_lm's `LinearAttn` (open_lm/model.py) with the layer's projections
+  and its `recurrent_forward` for the lightning kernel, `use_decay` on, `use_retnet_slopes` off and on;
+- gla, hgrn2, gsa: the steps of the forwards in OpenSparseLLMs/Linearization's `modeling_liger_*.py` with fla 0.6.0's
+  `naive_recurrent_gla` and `naive_recurrent_gsa` for its kernels and a masked softmax for flash attention.
 All in float32, on a CPU, with torch 2.13.
 """
 
