@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from liger_cli.shipped import BASE_DIR
+from liger_cli.shipped import BASE_DIR, PROSE_DIR, prose
 from liger_cli.shipped.probes import DISTANCES, evaluate_recall, held_out_text, perplexity, recall_probe
 from liger_cli.shipped.text import (
     KINDS,
@@ -144,3 +144,16 @@ def test_teacher_forced_recall_is_greedy_recall(model, tokenizer):
 def test_perplexity_needs_a_full_row(model, tokenizer):
     with pytest.raises(ValueError, match="do not fill"):
         perplexity(model, tokenizer, ["Mia ran."])
+
+
+def test_prose_is_prose():
+    """Two different documents, long enough for many rows, without the marks of the editions they were taken from."""
+    texts = prose()
+    assert [len(text) > 100_000 for text in texts] == [True, True]
+    for text in texts:
+        assert not any(mark in text for mark in ("_", "[Illustration", "Gutenberg", "\r", "  "))
+        paragraphs = text.split("\n\n")
+        assert all(paragraph.strip() and "\n" not in paragraph.strip("\n") for paragraph in paragraphs)
+        assert len(set(paragraphs)) > 0.98 * len(paragraphs)
+    source = (PROSE_DIR / "README.md").read_text("utf-8")
+    assert all(path.name in source for path in PROSE_DIR.glob("*.txt")) and "public domain" in source

@@ -46,6 +46,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     for path in (ROOT / "templates").rglob("*"):
         if path.suffix in (".py", ".jinja", ".yaml", ".md"):
             expected.add(f"liger_cli/templates/{path.relative_to(ROOT / 'templates')}")
+    expected |= {f"liger_cli/shipped/prose/{path.name}" for path in (ROOT / "liger_cli/shipped/prose").iterdir()}
     assert expected <= held, expected - held
     assert not any(name.startswith(("tests/", "templates/")) for name in held)
     assert not any(name.startswith("liger_cli/study/bases/") for name in held), "the study's bases stay in the checkout"
