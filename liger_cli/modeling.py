@@ -24,6 +24,7 @@ MODULES = (
     "liger_model",
     "liger_recurrence",
     "liger_products",
+    "liger_rows",
     "liger_window",
 )
 

@@ -149,6 +149,11 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
         else liger
         for index in range(count)
     )  # fmt: skip
+    for spec in dict.fromkeys(spec for spec in specs if spec.kind == "liger"):
+        for name in spec.unused():
+            option = f"--{name.replace('_', '-')} {getattr(spec, name)}"
+            why = "without --gate-params learned" if name == "gate_rank" else f"with the gate {spec.gate}"
+            notes.append(f"{option} changes nothing {why}")
     return Plan(checkpoint, specs, tuple(notes))
 
 

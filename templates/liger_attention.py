@@ -5,41 +5,36 @@ the family's; only `forward` is new. Any layer can be run as the family's own so
 """
 
 import sys
+from contextlib import nullcontext
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .liger_branches import document_starts, mixed_attention, packed_attention
+from .liger_branches import mixed_attention, packed_attention
 from .liger_cache import CACHE
 from .liger_config import LayerSpec
-from .liger_extras import extra_tensors
+from .liger_extras import NAMES, extra_tensors
 from .liger_gates import GATES, mapped
 from .liger_kept import keep_scores
+from .liger_rows import document_positions, unpack_rows
 
 MODES = ("liger", "softmax", "window")
 # Elements of a layer's queries from which its branches are computed again in backward: below, they keep little.
 RECOMPUTED = 1 << 20
 
 
-def pack_padding(attention_mask):
-    """Carry a [B, S] padding mask, or None, past the family's mask code: a 4-D mask is handed on as it is."""
-    if attention_mask is None:
-        return torch.ones(1, 1, 1, 0, dtype=torch.bool)
-    return attention_mask.bool()[:, None, None, :]
-
-
-def unpack_padding(attention_mask):
-    """The inverse of `pack_padding`; None where nothing is padded."""
-    if attention_mask is None or attention_mask.shape[-1] == 0:
-        return None
-    return attention_mask[:, 0, 0, :]
+def without_autocast(device_type: str):
+    """A context in which autocast does nothing: gates, scores, states and window choose their precision themselves."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _across_heads(x, weight, bias):
     """A linear map over all heads of a token together. [B, H, T, D] -> [B, H, T, D] float32"""
-    flat = torch.nn.functional.linear(x.transpose(1, 2).flatten(2).float(), weight, bias)
+    flat = torch.nn.functional.linear(x.transpose(1, 2).flatten(2).float(), weight.float(), bias.float())
     return flat.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
 
@@ -76,6 +71,18 @@ class LigerAttention:
             parameter.copy_(getattr(self, extra.init))
         else:
             parameter.fill_(extra.init)
+
+    def _apply(self, fn, recurse=True):
+        """As torch's, but `to`, `half` and `bfloat16` leave the parameters of its own in float32."""
+        exact = {name: self._parameters[name].detach() for name in NAMES if name in self._parameters}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._parameters[name]
+            if after.dtype in (torch.float16, torch.bfloat16):
+                gradient, after.grad = after.grad, None
+                after.data = before.to(after.device, torch.float32)
+                after.grad = None if gradient is None else gradient.float()
+        return self
 
     def _extras(self):
         config = self.config
@@ -126,10 +133,11 @@ class LigerAttention:
 
         The model's cache comes by either name, as transformers has it.
         """
-        padding = unpack_padding(attention_mask)
+        padding, starts = unpack_rows(attention_mask)
         model_cache = past_key_values if cache is None else cache
         if not self.keeps_state:
-            mask = self._softmax_mask(hidden_states, padding, model_cache, kwargs.get("position_ids"))
+            positions = kwargs.get("position_ids") if starts is None else document_positions(starts)
+            mask = self._softmax_mask(hidden_states, padding, model_cache, positions)
             return super().forward(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -142,6 +150,8 @@ class LigerAttention:
         cache = None if model_cache is None else model_cache.layers[self.layer_idx]
         q, k, v = self.project(hidden_states)
         rotated_q, rotated_k = self.rotate(q, k, position_embeddings, **kwargs)
+        # Under autocast norms and rotary embeddings give float32: the window works in the projections' dtype.
+        rotated_q, rotated_k = rotated_q.to(v.dtype), rotated_k.to(v.dtype)
 
         def within_window(valid):
             # The whole text lies in the window: the family's own attention, bit for bit.
@@ -149,31 +159,30 @@ class LigerAttention:
             return self._family_attention(rotated_q, rotated_k, v, mask, kwargs)
 
         plain_q, plain_k = self.without_positions(q, k)
-        gate = self._gate_logits(hidden_states, plain_q, plain_k, v)
-        scores = keep_scores(plain_k, self.keep_score) if self.liger_kept else None
-        if self.liger_spec.positions == "rope":
-            plain_q, plain_k = rotated_q, rotated_k
-        features = self._features(plain_q, plain_k, position_embeddings, **kwargs)
-        branches = (*features, v, rotated_q, rotated_k, gate, scores)
-        settings = {
-            "spec": self.liger_spec,
-            "window": self.liger_window,
-            "mix": self.liger_mix,
-            "scales": self._scales(),
-            "key_map": self.feature_k if self.liger_spec.feature_params == "learned" else None,
-            "scaling": self.scaling,
-            "softcap": self._softcap(),
-            "dropout": self._dropout(),
-            "sink_logits": getattr(self, "sinks", None),
-            "local_window": self.local_window,
-            "recompute": self.training and not self.gradient_checkpointing and q.numel() >= RECOMPUTED,
-        }
-        packed = padding is None and cache is None
-        starts = document_starts(kwargs.get("position_ids"), len(hidden_states)) if packed else None
-        if starts is not None:
-            output = packed_attention(starts, *branches, **settings)
-        else:
-            output = mixed_attention(*branches, **settings, valid=valid, cache=cache, within_window=within_window)
+        with without_autocast(hidden_states.device.type):
+            gate = self._gate_logits(hidden_states, plain_q, plain_k, v)
+            scores = keep_scores(plain_k, self.keep_score) if self.liger_kept else None
+            if self.liger_spec.positions == "rope":
+                plain_q, plain_k = rotated_q, rotated_k
+            features = self._features(plain_q, plain_k, position_embeddings, **kwargs)
+            branches = (*features, v, rotated_q, rotated_k, gate, scores)
+            settings = {
+                "spec": self.liger_spec,
+                "window": self.liger_window,
+                "mix": self.liger_mix,
+                "scales": self._scales(),
+                "key_map": self.feature_k.float() if self.liger_spec.feature_params == "learned" else None,
+                "scaling": self.scaling,
+                "softcap": self._softcap(),
+                "dropout": self._dropout(),
+                "sink_logits": getattr(self, "sinks", None),
+                "local_window": self.local_window,
+                "recompute": self.training and not self.gradient_checkpointing and q.numel() >= RECOMPUTED,
+            }
+            if starts is not None:
+                output = packed_attention(starts, *branches, **settings)
+            else:
+                output = mixed_attention(*branches, **settings, valid=valid, cache=cache, within_window=within_window)
         return self.project_output(output.flatten(2)), None
 
     def project(self, hidden_states):
@@ -205,8 +214,8 @@ class LigerAttention:
             return gate.pool(q, spec)
         learned = spec.gate_params == "learned"
         if learned:
-            low = hidden_states.float() @ self.gate_down.T
-            logits = torch.einsum("btr,hwr->bhtw", low, self.gate_up) + self.gate_bias[:, None]
+            low = hidden_states.float() @ self.gate_down.float().T
+            logits = torch.einsum("btr,hwr->bhtw", low, self.gate_up.float()) + self.gate_bias.float()[:, None]
             if spec.gate_init == "random":
                 return logits
         source = {"k": k, "v": v, "q": q}[spec.gate_source]
@@ -220,7 +229,7 @@ class LigerAttention:
         recurrence later is mapped then. [B, H, T, D] -> [B, H, T, F or D]"""
         spec = self.liger_spec
         if spec.feature_params == "learned":
-            q = q.float() @ self.feature_q.mT
+            q = q.float() @ self.feature_q.float().mT
         elif spec.feature_params == "dense":
             shared = q.shape[1] == k.shape[1]
             weight, bias = (self.feature_q, self.feature_q_bias) if shared else (self.feature_k, self.feature_k_bias)

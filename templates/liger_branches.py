@@ -144,21 +144,6 @@ def _empty_output(like, shape: tuple[int, ...]):
     return torch.from_numpy(memory).view(like.dtype).view(shape)
 
 
-def document_starts(position_ids, batch: int):
-    """Where a new document begins in packed rows: [B, T] bool, or None where each row is one text.
-
-    The convention of transformers' padding-free collators: positions that do not go on by one start a document.
-    """
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
-        return None
-    if not hasattr(position_ids, "liger_starts"):
-        # Every layer gets the same tensor: looked through once a forward, since `any` waits for the device.
-        jumps = position_ids.diff(dim=1) != 1
-        position_ids.liger_starts = torch.nn.functional.pad(jumps, (1, 0), value=True) if jumps.any() else None
-    starts = position_ids.liger_starts
-    return None if starts is None else starts.expand(batch, -1)
-
-
 def packed_attention(starts, *tensors, **settings):
     """`mixed_attention` of every document by itself: state and window begin anew where `starts` ([B, T]) is true.
 

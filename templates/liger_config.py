@@ -140,7 +140,8 @@ class LayerSpec:
         object.__setattr__(self, "softmax_kv_heads", tuple(heads))
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         if GATES[self.gate].fixed:
-            _require(self.gate_params == "pooled", "gate_params", self.gate_params, f"pooled with `{self.gate}`")
+            wanted = f"pooled: the decays of `{self.gate}` are fixed"
+            _require(self.gate_params == "pooled", "gate_params", self.gate_params, wanted)
         if self.divides:
             ok = GATES[self.gate].rule == "decay"
             _require(ok, "normalizer", self.normalizer, f"none: `{self.gate}` is not a sum that could be divided")
@@ -172,6 +173,14 @@ class LayerSpec:
     def divides(self) -> bool:
         """Whether the state has a column for what its sums are divided by."""
         return self.joint or self.normalizer == "running"
+
+    def unused(self) -> list[str]:
+        """Settings away from their defaults that change nothing, since the layer's gate has no use for them."""
+        names = {"feature_map", "slots", "gate_lower_bound", "gate_pooling", "gate_source", "gate_normalizer"}
+        names -= set(GATES[self.gate].settings)
+        if self.gate_params == "pooled":
+            names.add("gate_rank")
+        return sorted(name for name in names if getattr(self, name) != getattr(LayerSpec, name))
 
     def to_dict(self) -> dict:
         """The JSON form: for layers that are not Liger's only the kind, since nothing else applies."""

@@ -58,7 +58,7 @@ class Gate:
         inputs: (q, k, v, p, spec) -> RecurrenceInputs; p are the gate's logits.
         pool: (x, spec) -> p: the parameter-free pooling of a projection x [B, Hkv, T, D] to logits.
         width: (spec, head_dim) -> W, the number of logits of a head.
-        fixed: the decay does not come from the text, so there are no logits that could be learned.
+        settings: fields of `LayerSpec` that decide what this gate computes; of the others it has no use.
         per_query_head: decays differ between the query heads of a group; `pool` is given queries.
         normalizer: divisor of the log gate where the config gives none.
         denominator: `max1` divides by max(|q . z|, 1) as mLSTM does, unless the config's `normalizer` names another;
@@ -71,14 +71,19 @@ class Gate:
     inputs: Callable
     pool: Callable
     width: Callable
-    fixed: bool = False
+    settings: tuple[str, ...]
     per_query_head: bool = False
     normalizer: float = 1.0
     denominator: str | None = None
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the decay does not come from the text, so that there are no logits that could be learned."""
+        return "gate_params" not in self.settings
+
     def state_shapes(self, spec, head_dim: int) -> list[tuple[int, int]]:
         """Shapes of the float32 states of one head (see `state_heads`)."""
-        features = feature_width(spec, head_dim)
+        features = feature_width(spec, head_dim) if "feature_map" in self.settings else spec.feature_dim or head_dim
         if self.rule == "slots":
             return [(features, spec.slots), (spec.slots, head_dim)]
         extra = 1 if self.rule == "decay" and (self.denominator or spec.divides) else 0
@@ -230,7 +235,9 @@ def _rwkv6(q, k, v, p, spec):
 
 
 def _none(q, k, v, p, spec):
-    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, p * 0.0)
+    from torch import zeros_like
+
+    return RecurrenceInputs(feature_map(q, spec), feature_map(k, spec), v, zeros_like(p))
 
 
 def _of_heads(name: str):
@@ -291,6 +298,8 @@ def _delta(name: str):
     return inputs
 
 
+_LOGITS = ("gate_source", "gate_params", "gate_normalizer")
+
 GATES = {
     gate.name: gate
     for gate in (
@@ -301,6 +310,7 @@ GATES = {
             _gla,
             _pool_channels,
             _channels,
+            ("feature_map", *_LOGITS),
             normalizer=16.0,
         ),
         Gate(
@@ -310,6 +320,7 @@ GATES = {
             _gsa,
             _pool_slots,
             lambda spec, head_dim: spec.slots,
+            ("slots", "gate_pooling", *_LOGITS),
             normalizer=16.0,
         ),
         Gate(
@@ -319,8 +330,17 @@ GATES = {
             _hgrn2,
             _pool_channels,
             _channels,
+            ("feature_map", "gate_lower_bound", *_LOGITS),
         ),
-        Gate("mamba2", "S_t = exp(-softplus(mean p)) S_{t-1} + phi(k)^T v", "decay", _mamba2, _pool_head, _one),
+        Gate(
+            "mamba2",
+            "S_t = exp(-softplus(mean p)) S_{t-1} + phi(k)^T v",
+            "decay",
+            _mamba2,
+            _pool_head,
+            _one,
+            ("feature_map", "gate_pooling", *_LOGITS),
+        ),
         Gate(
             "mlstm",
             "S_t = sigmoid(mean p) S_{t-1} + phi(k)^T v, output over max(|phi(q) z|, 1)",
@@ -328,6 +348,7 @@ GATES = {
             _scalar_sigmoid("mlstm"),
             _pool_head,
             _one,
+            ("feature_map", "gate_pooling", *_LOGITS),
             denominator="max1",
         ),
         Gate(
@@ -337,9 +358,18 @@ GATES = {
             _scalar_sigmoid("retention"),
             _pool_head,
             _one,
+            ("feature_map", "gate_pooling", *_LOGITS),
         ),
-        Gate("rwkv6", "S_t = diag(exp(-exp(p))) S_{t-1} + phi(k)^T v", "decay", _rwkv6, _pool_channels, _channels),
-        Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none, _pool_head, _one, fixed=True),
+        Gate(
+            "rwkv6",
+            "S_t = diag(exp(-exp(p))) S_{t-1} + phi(k)^T v",
+            "decay",
+            _rwkv6,
+            _pool_channels,
+            _channels,
+            ("feature_map", *_LOGITS),
+        ),
+        Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none, _pool_head, _one, ("feature_map",)),
         # Not in the paper's table: RetNet (arXiv 2307.08621), section 2.1, as SUPRA's paper has it.
         Gate(
             "retnet",
@@ -348,7 +378,7 @@ GATES = {
             _of_heads("retnet"),
             _pool_retnet,
             _one,
-            fixed=True,
+            ("feature_map", "gate_normalizer"),
             per_query_head=True,
         ),
         # Not in the paper's table: Lightning Attention's decays (arXiv 2401.04658), as SUPRA's code has them.
@@ -359,7 +389,7 @@ GATES = {
             _of_heads("lightning"),
             _pool_lightning,
             _one,
-            fixed=True,
+            ("feature_map", "gate_normalizer"),
             per_query_head=True,
         ),
         # Not in the paper's table: gated delta rule (arXiv 2412.06464), Kimi delta attention (arXiv 2510.26692).
@@ -370,6 +400,7 @@ GATES = {
             _delta("gdn"),
             _pool_twice,
             lambda spec, head_dim: 2,
+            ("feature_map", "gate_pooling", *_LOGITS),
             normalizer=16.0,
         ),
         Gate(
@@ -379,6 +410,7 @@ GATES = {
             _delta("kda"),
             _pool_channels_and_head,
             lambda spec, head_dim: head_dim + 1,
+            ("feature_map", "gate_pooling", *_LOGITS),
             normalizer=16.0,
         ),
     )

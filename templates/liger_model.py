@@ -3,11 +3,12 @@
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .liger_attention import MODES, LigerAttention, pack_padding
+from .liger_attention import MODES, LigerAttention
 from .liger_cache import CACHE, adapt_cache, cache_for
 from .liger_config import check_softmax_heads, layer_specs
 from .liger_extras import NAMES
 from .liger_families import attention_mixin
+from .liger_rows import document_positions, pack_rows, row_layout, token_positions
 
 try:
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -48,29 +49,46 @@ class LigerDecoder:
     ):
         """As the family's; `attention_mask` is the [B, S] padding mask or None, the cache comes by either name.
 
+        Packed documents (see `liger_rows`) neither see nor remember one another.
+
         Raises:
-            ValueError: a mask that is not [B, S]. A recurrence has no pairs of positions to mask.
+            ValueError: a mask that is not [B, S], since a recurrence has no pairs of positions to mask; packed
+                documents and a cache, which goes on from one text a row.
         """
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
             raise ValueError(
                 "a Liger model takes a padding mask of shape [batch, tokens], not a prepared attention mask"
             )
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        padding, starts = row_layout(attention_mask, position_ids, length)
+        cache = past_key_values if cache is None else cache
+        if starts is not None and (use_cache or cache is not None):
+            raise ValueError("packed documents cannot fill a cache, which goes on from one text a row: use_cache=False")
+        if starts is not None:
+            use_cache = False
+            position_ids = document_positions(starts) if position_ids is None else position_ids
+        elif padding is not None and position_ids is None and self._turns_features():
+            position_ids = token_positions(padding, length)
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", True) and not self.training
-        cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = cache_for(self.config)
         if cache is not None:
             adapt_cache(cache, self.liger_attentions())
         return super().forward(
             input_ids=input_ids,
-            attention_mask=pack_padding(attention_mask),
+            attention_mask=pack_rows(padding, starts),
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **{CACHE: cache},
             **kwargs,
         )
+
+    def _turns_features(self) -> bool:
+        """Whether a recurrence reads rotated queries and keys: a feature map of them depends on where a text begins."""
+        attentions = (attention for attention in self.liger_attentions() if attention.keeps_state)
+        return any(attention.liger_spec.positions == "rope" and attention.liger_mix > 0 for attention in attentions)
 
     def _init_weights(self, module):
         """The family's, and initial values for extra parameters that a checkpoint does not have."""
