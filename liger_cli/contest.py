@@ -162,7 +162,8 @@ def _fill_kept(layer, tokens: int) -> None:
         return
     kept = tuple(torch.randn_like(x) for x in layer.kept)
     left = max(tokens - layer.window + 1, 0)
-    kept[2][:, :, : max(kept[2].shape[2] - left, 0)] = -torch.inf
+    for scores in kept[2::3]:
+        scores[:, :, : max(scores.shape[2] - left, 0)] = -torch.inf
     layer.kept = kept
 
 

@@ -80,14 +80,14 @@ class Plan:
         states = state_heads(spec, heads * groups, heads)
         state = sum(math.prod(shape) for shape in shapes) * states * STATE_BYTES if spec.mix else 0
         window = min(spec.window, self.local_window(index) or spec.window) + spec.delayed
-        kept = spec.kept if self.local_window(index) is None else 0
+        local = self.local_window(index) is not None
+        kept = sum(spec.kept_by_head(sizes.num_key_value_heads)) if not local else 0
         in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
         # Room for sinks and kept tokens is there from the first token on.
-        cached = in_window + spec.sinks + kept
-        if kept:
-            scored = (in_window + spec.sinks + kept) * heads * SCORE_BYTES + POSITION_BYTES * bool(spec.sinks)
-        other = scored if kept else spec.sinks * POSITION_BYTES
-        return state + cached * self._token_bytes() * heads // sizes.num_key_value_heads + other
+        cached = (in_window + spec.sinks) * heads + kept
+        scored = bool(spec.kept) and not local
+        other = cached * SCORE_BYTES + bool(spec.sinks) * POSITION_BYTES if scored else spec.sinks * POSITION_BYTES
+        return state + cached * self._token_bytes() // sizes.num_key_value_heads + other
 
     def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
         grown = self._base_cache(index, tokens)

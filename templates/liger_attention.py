@@ -116,8 +116,9 @@ class LigerAttention:
         return self.liger_spec.mix if self.liger_window > 0 else 1.0
 
     @property
-    def liger_kept(self) -> int:
-        """Tokens kept by score: none in `window` mode, nor in a layer whose base never looked beyond its own window."""
+    def liger_kept(self) -> int | tuple[int, ...]:
+        """Tokens kept by score, of each key/value head where they differ: none in `window` mode, nor in a layer whose
+        base never looked beyond its own window."""
         return self.liger_spec.kept if self.liger_mode == "liger" and self.local_window is None else 0
 
     def forward(

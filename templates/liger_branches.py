@@ -11,7 +11,7 @@ from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
 from .liger_heads import with_softmax_heads
-from .liger_kept import add_kept, empty_memory, kept_attention, remember
+from .liger_kept import add_kept, attend_kept, remember_heads
 from .liger_window import leaving, reach, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
@@ -54,7 +54,8 @@ def mixed_attention(
         )  # fmt: skip
     length = q.shape[2]
     past = 0 if cache is None else cache.get_seq_length()
-    sinks, memory, count = None, None, spec.kept + spec.sinks
+    sinks = memory = None
+    counts = tuple(count + spec.sinks for count in spec.kept_by_head(k.shape[1]))
     if scores is not None:
         scores = scores.squeeze(-1)
         if spec.sinks:
@@ -108,8 +109,8 @@ def mixed_attention(
             )
             if scores is not None:
                 kept, kept_lse, memory = run(
-                    kept_attention, rotated_q[:, :, at], keys, values, scores, before + start, memory, window,
-                    count, scaling, softcap, dropout=dropout,
+                    attend_kept, rotated_q[:, :, at], keys, values, scores, before + start, memory, window,
+                    counts, scaling, softcap, dropout=dropout,
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
                 lse = lse if joint else None
@@ -120,8 +121,7 @@ def mixed_attention(
     if cache is not None:
         cache.states = states
         if scores is not None:
-            memory = empty_memory(keys, values, count) if memory is None else memory
-            cache.kept = remember(memory, keys, values, scores, keys.shape[2] - window)
+            cache.kept = remember_heads(memory, keys, values, scores, counts, keys.shape[2] - window)
     return output
 
 

@@ -25,7 +25,8 @@ class LigerCacheLayer(CacheLayerMixin):
         sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, slot of each, EMPTY where none.
             None where tokens are kept: then the sinks are among those.
         kept: keys, values [B, Hkv, sinks + kept, D] and scores [B, Hkv, sinks + kept] of the sinks and kept tokens,
-            oldest first; None before the first update.
+            oldest first; three such tensors for each group of heads where they keep different numbers (see
+            `liger_kept.head_groups`). None before the first update.
         window_scores: [B, Hkv, <= window - 1], scores of the tokens of `keys`, or None.
         tokens: [B] int64, tokens seen but for padding; None where nothing asks for it.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.

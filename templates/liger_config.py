@@ -36,7 +36,8 @@ class LayerSpec:
         window: tokens of the softmax window, the token itself included; 0 runs the recurrent branch alone.
         sinks: number of first tokens that stay visible to the window.
         kept: number of tokens that stay visible to the window after they have left it, beside the sinks, chosen by a
-            learned score for each key/value head (see `liger_kept`).
+            learned score for each key/value head (see `liger_kept`). In JSON a number, or a list of one number a
+            key/value head, of which those of softmax heads mean nothing.
         mix: coefficient of the recurrent branch; the window's is 1 - mix (Liger, eq. 9).
         normalizer: `none` sums over the memory as the paper does (`mlstm` divides by max(|phi(q) . z|, 1), which keeps
             mLSTM's bound without its input gate, for which there are no parameters), `running` divides by phi(q) . z,
@@ -75,7 +76,7 @@ class LayerSpec:
     gate: str = "gla"
     window: int = 64
     sinks: int = 0
-    kept: int = 0
+    kept: int | tuple[int, ...] = 0
     mix: float = 0.5
     normalizer: str = "none"
     branch_scales: bool = False
@@ -100,7 +101,10 @@ class LayerSpec:
         _require(self.gate in GATES, "gate", self.gate, f"one of {', '.join(GATES)}")
         _require(_is_int(self.window) and self.window >= 0, "window", self.window, "a whole number, 0 or more")
         _require(_is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number, 0 or more")
-        _require(_is_int(self.kept) and self.kept >= 0, "kept", self.kept, "a whole number, 0 or more")
+        counts = self.kept if isinstance(self.kept, (list, tuple)) else [self.kept]
+        ok = len(counts) > 0 and all(_is_int(count) and count >= 0 for count in counts)
+        _require(ok, "kept", self.kept, "a whole number, 0 or more, or a list of one a key/value head")
+        object.__setattr__(self, "kept", counts[0] if len(set(counts)) == 1 else tuple(counts))
         if self.kept:
             _require(self.window > 0, "kept", self.kept, "0 where the window is 0")
         _require(_is_number(self.mix) and 0 <= self.mix <= 1, "mix", self.mix, "a number from 0 to 1")
@@ -182,6 +186,11 @@ class LayerSpec:
             names.add("gate_rank")
         return sorted(name for name in names if getattr(self, name) != getattr(LayerSpec, name))
 
+    def kept_by_head(self, num_key_value_heads: int) -> tuple[int, ...]:
+        """Kept tokens of each key/value head of the layer that is not softmax."""
+        counts = self.kept if isinstance(self.kept, tuple) else (self.kept,) * num_key_value_heads
+        return tuple(count for head, count in enumerate(counts) if head not in self.softmax_kv_heads)
+
     def to_dict(self) -> dict:
         """The JSON form: for layers that are not Liger's only the kind, since nothing else applies."""
         if self.kind != "liger":
@@ -189,9 +198,16 @@ class LayerSpec:
         return {name: value for name, value in asdict(self).items() if name != "backend"}
 
 
-def check_softmax_heads(specs: list[LayerSpec], num_key_value_heads: int) -> None:
-    """Raise LigerConfigError where a layer names a softmax head that is not there, or has no other head."""
-    for index, heads in enumerate(spec.softmax_kv_heads for spec in specs):
+def check_heads(specs: list[LayerSpec], num_key_value_heads: int) -> None:
+    """Raise LigerConfigError where a layer names a softmax head that is not there, or has no other head, or has another
+    number of heads that keep tokens."""
+    for index, spec in enumerate(specs):
+        heads = spec.softmax_kv_heads
+        if isinstance(spec.kept, tuple) and len(spec.kept) != num_key_value_heads:
+            raise LigerConfigError(
+                f"kept of layer {index} has {len(spec.kept)} numbers, but there are {num_key_value_heads} "
+                "key/value heads"
+            )
         if heads and heads[-1] >= num_key_value_heads:
             raise LigerConfigError(
                 f"softmax_kv_heads of layer {index} names head {heads[-1]}, but the key/value heads are 0 to "

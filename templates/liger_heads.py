@@ -65,7 +65,7 @@ def with_softmax_heads(
         rotated_k[:, others],
         gate[:, other_queries if gate.shape[1] > k.shape[1] else others],
         None if scores is None else scores[:, others],
-        spec=_without(spec),
+        spec=_without(spec, k.shape[1]),
         valid=valid,
         cache=cache,
         scales=None if scales is None else tuple(scale[other_queries] for scale in scales),
@@ -154,5 +154,5 @@ def _indices(chosen: tuple[int, ...], count: int, groups: int, device):
 
 
 @lru_cache(maxsize=256)
-def _without(spec):
-    return replace(spec, softmax_kv_heads=())
+def _without(spec, heads: int):
+    return replace(spec, softmax_kv_heads=(), kept=spec.kept_by_head(heads))

@@ -7,6 +7,7 @@ higher score, or the same and a later place. So the choice depends on the text a
 
 import heapq
 import math
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +25,55 @@ def keep_scores(k, weight):
     """Scores of keys. k [B, Hkv, T, D] before RoPE, weight [Hkv, D] -> [B, Hkv, T, 1] float32, with gradients."""
     scores = k.float() @ weight.float().unsqueeze(-1)
     return scores + ((scores.detach() * STEPS).round() / STEPS - scores.detach())
+
+
+@lru_cache(maxsize=256)
+def head_groups(counts: tuple[int, ...], groups: int, device):
+    """Key/value heads that keep equal numbers of tokens, in order of these.
+
+    Returns:
+        For each group its number, its key/value heads and their query heads; and where each query head is found when
+        the groups' lie one behind the other. None in place of indices where there is only one group.
+    """
+    if len(set(counts)) == 1:
+        return ((counts[0], None, None),), None
+    with torch.inference_mode(False):
+        found = []
+        for count in sorted(set(counts)):
+            heads = torch.tensor([head for head, other in enumerate(counts) if other == count], device=device)
+            found.append((count, heads, (heads[:, None] * groups + torch.arange(groups, device=device)).flatten()))
+        return tuple(found), torch.cat([queries for *_, queries in found]).argsort()
+
+
+def attend_kept(
+    q, keys, values, scores, first: int, memory, window: int, counts: tuple[int, ...], scaling: float, softcap=None,
+    dropout: float = 0.0,
+):  # fmt: skip
+    """`kept_attention` of heads that may keep different numbers of tokens.
+
+    Args:
+        counts: of each key/value head.
+        memory: three tensors for each of `head_groups`, one group behind the other, or None.
+    """
+    groups, order = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
+    outputs, denominators, found = [], [], ()
+    for index, (count, heads, queries) in enumerate(groups):
+        before = None if memory is None else memory[3 * index : 3 * index + 3]
+        part = (q, keys, values, scores)
+        if heads is not None:
+            part = (q[:, queries], *(x[:, heads] for x in part[1:]))
+        if count:
+            output, lse, after = kept_attention(*part, first, before, window, count, scaling, softcap, dropout)
+        else:
+            output = torch.zeros_like(part[0], dtype=torch.float32)
+            lse = torch.full_like(output[..., 0], torch.finfo(torch.float32).min)
+            after = empty_memory(*part[1:3], 0)
+        outputs.append(output)
+        denominators.append(lse)
+        found += after
+    if order is None:
+        return output, lse, found
+    return torch.cat(outputs, dim=1)[:, order], torch.cat(denominators, dim=1)[:, order], found
 
 
 def kept_attention(
@@ -221,6 +271,16 @@ def empty_memory(keys, values, count: int):
         values.new_zeros(batch, heads, count, values.shape[-1]),
         nothing,
     )
+
+
+def remember_heads(memory, keys, values, scores, counts: tuple[int, ...], place: int):
+    """The memory of every group of heads after the token at `place` has left the window, too. memory: None for none."""
+    found = ()
+    for index, (count, heads, _) in enumerate(head_groups(counts, 1, keys.device)[0]):
+        part = (keys, values, scores) if heads is None else tuple(x[:, heads] for x in (keys, values, scores))
+        before = empty_memory(*part[:2], count) if memory is None else memory[3 * index : 3 * index + 3]
+        found += remember(before, *part, place) if count else before
+    return found
 
 
 def remember(memory, keys, values, scores, place: int):

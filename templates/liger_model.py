@@ -5,7 +5,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .liger_attention import MODES, LigerAttention
 from .liger_cache import CACHE, adapt_cache, cache_for
-from .liger_config import check_softmax_heads, layer_specs
+from .liger_config import check_heads, layer_specs
 from .liger_extras import NAMES
 from .liger_families import attention_mixin
 from .liger_rows import document_positions, pack_rows, row_layout, token_positions
@@ -117,7 +117,7 @@ class LigerForCausalLM:
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | set(NAMES)
         specs = layer_specs(getattr(config, "liger", None), config.num_hidden_layers)
-        check_softmax_heads(specs, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        check_heads(specs, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         for layer, spec in zip(decoder.layers, specs, strict=True):
             attention = layer.self_attn
             attention.__class__ = _mixed(attention_mixin(type(attention)), type(attention))

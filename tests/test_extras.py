@@ -47,6 +47,8 @@ LEARNED = {
     "kept, window alone": {"kept": 8, "mix": 0.0},
     "kept, joint": {"kept": 5, "normalizer": "joint", "branch_scales": True},
     "kept, sinks": {"kept": 6, "sinks": 3},
+    "kept by head": {"kept": [8, 0]},
+    "kept by head, sinks, joint": {"kept": [3, 11], "sinks": 2, "normalizer": "joint"},
     "kept, sinks, joint, softmax head": {
         **{"kept": 5, "sinks": 2, "normalizer": "joint", "branch_scales": True, "softmax_kv_heads": [0]},
     },

@@ -3,6 +3,8 @@
 Tolerance 1e-5: float32 sums of a few hundred terms of size 1, taken in another order.
 """
 
+import json
+
 import pytest
 import torch
 from test_extras import converted, shaken
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from liger_cli.convert import convert
 from liger_cli.modeling import load_model
 from liger_cli.templates import liger_kept
+from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, check_heads, layer_specs, liger_block
 from liger_cli.templates.liger_kept import add_kept, keep_scores, kept_attention, lifetimes
 from liger_cli.templates.liger_window import window_attention
 
@@ -106,6 +109,39 @@ def test_sinks_beside_kept_tokens(tiny_base, tmp_path, sinks):
     model.set_attention_mode("window")
     seen = (column <= row) & ((column > row - 16) | (column < sinks))
     close(in_pieces(model, ids, 7), base(ids, attention_mask=seen[None, None]).logits)
+
+
+@torch.no_grad()
+def test_heads_that_keep_different_numbers(tiny_base, tmp_path):
+    """From equal scores: each head the base under a mask of its own; the memory is as small as each head's number."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_base(), attn_implementation="eager").eval()
+    folder = converted(tiny_base(), tmp_path, window=16, kept=[2, 10], sinks=1, mix=0.0)
+    model = load_model(folder, dtype=torch.float32).eval()
+    assert model.config.liger["layers"][0]["kept"] == [2, 10]
+    ids = tokens(90, batch=2)
+    row, column = torch.arange(90)[:, None], torch.arange(90)
+    seen = torch.stack([(column <= row) & ((column > row - 16 - n) | (column < 1)) for n in (2, 2, 10, 10)])
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
+    wanted = base(ids, attention_mask=mask).logits
+    close(model(ids).logits, wanted, 1e-5)
+    with torch.enable_grad():
+        close(model(ids).logits.detach(), wanted, 1e-5)
+    for piece in (1, 23):
+        close(in_pieces(model, ids, piece), wanted)
+    cache = model(ids, use_cache=True).past_key_values
+    assert [x.shape[1:3] for x in cache.layers[0].kept] == [(1, 3)] * 3 + [(1, 11)] * 3
+
+
+@pytest.mark.parametrize("kept", [[], [1, -1], [1, 2.0], "8", [True, 2], [[1]], [1, 2, 3]])
+def test_numbers_of_kept_tokens_that_cannot_be_read(kept):
+    with pytest.raises(LigerConfigError, match="kept"):
+        check_heads([LayerSpec(kept=kept)], 2)
+
+
+def test_numbers_of_kept_tokens_in_json():
+    spec = LayerSpec(kept=[1, 2, 3], softmax_kv_heads=[1])
+    assert layer_specs(json.loads(json.dumps(liger_block([spec]))), 1) == [spec] and spec.kept_by_head(3) == (1, 3)
+    assert LayerSpec(kept=[4, 4]).kept == 4 and LayerSpec(kept=4).kept_by_head(2) == (4, 4)
 
 
 def test_lifetimes():

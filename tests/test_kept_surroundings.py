@@ -25,6 +25,8 @@ KEPT = {
     "kept": {"window": 16, "kept": 24},
     "window longer than a short text": {"window": 160, "kept": 8},
     "kept and sinks": {"window": 16, "kept": 24, "sinks": 4},
+    "kept by head": {"window": 16, "kept": [0, 24], "sinks": 2},
+    "kept by head beside a softmax head": {"window": 16, "kept": [7, 24], "softmax_kv_heads": [0]},
     "joint": {"window": 16, "kept": 24, "normalizer": "joint", "branch_scales": True},
     "no recurrence": {"window": 16, "kept": 24, "mix": 0.0},
     "recurrence alone": {"window": 16, "kept": 24, "mix": 1.0},
