@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
+from liger_cli.conversations import Document
+from liger_cli.errors import LigerError, SetupError, UsageError
 from liger_cli.hub import spare_retries
+from liger_cli.layouts import Tally, documents, find_layout
 from liger_cli.rows import READERS, local_rows
 
 if TYPE_CHECKING:
@@ -19,21 +21,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 DEMO = "demo"
 DEMO_DOCUMENTS = 1500
-ENCODED_BLOCK = 1 << 24  # characters tokenized at once, or 1,000 documents
-MAX_TURNS = 1000  # of a conversation
-TEXT_COLUMNS = ("text", "content")
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA_NO_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-Segments = list[tuple[str, bool]]  # text, and whether its tokens are trained on
+ENCODED_BLOCK = 1 << 21  # characters tokenized at once, or 1,000 documents
+LOOKED_AT = 100  # first rows that tell a source's layout
 
 
 @dataclass(frozen=True)
@@ -139,10 +128,11 @@ def _mixed(parts: list[list[Example]], weights: list[float | None], seed: int) -
 
 
 def _tokenized(source: Source, tokenizer, seq_len: int) -> tuple[list[Example], dict]:
-    layout, encoded = open_source(source.name, tokenizer, seq_len)
+    opened = open_source(source.name, tokenizer, seq_len)
+    layout, tally = opened.layout, opened.tally
     report = {"source": source.name, "layout": layout, "examples": 0, "tokens": 0, "cut": 0, "without_targets": 0}
     examples: list[Example] = []
-    for example, cut in encoded:
+    for example, cut in opened.examples:
         report["cut"] += cut
         if not example.targets:
             report["without_targets"] += layout != "text"  # a text's last piece may be a single token
@@ -150,31 +140,58 @@ def _tokenized(source: Source, tokenizer, seq_len: int) -> tuple[list[Example], 
         examples.append(example)
     report["examples"], report["tokens"] = len(examples), sum(map(len, examples))
     if not examples:
-        raise nothing_to_learn(source.name, seq_len)
-    return examples, report
+        raise nothing_to_learn(source.name, seq_len, tally)
+    return examples, report | not_used(tally)
 
 
-def nothing_to_learn(name: str, seq_len: int) -> LigerError:
+def not_used(tally: Tally) -> dict:
+    """The part of a source's report that says what of it was not used."""
+    return {"skipped": dict(tally.skipped.most_common()), "unused": sorted(tally.unused)}
+
+
+def nothing_to_learn(name: str, seq_len: int, tally: Tally | None = None) -> LigerError:
     """The error for a source without a single target."""
+    if tally is not None and sum(tally.skipped.values()) == tally.rows:
+        return LigerError(f"{name} has no row that can be used ({tally.words()})")
     return LigerError(f"{name} has no example with anything to learn within {seq_len} tokens; raise --seq-len")
 
 
-def open_source(
-    name: str, tokenizer, seq_len: int, streaming: bool = False
-) -> tuple[str, Iterator[tuple[Example, bool]]]:
-    """The layout of a source, and its examples as `encode` gives them, read as they are asked for.
+@dataclass(frozen=True)
+class Opened:
+    """A source that is being read.
+
+    Attributes:
+        layout: the name of its layout.
+        examples: as `encode` gives them, read as they are asked for.
+        tally: of the rows read so far.
+    """
+
+    layout: str
+    examples: Iterator[tuple[Example, bool]]
+    tally: Tally
+
+
+def open_source(name: str, tokenizer, seq_len: int, streaming: bool = False) -> Opened:
+    """Open a source; its layout is that of the first row that has one.
 
     Args:
         streaming: a data set of the hub is read from there, and not downloaded first.
     Raises:
         As `load_data`.
     """
-    rows = read_rows(name, streaming)
-    first = next(rows, None)
-    if first is None:
+    rows, tally = read_rows(name, streaming), Tally()
+    first = list(islice(rows, LOOKED_AT))
+    if not first:
         raise LigerError(f"{name} has no examples")
-    layout = detect_layout(first, name)
-    return layout, encode(_documents(first, rows, layout, name, tokenizer), tokenizer, seq_len)
+    for number, row in enumerate(first, 1):
+        try:
+            layout = find_layout(row, name)
+            break
+        except UsageError:
+            if number == len(first):
+                raise
+    found = documents(chain(first, rows), layout, tokenizer, tally)
+    return Opened(layout.name, encode(found, tokenizer, seq_len), tally)
 
 
 def read_rows(name: str, streaming: bool = False) -> Iterator[dict]:
@@ -223,128 +240,77 @@ def _demo_rows() -> Iterator[dict]:
         yield {"text": text}
 
 
-def detect_layout(row: dict, name: str) -> str:
-    """`messages`, `sharegpt`, `alpaca`, `prompt` or `text`, by the columns. Raises UsageError."""
-    if isinstance(row.get("messages"), list):
-        return "messages"
-    if isinstance(row.get("conversations"), list):
-        return "sharegpt"
-    if "instruction" in row and "output" in row:
-        return "alpaca"
-    if "prompt" in row and ("completion" in row or "response" in row):
-        return "prompt"
-    if any(isinstance(row.get(column), str) for column in TEXT_COLUMNS):
-        return "text"
-    raise UsageError(
-        f"{name} has the columns {', '.join(map(str, row))[:300]}; liger knows messages, conversations, "
-        "instruction + output, prompt + completion, and text"
-    )
+def encode(documents: Iterable[Document], tokenizer, seq_len: int) -> Iterator[tuple[Example, bool]]:
+    """Tokenize each document whole. Yields examples, and whether they were cut.
 
-
-def _documents(first: dict, rows: Iterable[dict], layout: str, name: str, tokenizer) -> Iterator[tuple[Segments, bool]]:
-    """Segments of each row, and whether it is plain text, which is cut into pieces and not cut off."""
-    number = 1
-    while first is not None:
-        try:
-            for segments in segments_of(first, layout, tokenizer):
-                "".join(text for text, _ in segments).encode("utf-8")  # half a surrogate pair is no text
-                yield segments, layout == "text"
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise LigerError(
-                f"{name}: example {number} is not a whole {layout} example ({type(error).__name__}: {error})"
-            ) from None
-        first, number = next(rows, None), number + 1
-
-
-def segments_of(row: dict, layout: str, tokenizer) -> list[Segments]:
-    """One row as documents of segments. Only responses are trained on; of plain text everything is.
-
-    Raises:
-        KeyError, TypeError, ValueError: a field is missing or is no text. ModelError: no chat template.
+    A token is trained on where it has a character that is: segments tokenized apart would be other tokens.
     """
-    if layout == "text":
-        column = next((column for column in TEXT_COLUMNS if column in row), "text")
-        return [[(_text(row[column]), True)]]
-    if layout == "alpaca":
-        fields = {"instruction": _text(row["instruction"]), "input": _text(row.get("input") or "")}
-        prompt = (ALPACA_INPUT if fields["input"] else ALPACA_NO_INPUT).format(**fields)
-        return [[(prompt, False), (_text(row["output"]), True)]]
-    if layout == "prompt":
-        response = row["completion"] if "completion" in row else row["response"]
-        if isinstance(row["prompt"], list):
-            return chat_segments([*row["prompt"], *response], tokenizer)
-        return [[(_text(row["prompt"]), False), (_text(response), True)]]
-    if layout == "sharegpt":
-        turns = [{"role": ROLES[turn["from"]], "content": _text(turn["value"])} for turn in row["conversations"]]
-        return chat_segments(turns, tokenizer)
-    return chat_segments(row["messages"], tokenizer)
-
-
-def chat_segments(messages: list[dict], tokenizer) -> list[Segments]:
-    """A conversation through the tokenizer's chat template, trained on the assistant's turns.
-
-    A template that writes a turn differently once others follow (it drops earlier reasoning, say) gives one document
-    for each assistant turn; any other gives one in all.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError("the tokenizer has no chat template, which chat data needs; use Alpaca or plain-text data")
-
-    from jinja2 import TemplateError
-
-    def render(count: int, prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, RecursionError, ArithmeticError, LookupError) as error:
-            raise ValueError(f"the tokenizer's chat template fails on it: {error}") from None
-
-    if len(messages) > MAX_TURNS:  # every assistant turn is rendered after all those before it
-        raise ValueError(f"{len(messages)} turns, more than {MAX_TURNS}")
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise ValueError("no assistant turn")
-    spans = [(render(index, True), render(index + 1, False)) for index in turns]
-    whole = spans[-1][1]
-    if all(whole.startswith(after) and after.startswith(before) for before, after in spans):
-        segments, position = [], 0
-        for before, after in spans:
-            segments += [(whole[position : len(before)], False), (after[len(before) :], True)]
-            position = len(after)
-        return [segments]
-    documents = []
-    for before, after in spans:
-        common = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
-        documents.append([(after[:common], False), (after[common:], True)])
-    return documents
-
-
-def encode(documents: Iterable[tuple[Segments, bool]], tokenizer, seq_len: int) -> Iterator[tuple[Example, bool]]:
-    """Tokenize; segments one by one, as a prompt is at generation time. Yields examples and whether they were cut."""
     start, end = _start_tokens(tokenizer), tokenizer.eos_token_id
     for block in _blocks(documents):
-        texts = [text for segments, _ in block for text, _ in segments]
-        tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-        for segments, plain in block:
-            ids: list[int] = []
-            labels: list[int] = []
-            for _, trained in segments:
-                part = next(tokens)
-                ids += part
-                labels += part if trained else [IGNORED] * len(part)
-            if start and ids[: len(start)] != start:
-                ids, labels = start + ids, [IGNORED] * len(start) + labels
-            if end is not None and end not in ids[-2:]:
-                ids, labels = [*ids, end], [*labels, end]
-            pieces = range(0, len(ids), seq_len) if plain else (0,)
-            for first in pieces:
+        for document, (ids, mask) in zip(block, _tokens(block, tokenizer), strict=True):
+            if document.starts and start and ids[: len(start)] != start:
+                ids, mask = start + ids, [False] * len(start) + mask
+            if document.ends and end is not None and ids[-1:] != [end]:
+                ids, mask = [*ids, end], [*mask, True]
+            labels = [one if trained else IGNORED for one, trained in zip(ids, mask, strict=True)]
+            for first in range(0, len(ids), seq_len) if document.plain else (0,):
                 last = first + seq_len
-                yield _example(ids[first:last], labels[first:last]), not plain and len(ids) > seq_len
+                cut = not document.plain and len(ids) > seq_len
+                yield _example(ids[first:last], labels[first:last]), cut
 
 
-def _blocks(documents: Iterable[tuple[Segments, bool]]) -> Iterator[list[tuple[Segments, bool]]]:
+def _tokens(block: list[Document], tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """For each document its ids, and for each id whether it is trained on."""
+    fast = getattr(tokenizer, "is_fast", False)
+    found: dict[int, tuple] = {}
+    for plain in (True, False):
+        chosen = [i for i, one in enumerate(block) if one.tokens is None and one.plain == plain]
+        if not chosen:
+            continue
+        offsets = {"return_offsets_mapping": True} if fast and not plain else {}
+        made = tokenizer([block[i].text for i in chosen], add_special_tokens=False, verbose=False, **offsets)
+        for place, i in enumerate(chosen):
+            ids = list(made["input_ids"][place])
+            if plain:
+                mask = [True] * len(ids)
+            elif offsets:
+                mask = _in_spans(made["offset_mapping"][place], block[i].trained)
+            else:
+                mask = _by_prefixes(ids, block[i], tokenizer)
+            found[i] = ids, mask
+    for i, document in enumerate(block):
+        ids, mask = found[i] if document.tokens is None else document.tokens
+        yield list(ids), [bool(one) for one in mask]
+
+
+def _in_spans(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """Whether each token has a character of a span. One that its tokenizer trimmed to nothing is the last it has."""
+    first, last = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    first, mask = np.minimum(first, last - 1), np.zeros(len(offsets), dtype=bool)
+    for begin, end in spans:
+        mask |= (first < end) & (last > begin)
+    return mask.tolist()
+
+
+def _by_prefixes(ids: list[int], document: Document, tokenizer) -> list[bool]:
+    """The same for a tokenizer without offsets: a text's tokens begin as those of its beginning do."""
+    mask = [False] * len(ids)
+    for span in document.trained:
+        ends = []
+        for character in span:
+            part = tokenizer(document.text[:character], add_special_tokens=False, verbose=False)["input_ids"]
+            same = zip(ids, part, strict=False)
+            ends.append(next((i for i, (one, other) in enumerate(same) if one != other), min(len(ids), len(part))))
+        last = len(ids) if span[1] == len(document.text) else ends[1]
+        mask[ends[0] : last] = [True] * (last - ends[0])
+    return mask
+
+
+def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     block, characters = [], 0
     for document in documents:
         block.append(document)
-        characters += sum(len(text) for text, _ in document[0])
+        characters += len(document.text)
         if len(block) == 1000 or characters > ENCODED_BLOCK:
             yield block
             block, characters = [], 0
@@ -360,9 +326,3 @@ def _start_tokens(tokenizer) -> list[int]:
     """The token that the tokenizer puts before every text, if there is one."""
     start = tokenizer("a")["input_ids"][:1]
     return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
-
-
-def _text(value) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.60} is no text")
-    return value

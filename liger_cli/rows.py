@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from liger_cli.errors import LigerError
+from liger_cli.layouts import CHATS
+from liger_cli.untrusted import refuse_pointer
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_BLOCK = 1 << 24  # characters of a text file read at once
@@ -23,6 +25,8 @@ def local_rows(path: Path) -> Iterator[dict]:
         LigerError: broken; the sentence names the line where there are lines. OSError: it cannot be read.
     """
     suffix = path.suffix.lower()
+    with open(path, "rb") as file:
+        refuse_pointer(file.read(100), path, LigerError)
     try:
         yield from READERS[suffix](path)
     except UnicodeDecodeError as error:
@@ -47,16 +51,45 @@ def _documents(texts: list[str]) -> Iterator[dict]:
 
 
 def _json(path: Path) -> Iterator[dict]:
-    """A list of objects, or one object a line."""
+    """A list of objects, an object that holds one such list, or one object a line."""
     with open(path, encoding="utf-8-sig") as file:
-        start = file.read(1 << 16).lstrip()[:1]
+        line = next((line for line in file if line.strip()), "")
+        more = any(other.strip() for other in file)
         file.seek(0)
-        if start != "[":
+        if not _is_whole(line, more):
             yield from _json_lines(path)
             return
         rows = _parsed(path, file.read(), "it")
+    if isinstance(rows, dict):
+        rows = _held(path, rows)
     for number, row in enumerate(rows, 1):
         yield _object(path, row, f"entry {number}")
+
+
+def _is_whole(line: str, more: bool) -> bool:
+    """Whether a file is one value, by its first line: a list, an object over several lines, or one that holds rows."""
+    if line.lstrip()[:1] == "[" or line.strip() == "{":
+        return True
+    if more:
+        return False
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and len(_lists(value)) == 1
+
+
+def _lists(value: dict) -> list[list[dict]]:
+    """The lists of rows among an object's fields; a conversation is part of a row."""
+    lists = [one for name, one in value.items() if isinstance(one, list) and name not in CHATS]
+    return [one for one in lists if one and all(isinstance(row, dict) for row in one)]
+
+
+def _held(path: Path, value: dict) -> list[dict]:
+    if len(found := _lists(value)) != 1:
+        fields = ", ".join(map(str, value))[:200]
+        raise LigerError(f"{path} holds one object ({fields}) with {len(found)} lists of rows; give a list of rows")
+    return found[0]
 
 
 def _json_lines(path: Path) -> Iterator[dict]:

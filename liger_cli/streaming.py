@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from liger_cli.data import Example, Source, nothing_to_learn, open_source, parse_sources
+from liger_cli.data import Example, Opened, Source, not_used, nothing_to_learn, open_source, parse_sources
 from liger_cli.errors import UsageError
 from liger_cli.packing import Row, make_rows
 from liger_cli.wording import size
@@ -53,8 +53,11 @@ class Stream:
 
 
 def _examples(name: str, tokenizer, seq_len: int) -> Iterator[Example]:
-    _, encoded = open_source(name, tokenizer, seq_len, streaming=True)
-    return (example for example, _ in encoded if example.targets)
+    return _with_targets(open_source(name, tokenizer, seq_len, streaming=True))
+
+
+def _with_targets(opened: Opened) -> Iterator[Example]:
+    return (example for example, _ in opened.examples if example.targets)
 
 
 def wants_streaming(spec: str, streaming: bool | None, max_steps: int | None) -> bool:
@@ -90,8 +93,8 @@ def open_stream(spec: str, tokenizer, seq_len: int, held_out: int) -> Stream:
     counts = [round(held_out * (source.weight or 1) / total) for source in sources]
     kept, report = [], []
     for source, count, weight in zip(sources, counts, given, strict=True):
-        layout, _ = open_source(source.name, tokenizer, seq_len, streaming=True)
-        first = list(islice(_examples(source.name, tokenizer, seq_len), count + 1))
+        opened = open_source(source.name, tokenizer, seq_len, streaming=True)
+        first = list(islice(_with_targets(opened), count + 1))
         if len(first) <= count:
             raise UsageError(
                 f"{source.name} has {len(first)} examples, and {count} are to be held out; lower --held-out, or "
@@ -100,8 +103,9 @@ def open_stream(spec: str, tokenizer, seq_len: int, held_out: int) -> Stream:
         kept += first[:count]
         files = [path.stat().st_size for path in _files(source.name)]
         report.append(
-            {"source": source.name, "layout": layout, "examples": None, "tokens": None, "cut": None,
-             "without_targets": None, "held_out": count, "weight": weight, "bytes": sum(files) or None}
+            {"source": source.name, "layout": opened.layout, "examples": None, "tokens": None, "cut": None,
+             "without_targets": None, "held_out": count, "weight": weight, "bytes": sum(files) or None,
+             **not_used(opened.tally)}
         )  # fmt: skip
     return Stream(sources, tokenizer, seq_len, counts, kept, report)
 

@@ -26,6 +26,11 @@ def print_plan(plan: dict) -> None:
             notes.append(f"{source['cut']:,} cut at {plan['seq_len']} tokens")
         if source["without_targets"]:
             notes.append(f"{source['without_targets']:,} left out, with no response within {plan['seq_len']} tokens")
+        if skipped := source["skipped"]:
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in skipped.items())
+            notes.append(f"{sum(skipped.values()):,} rows left out ({reasons})")
+        if source["unused"]:
+            notes.append(f"not used: {', '.join(source['unused'])}")
         say(f"data {source['source']}: {source['layout']} layout, {'; '.join(notes)}")
     share = plan["trainable_parameters"] / plan["parameters"]
     if plan["tokens"] is None:

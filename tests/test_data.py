@@ -5,12 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from liger_cli.data import (
-    IGNORED,
-    chat_segments,
-    load_data,
-    parse_sources,
-)
+from liger_cli.data import IGNORED, load_data, parse_sources
 from liger_cli.errors import LigerError, ModelError, UsageError
 
 
@@ -63,27 +58,9 @@ def test_chat_learns_every_assistant_turn(tmp_path, tokenizer, layout):
         names = {"user": "human", "assistant": "gpt"}
         row = {"conversations": [{"from": names[role], "value": text} for role, text in turns]}
     example, report = one(write(tmp_path / "a.jsonl", [row]), tokenizer)
-    assert report["layout"] == layout
+    assert report["layout"] == "messages"
     assert example.input_ids.tolist() == [10, 20, 11, 21, 22, tokenizer.eos_token_id]
     assert learned(example) == [20, 21, 22, tokenizer.eos_token_id]
-
-
-def test_template_that_rewrites_earlier_turns_gives_one_document_a_turn(tokenizer):
-    class Rewriting:
-        chat_template = "yes"
-
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-            texts = [f"[{m['role'][0]}:{m['content']}]" for m in messages]
-            if messages[-1]["role"] == "assistant":
-                texts[-1] = f"[a:<think>{messages[-1]['content']}]"
-            return "".join(texts) + ("[a:" if add_generation_prompt else "")
-
-    turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    assert chat_segments(messages, Rewriting()) == [
-        [("[u:1][a:", False), ("<think>2]", True)],
-        [("[u:1][a:2][u:3][a:", False), ("<think>4]", True)],
-    ]
 
 
 def test_formats_hold_the_same(tmp_path, tokenizer):
@@ -106,7 +83,8 @@ def test_formats_hold_the_same(tmp_path, tokenizer):
 def test_broken_inputs_are_one_sentence(tmp_path, tokenizer):
     cases = {
         "unknown.jsonl": (json.dumps({"foo": "x"}) + "\n", UsageError, "foo"),
-        "field.jsonl": (json.dumps({"instruction": "w4", "output": None}) + "\n", LigerError, "example 1"),
+        "null.jsonl": (json.dumps({"instruction": "w4", "output": None}) + "\n", UsageError, "with something in them"),
+        "field.jsonl": (json.dumps({"instruction": "", "output": "w4"}) + "\n", LigerError, "instruction is empty: 1"),
         "broken.jsonl": ('{"text": "w4"}\n{"text": ', LigerError, "broken.jsonl"),
         "empty.txt": ("", LigerError, "no examples"),
         "a.xyz": ("x", UsageError, "xyz"),
@@ -143,3 +121,84 @@ def test_weights_decide_the_shares(tmp_path, tokenizer):
 def test_sources_refused(spec):
     with pytest.raises(UsageError, match="--data"):
         parse_sources(spec)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"6b" * 32 + b"\nsize 17209920\n"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "txt"])
+def test_a_pointer_of_git_is_named(tmp_path, tokenizer, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(POINTER)
+    with pytest.raises(LigerError, match="git lfs pull"):
+        load_data(str(tmp_path / f"a.{suffix}"), tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("value", "indent", "count"),
+    [
+        ({"data": [{"text": "w4"}, {"text": "w5"}]}, 1, 2),
+        ({"version": "1", "data": [{"text": "w4"}, {"text": "w5"}]}, None, 2),
+        ([{"text": "w4"}, {"text": "w5"}], 1, 2),
+        ({"messages": [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]}, None, 1),
+    ],
+)
+def test_json_files_that_hold_their_rows(tmp_path, tokenizer, value, indent, count):
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
+    assert len(load_data(str(tmp_path / "a.json"), tokenizer, 64, held_out=0).train) == count
+
+
+def test_json_without_rows(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text(json.dumps({"train": [{"text": "w4"}], "test": [{"text": "w5"}]}, indent=1))
+    with pytest.raises(LigerError, match=r"one object \(train, test\) with 2 lists"):
+        load_data(str(tmp_path / "a.json"), tokenizer, 64)
+
+
+def test_unusable_rows_are_counted(tmp_path, tokenizer):
+    rows = [
+        {"text": None, "id": 1},
+        {"text": "w4", "source": ""},
+        {"text": ["w4"]},
+        {"text": ""},
+        {"text": "w5", "id": 2},
+    ]
+    data = load_data(write(tmp_path / "a.jsonl", rows), tokenizer, 64, held_out=0)
+    assert len(data.train) == 2
+    wanted = {"text is null": 1, "text is list, not text": 1, "text is empty": 1}
+    assert data.report[0]["skipped"] == wanted and data.report[0]["unused"] == ["id"]
+    with pytest.raises(LigerError, match="no row that can be used .text is null: 2"):
+        load_data(write(tmp_path / "b.jsonl", [{"text": "\ud800"}, *[{"text": None}] * 2]), tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "w10", "output": "w20"},
+        {"instruction": "w10", "input": None, "response": "w20", "category": "x"},
+        {"question": "w10", "answer": "w20"},
+        {"query": "w10", "response": "w20"},
+        {"input": "w10", "output": "w20"},
+        {"instruction": "w10", "context": "", "response": "w20"},
+        {"instruction": "w10", "input": "", "output": "w20", "history": []},
+    ],
+)
+def test_names_of_instructions(tmp_path, tokenizer, row):
+    example, report = one(write(tmp_path / "a.jsonl", [row]), tokenizer)
+    assert report["layout"] == "alpaca" and learned(example) == [20, tokenizer.eos_token_id]
+    assert report["unused"] == (["category"] if "category" in row else [])
+
+
+def test_instruction_fields_that_change_the_prompt(tmp_path, tokenizer):
+    row = {"instruction": "w10", "context": "w11", "output": "w20", "system": "w12"}
+    example, _ = one(write(tmp_path / "a.jsonl", [row]), tokenizer)
+    assert example.input_ids[0] == 12 and 11 in example.input_ids
+    row["history"] = [["w13", "w14"]]
+    with pytest.raises(LigerError, match="history"):
+        one(write(tmp_path / "a.jsonl", [row]), tokenizer)
+
+
+def test_one_end_and_one_start(tmp_path, tokenizer):
+    """A text that has its end token already gets no second one; the start token is the tokenizer's."""
+    example, _ = one(write(tmp_path / "a.jsonl", [{"text": "w4 <eos>"}]), tokenizer)
+    assert example.input_ids.tolist() == [4, 2]
+    example, _ = one(write(tmp_path / "a.jsonl", [{"instruction": "w10", "output": "w20 <eos>"}]), tokenizer)
+    assert learned(example) == [20, 2]

@@ -21,8 +21,9 @@ from liger_cli import adapters, bench, convert, evaluate, finetune, inspection, 
 from liger_cli.card import refresh_card
 from liger_cli.checkpoint import inside, read_checkpoint, read_shard
 from liger_cli.columns import open_subject
+from liger_cli.conversations import conversation_documents, read_conversation
 from liger_cli.converted import read_converted
-from liger_cli.data import load_data, read_rows, segments_of
+from liger_cli.data import load_data, read_rows
 from liger_cli.errors import LigerError, ModelError, UsageError, guarded
 from liger_cli.escape import code_span, csv_cell, markdown, printable, yaml_string
 from liger_cli.folders import resolve_model
@@ -147,7 +148,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path, tiny_base):
     file.write_text('{"text": "w5 w6 \\ud800 w7"}\n' * 30)
     with pytest.raises(LigerError, match="surrogate"):
         read_texts(file)
-    with pytest.raises(LigerError, match="example 1"):
+    with pytest.raises(LigerError, match="surrogate pair.: 30"):
         load_data(str(file), load_tokenizer(tiny_base()), 64, 2, 0)
 
 
@@ -211,11 +212,11 @@ def test_a_path_in_a_tokenizer_config_is_replaced_by_the_folders_own_file(conver
 
 def test_chat_templates_that_fail():
     template = SimpleNamespace(chat_template="x", apply_chat_template=lambda *_, **__: 1 / 0)
-    rows = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match="chat template"):
-        segments_of(rows, "messages", template)
+        conversation_documents(read_conversation(messages, "x"), template)
     with pytest.raises(ValueError, match="turns"):
-        segments_of({"messages": rows["messages"] * 1000}, "messages", template)
+        read_conversation(messages * 1000, "x")
 
 
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "nowhere"}

@@ -291,7 +291,8 @@ def read_adapter(world: World, folder: Path) -> None:
 
 def tokenizer(world: World, rng: random.Random) -> None:
     """The files of a tokenizer, then the tokenizer on a conversation."""
-    from liger_cli.data import encode, segments_of
+    from liger_cli.conversations import conversation_documents, read_conversation, template_of
+    from liger_cli.data import encode
     from liger_cli.errors import LigerError
     from liger_cli.modeling import load_config
     from liger_cli.tokenizer import load_tokenizer
@@ -312,10 +313,10 @@ def tokenizer(world: World, rng: random.Random) -> None:
         )
     found = load_tokenizer(folder, load_config(folder))
     try:
-        segments = segments_of(ROWS[4], "messages", found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what data._documents makes a sentence of
+        documents = conversation_documents(read_conversation(ROWS[4]["messages"], template_of(found)), found)
+    except ValueError as error:  # what layouts.documents counts
         raise LigerError(str(error)) from None
-    list(encode([(one, False) for one in segments], found, 16))
+    list(encode(documents, found, 16))
 
 
 def recipe(world: World, rng: random.Random) -> None:
