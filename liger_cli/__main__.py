@@ -4,7 +4,7 @@ import codecs
 import os
 import sys
 
-from liger_cli import interrupts
+from liger_cli.system import interrupts
 
 
 def main() -> None:

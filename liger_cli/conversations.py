@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 
-from liger_cli.errors import ModelError
+from liger_cli.system.errors import ModelError
 
 MAX_TURNS = 1000
 ROLE_KEYS = ("role", "from", "speaker", "author")

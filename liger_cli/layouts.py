@@ -15,7 +15,7 @@ from liger_cli.conversations import (
     reserved,
     template_of,
 )
-from liger_cli.errors import UsageError
+from liger_cli.system.errors import UsageError
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "items")
 INSTRUCTIONS, INPUTS = ("instruction", "question", "query"), ("input", "context")

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 import typer.core
 
-from liger_cli import __version__, bus_error, interrupts
-from liger_cli.convert_options import convert
-from liger_cli.errors import flush_stdout, guarded
-from liger_cli.finetune_options import finetune
-from liger_cli.options import Device, Dtype, Format, Json, Measured, Push, Save
+from liger_cli import __version__
+from liger_cli.commands.convert_options import convert
+from liger_cli.commands.finetune_options import finetune
+from liger_cli.commands.options import Device, Dtype, Format, Json, Measured, Push, Save
+from liger_cli.system import bus_error, interrupts
+from liger_cli.system.errors import flush_stdout, guarded
 
 CLICK_EXCEPTION = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -76,7 +77,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what FOLDER is, what made it, whether code and weights are as recorded (exit 1 if not)."""
-    from liger_cli import inspection as module
+    from liger_cli.commands import inspect as module
 
     if code := module.run(folder, full=full, as_json=as_json):
         raise typer.Exit(code)
@@ -87,7 +88,7 @@ def families(
     as_json: Json = False,
 ) -> None:
     """List the supported model families and what is special about each."""
-    from liger_cli import family_table
+    from liger_cli.commands import families as family_table
 
     family_table.run(as_json)
 
@@ -98,7 +99,7 @@ def gates(
     as_json: Json = False,
 ) -> None:
     """List the gates with their formulas and the size of their states."""
-    from liger_cli import gate_table
+    from liger_cli.commands import gates as gate_table
 
     gate_table.run(as_json, head_dim)
 
@@ -108,7 +109,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Show versions and devices and what runs on what; exit 4 where liger cannot run."""
-    from liger_cli import doctor
+    from liger_cli.commands import doctor
 
     doctor.run(as_json)
 
@@ -135,7 +136,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Add LoRA adapters into the weights: a self-contained model, written shard by shard."""
-    from liger_cli import merge as module
+    from liger_cli.commands import merge as module
 
     module.run(
         adapters or None,
@@ -156,7 +157,7 @@ def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the fine-tuning recipes, or print one."""
-    from liger_cli import recipes as module
+    from liger_cli.training import recipes as module
 
     module.run(name, as_json=as_json)
 
@@ -200,8 +201,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure MODEL beside its base and its window alone: perplexity, agreement, recall (all three by default)."""
-    from liger_cli import evaluate as module
-    from liger_cli.harness import parse_metadata
+    from liger_cli.commands import evaluate as module
+    from liger_cli.evaluation.harness import parse_metadata
 
     module.run(
         model,
@@ -252,7 +253,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time and memory of MODEL and of its softmax base at growing lengths, in the same run."""
-    from liger_cli import bench as module
+    from liger_cli.benchmark import bench as module
 
     module.run(
         model,
@@ -279,6 +280,6 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Convert, fine-tune, merge, evaluate and time the small model that liger ships: minutes on a CPU."""
-    from liger_cli import demo as module
+    from liger_cli.commands import demo as module
 
     module.run(folder, force=force, as_json=as_json)

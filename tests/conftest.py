@@ -81,8 +81,8 @@ def sparse_base(tmp_path):
 
 
 def write_sparse_base(folder: Path, model_type: str, shards: int, sizes: dict) -> Path:
-    from liger_cli.checkpoint import Geometry
-    from liger_cli.families import FAMILIES
+    from liger_cli.checkpoint.families import FAMILIES
+    from liger_cli.checkpoint.reader import Geometry
 
     folder.mkdir(parents=True)
     family = FAMILIES[model_type]

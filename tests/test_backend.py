@@ -12,7 +12,7 @@ import pytest
 import torch
 from recurrence_examples import example, relative_rms, tuple_of
 
-from liger_cli.errors import guarded
+from liger_cli.system.errors import guarded
 from liger_cli.templates import liger_backend, liger_recurrence
 from liger_cli.templates.liger_backend import KERNELS, LigerBackendError, choose, requested
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block

@@ -8,12 +8,13 @@ import time
 
 import pytest
 
-from liger_cli import bench, convert
-from liger_cli.columns import open_subject
-from liger_cli.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, growing
-from liger_cli.errors import SetupError, UsageError
-from liger_cli.memory import PeakMemory
-from liger_cli.report import bench_notes, bench_tables
+from liger_cli.benchmark import bench
+from liger_cli.benchmark.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, growing
+from liger_cli.commands import convert
+from liger_cli.evaluation.report import bench_notes, bench_tables
+from liger_cli.evaluation.subject import open_subject
+from liger_cli.system.errors import SetupError, UsageError
+from liger_cli.system.memory import PeakMemory
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_softmax_heads_in_a_liger_layer(tiny_base, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({**config, "model_type": "liger_qwen3", "liger": {"format": 1, "layers": specs}})
     )
-    from liger_cli.shapes import shapes_subject
+    from liger_cli.benchmark.shapes import shapes_subject
 
     side = _side(shapes_subject(str(tmp_path / "config.json")), "model")
     read, filled = side.prefill(300, float("inf"))[1], side.filled_cache(300)
@@ -337,7 +338,7 @@ def test_what_is_refused(tiny):
 
 def test_roofline_counts(subject, result):
     """Bytes and operations of a step by hand, for the base after 1024 tokens."""
-    from liger_cli.roofline import limit_ms, step_cost
+    from liger_cli.benchmark.roofline import limit_ms, step_cost
 
     row = next(row for row in result["rows"] if row["which"] == "base" and row["position"] == 1024)
     cost = step_cost(subject.model, row["cache_shapes"], batch_size=1)
@@ -353,7 +354,7 @@ def test_the_matrix_rate_is_that_of_the_faster_type(monkeypatch):
     """Emulated half precision is no limit: steps would seem to take less time than they can."""
     import torch
 
-    from liger_cli import roofline
+    from liger_cli.benchmark import roofline
 
     seconds = {torch.bfloat16: 8.0, torch.float32: 2.0}
     monkeypatch.setattr(roofline, "_best", lambda call, device: seconds[call().dtype])
@@ -417,7 +418,7 @@ def test_plot_marks_what_was_stopped(result, tmp_path):
     """A curve that ends early has a cross where it was stopped, and says so."""
     from copy import deepcopy
 
-    from liger_cli.plots import bench_plot
+    from liger_cli.evaluation.plots import bench_plot
 
     bench_plot(result, tmp_path)
     whole = (tmp_path / "bench.svg").read_text()

@@ -8,15 +8,18 @@ import torch
 from test_convert import digest
 from typer.testing import CliRunner
 
-from liger_cli import calibrate, selection, selection_heads, shipped
-from liger_cli.calibrate import Statistics, fit_scales, fit_scores
-from liger_cli.checkpoint import EXTRAS, read_checkpoint
-from liger_cli.convert import convert, converted_config
-from liger_cli.errors import LigerError, UsageError
-from liger_cli.extras import extra_shapes, initial_values
+from liger_cli import shipped
+from liger_cli.calibration import calibrate, extent
+from liger_cli.calibration import reach as selection_heads
+from liger_cli.calibration.calibrate import Statistics, fit_scales, fit_scores
+from liger_cli.checkpoint.extras import extra_shapes, initial_values
+from liger_cli.checkpoint.model_code import load_model, model_classes
+from liger_cli.checkpoint.reader import EXTRAS, read_checkpoint
+from liger_cli.commands.convert import convert
+from liger_cli.conversion.folder import converted_config
+from liger_cli.conversion.plan import make_plan, with_defaults
 from liger_cli.main import app
-from liger_cli.modeling import load_model, model_classes
-from liger_cli.plan import make_plan, with_defaults
+from liger_cli.system.errors import LigerError, UsageError
 
 BASE = Path(shipped.__file__).parent / "base"
 
@@ -153,7 +156,7 @@ def test_extra_tensors_that_no_file_holds_have_initial_values(tiny_base):
 
 def test_heads_are_chosen_beside_kept_tokens_whose_scores_are_fitted(tiny_base, tmp_path, monkeypatch, words):
     """Before the calibration they would be measured beside the latest tokens, which is a longer window."""
-    monkeypatch.setattr(selection, "ROW_TOKENS", 64)
+    monkeypatch.setattr(extent, "ROW_TOKENS", 64)
     seen = []
 
     def measure(meter, kept):

@@ -11,12 +11,13 @@ from test_convert import digest
 from test_train_options import interrupted
 from typer.testing import CliRunner
 
-from liger_cli import calibrate, convert, finetune, merge
-from liger_cli.errors import UsageError
+from liger_cli.calibration import calibrate
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.commands import convert, finetune, merge
 from liger_cli.main import app
-from liger_cli.manifest import read_manifest
-from liger_cli.modeling import load_model
-from liger_cli.recipes import load_recipe
+from liger_cli.system.errors import UsageError
+from liger_cli.system.manifest import read_manifest
+from liger_cli.training.recipes import load_recipe
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 4, "max_steps": 4, "quiet": True}
 COPY, LORA = "plain-calibrated", "plain-calibrated-lora"
@@ -154,8 +155,8 @@ def test_what_is_trained_as_it_is(here, settings, options, recipe):
 
 
 def test_several_processes_take_a_copy_but_make_none(here, monkeypatch):
-    from liger_cli.calibrated import calibrated_base, copy_path
-    from liger_cli.train_plan import read_base
+    from liger_cli.training.calibrated import calibrated_base, copy_path
+    from liger_cli.training.plan import read_base
 
     base = read_base(here / "plain")
     monkeypatch.setenv("RANK", "0")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from liger_cli.shipped import BASE_DIR
-from liger_cli.study import capacity
-from liger_cli.study.associations import MEMORIES, curves, read_back
 from liger_cli.templates.liger_config import LayerSpec
+from study import capacity
+from study.associations import MEMORIES, curves, read_back
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_curves_and_going_on(base, tmp_path, capsys, monkeypatch):
     assert "| 32 kept tokens |" in text and "| gdn, no decay |" in text
     assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
     # What is known is neither converted nor measured again; a further number of pairs alone is.
-    monkeypatch.setattr("liger_cli.convert.convert", None)
+    monkeypatch.setattr("liger_cli.commands.convert.convert", None)
     marked = {**result, "kinds": {**result["kinds"], "window only": {**window, "recall": {"1": 0.25, "2": 0.75}}}}
     (tmp_path / "capacity.json").write_text(json.dumps(marked))
     assert run(base, tmp_path, "--pairs", "1,2,17") == 0

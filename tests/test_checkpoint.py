@@ -9,8 +9,8 @@ from conftest import QWEN3_8B, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liger_cli.checkpoint import DTYPE_BITS, read_checkpoint, read_shard
-from liger_cli.errors import ModelError, UsageError
+from liger_cli.checkpoint.reader import DTYPE_BITS, read_checkpoint, read_shard
+from liger_cli.system.errors import ModelError, UsageError
 
 
 def edit_config(folder, **changes):

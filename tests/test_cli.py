@@ -9,10 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from liger_cli import convert, errors
-from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
-from liger_cli.folders import resolve_model
+from liger_cli.checkpoint.folders import resolve_model
+from liger_cli.commands import convert
 from liger_cli.main import app
+from liger_cli.system import errors
+from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
 
 runner = CliRunner()
 
@@ -170,7 +171,7 @@ def test_no_or_ambiguous_model(tmp_path):
 
 
 def test_sizes_and_near_names():
-    from liger_cli.wording import did_you_mean, size
+    from liger_cli.system.wording import did_you_mean, size
 
     assert [size(count) for count in (0, 1023, 1024, 1536, 3 << 20, 5 << 30, 2 << 50)] == [
         "0 B", "1023 B", "1.0 KiB", "1.5 KiB", "3.0 MiB", "5.0 GiB", "2048.0 TiB"

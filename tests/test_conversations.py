@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from liger_cli import data as data_module
-from liger_cli.data import IGNORED, load_data
-from liger_cli.errors import LigerError, ModelError
 from liger_cli.shipped import BASE_DIR
+from liger_cli.system.errors import LigerError, ModelError
+from liger_cli.training import data as data_module
+from liger_cli.training.data import IGNORED, load_data
 
 END = "<|endoftext|>"
 TEMPLATES = {

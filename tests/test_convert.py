@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 from conftest import QWEN3_8B, TINY
 
-from liger_cli import convert as convert_module
-from liger_cli import outputs
-from liger_cli.checkpoint import fingerprint, read_weights
-from liger_cli.convert import convert, refresh
-from liger_cli.errors import LigerError, ModelError, SetupError, UsageError
-from liger_cli.manifest import read_manifest
+from liger_cli.checkpoint.reader import fingerprint, read_weights
+from liger_cli.commands import convert as convert_module
+from liger_cli.commands.convert import convert, refresh
+from liger_cli.conversion import folder as folder_module
+from liger_cli.system import outputs
+from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
+from liger_cli.system.manifest import read_manifest
 
 BLOCKER = """
 import sys
@@ -253,7 +254,7 @@ def test_a_failed_replacement_keeps_the_old_one(sparse_base, here, monkeypatch):
     convert(base, "out")
     before = digest(here / "out")
     monkeypatch.setattr(
-        convert_module, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        folder_module, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
     )
     with pytest.raises(OSError):
         convert(base, "out", settings={"gate": "gdn"}, force=True)
@@ -374,7 +375,7 @@ def test_a_full_disk_leaves_nothing(sparse_base, here, monkeypatch):
         Path(target).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
-    monkeypatch.setattr(convert_module.shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     base = sparse_base(shards=2)
     with pytest.raises(OSError):
         convert(str(base), "out")
@@ -422,7 +423,7 @@ def test_interrupted(sparse_base, tmp_path, number):
             assert {path.stat().st_size for path in base.glob("*.safetensors")} == {
                 path.stat().st_size for path in (here / "out").glob("*.safetensors")
             }
-            convert_module.shutil.rmtree(here / "out")
+            shutil.rmtree(here / "out")
         else:
             caught += 1
             assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
@@ -439,7 +440,7 @@ def test_interrupted(sparse_base, tmp_path, number):
 
 def test_refresh_renews_the_code_only(sparse_base, here, monkeypatch):
     base = sparse_base()
-    monkeypatch.setattr(convert_module, "model_files", lambda family: {"modeling_liger_qwen3.py": "old"})
+    monkeypatch.setattr(folder_module, "model_files", lambda family: {"modeling_liger_qwen3.py": "old"})
     convert(str(base), "out")
     before = digest(here / "out")
     os.link(here / "out" / "modeling_liger_qwen3.py", here / "elsewhere.py")
@@ -481,7 +482,7 @@ def test_qwen3_8b_costs_nothing(sparse_base, tmp_path):
     )
     wall = 10.0
     for _ in range(3):  # the best of three: other tests may be writing gigabytes to the same disk
-        convert_module.shutil.rmtree(here / "out", ignore_errors=True)
+        shutil.rmtree(here / "out", ignore_errors=True)
         start, command = time.monotonic(), [sys.executable, "-c", watched, base]
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
         wall = min(wall, time.monotonic() - start)
@@ -550,7 +551,7 @@ def test_tuned_and_merged_by_peft_without_liger(tiny_base, tmp_path):
         arguments = [sys.executable, "-I", "-c", script]
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        convert_module.shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_how_to_run_a_model_is_not_taken_over(tiny_base, here, capsys):
@@ -558,7 +559,7 @@ def test_how_to_run_a_model_is_not_taken_over(tiny_base, here, capsys):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from liger_cli.columns import open_subject
+    from liger_cli.evaluation.subject import open_subject
 
     base = here / "base"
     shutil.copytree(tiny_base("qwen3"), base)

@@ -1,12 +1,12 @@
-"""Sources, layouts and labels of `liger_cli.data`."""
+"""Sources, layouts and labels of `training.data`."""
 
 import json
 
 import numpy as np
 import pytest
 
-from liger_cli.data import IGNORED, load_data, parse_sources
-from liger_cli.errors import LigerError, ModelError, UsageError
+from liger_cli.system.errors import LigerError, ModelError, UsageError
+from liger_cli.training.data import IGNORED, load_data, parse_sources
 
 
 @pytest.fixture(scope="module")

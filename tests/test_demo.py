@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from liger_cli import demo
-from liger_cli.errors import UsageError
+from liger_cli.commands import demo
+from liger_cli.system.errors import UsageError
 
 
 def _column(value):

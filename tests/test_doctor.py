@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from liger_cli import doctor
+from liger_cli.commands import doctor
 from liger_cli.main import app
 from liger_cli.templates.liger_gates import GATES
 

@@ -9,15 +9,15 @@ import sys
 
 import pytest
 
-from liger_cli import convert, evaluate
-from liger_cli.columns import COLUMNS, TUNED, open_subject
-from liger_cli.errors import LigerError, SetupError, UsageError
-from liger_cli.harness import SUITES, parse_metadata, parse_tasks, run_tasks
-from liger_cli.manifest import new_manifest, read_manifest, write_manifest
-from liger_cli.recall import KINDS, generated, make_probes, teacher_forced
-from liger_cli.scoring import make_rows, read_texts, score
+from liger_cli.commands import convert, evaluate
+from liger_cli.evaluation.harness import SUITES, parse_metadata, parse_tasks, run_tasks
+from liger_cli.evaluation.recall import KINDS, generated, make_probes, teacher_forced
+from liger_cli.evaluation.scoring import make_rows, read_texts, score
+from liger_cli.evaluation.subject import COLUMNS, TUNED, open_subject
 from liger_cli.shipped import BASE_DIR
 from liger_cli.shipped.probes import evaluate_recall, held_out_text
+from liger_cli.system.errors import LigerError, SetupError, UsageError
+from liger_cli.system.manifest import new_manifest, read_manifest, write_manifest
 
 TEXT = held_out_text(3000)
 
@@ -48,7 +48,7 @@ def _adapter(converted, folder):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
 
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
@@ -190,7 +190,7 @@ def _merged(converted, folder, fingerprint):
     """A folder with other weights than its base's, as `liger merge` leaves it."""
     import torch
 
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
 
     model = load_model(converted)
     with torch.no_grad():
@@ -404,13 +404,13 @@ def test_local_task_offline(shipped, pets, capsys, monkeypatch, tmp_path):
     ],
 )
 def test_failures_of_the_harness_are_sentences(error, words):
-    from liger_cli.harness import _as_sentence
+    from liger_cli.evaluation.harness import _as_sentence
 
     assert words in str(_as_sentence(error, ["piqa"]))
 
 
 def test_suites():
-    from liger_cli.harness import _by_fewshot
+    from liger_cli.evaluation.harness import _by_fewshot
 
     assert parse_tasks("paper, mine") == (
         "piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu", "mine",
@@ -426,7 +426,7 @@ def no_harness(monkeypatch):
     """lm-eval as far as its list of tasks, which is [piqa]; opening a model fails the test."""
     from types import SimpleNamespace
 
-    from liger_cli import harness
+    from liger_cli.evaluation import harness
 
     tasks = SimpleNamespace(TaskManager=lambda include_path=None: SimpleNamespace(all_tasks=["piqa"]))
     monkeypatch.setattr(harness, "_import", lambda: (None, tasks, None))
@@ -481,7 +481,7 @@ def test_recovery_of_a_task_goes_by_what_is_better(subject, monkeypatch):
 
 
 def test_what_the_harness_says_of_a_task():
-    from liger_cli.harness import _details, _of_task
+    from liger_cli.evaluation.harness import _details, _of_task
 
     results = {
         "results": {"t": {"alias": "t", "acc,none": 1.0, "acc_stderr,none": "N/A", "ppl,none": float("inf")}},
@@ -500,7 +500,7 @@ def test_what_the_harness_says_of_a_task():
 
 
 def test_groups_without_figures_give_those_of_their_tasks():
-    from liger_cli.harness import _of_task
+    from liger_cli.evaluation.harness import _of_task
 
     results = {
         "results": {"ruler": {"4096,none": -1, "4096_stderr,none": "N/A"}, "a": {"8192,none": 0.5, "4096,none": -1}},
@@ -515,7 +515,7 @@ def test_automatic_batch_size_is_bounded(subject):
 
     import torch
 
-    from liger_cli.harness import _automatic_batch_size
+    from liger_cli.evaluation.harness import _automatic_batch_size
 
     assert 1 <= _automatic_batch_size(subject.liger_model) <= 16
     config = SimpleNamespace(max_position_embeddings=131072, vocab_size=128256)
@@ -552,7 +552,7 @@ def test_samples_as_rows(shipped, capsys):
 
 def test_samples_of_a_single_text(subject, tmp_path):
     """A plain text is one document: further prompts stand further on in it, as many as there are."""
-    from liger_cli.samples import PROMPT_TOKENS, write_samples
+    from liger_cli.evaluation.samples import PROMPT_TOKENS, write_samples
 
     text = " ".join(held_out_text(4000))
     pieces = len(subject.tokenizer(text).input_ids) // PROMPT_TOKENS

@@ -11,13 +11,13 @@ import torch
 from test_model import close, in_pieces, tokens
 from transformers import AutoModelForCausalLM
 
-from liger_cli.checkpoint import EXTRAS, Geometry, read_weights
-from liger_cli.convert import convert
-from liger_cli.errors import UsageError
-from liger_cli.extras import extra_shapes
+from liger_cli.checkpoint.extras import extra_shapes
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import EXTRAS, Geometry, read_weights
+from liger_cli.commands.convert import convert
+from liger_cli.conversion.plan import layer_settings
 from liger_cli.main import app
-from liger_cli.modeling import load_model
-from liger_cli.plan import layer_settings
+from liger_cli.system.errors import UsageError
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 from liger_cli.templates.liger_gates import GATES
 
@@ -251,7 +251,7 @@ def test_merge_keeps_extra_tensors(tiny_base, tmp_path):
     """A merged folder has the same extra tensors, float32 in a folder of bfloat16, too."""
     from peft import LoraConfig, get_peft_model
 
-    from liger_cli import merge
+    from liger_cli.commands import merge
 
     folder = converted(tiny_base(), tmp_path, branch_scales=True, gate_params="learned")
     model = get_peft_model(shaken(folder), LoraConfig(r=2, target_modules=["q_proj"]))

@@ -9,11 +9,12 @@ import torch
 import yaml
 from test_extras import LOLCATS, SUPRA
 
-from liger_cli import adapters, convert, finetune, merge
-from liger_cli.checkpoint import EXTRAS
-from liger_cli.errors import ModelError, UsageError
-from liger_cli.modeling import load_model
-from liger_cli.recipes import Recipe, Stage, load_recipe
+from liger_cli.checkpoint import adapters
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import EXTRAS
+from liger_cli.commands import convert, finetune, merge
+from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.training.recipes import Recipe, Stage, load_recipe
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8, "max_steps": 6, "quiet": True}
 X = torch.arange(4, 64)[None]

@@ -19,13 +19,13 @@ from test_convert import BLOCKER
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
-from liger_cli import convert as convert_module
-from liger_cli import family_table
-from liger_cli.checkpoint import Geometry, read_checkpoint
-from liger_cli.convert import convert
-from liger_cli.errors import ModelError, UsageError
-from liger_cli.families import FAMILIES
-from liger_cli.modeling import load_model
+from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import Geometry, read_checkpoint
+from liger_cli.commands import convert as convert_module
+from liger_cli.commands import families as family_table
+from liger_cli.commands.convert import convert
+from liger_cli.system.errors import ModelError, UsageError
 
 TOLERANCE = 2e-5
 ALTERNATING = ["sliding_attention", "full_attention"] * 2

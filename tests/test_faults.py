@@ -18,9 +18,13 @@ import pytest
 from conftest import TINY
 from test_convert import digest, entries
 
-from liger_cli import bench, convert, evaluate, finetune, inspection, merge, merged_shards, outputs
-from liger_cli.errors import LigerError, UsageError
-from liger_cli.manifest import read_manifest
+from liger_cli.benchmark import bench
+from liger_cli.checkpoint import merged_shards
+from liger_cli.commands import convert, evaluate, finetune, merge
+from liger_cli.commands import inspect as inspection
+from liger_cli.system import outputs
+from liger_cli.system.errors import LigerError, UsageError
+from liger_cli.system.manifest import read_manifest
 
 SMALL = ("--recipe", "paper", "--seq-len", "48", "--batch-size", "4", "--micro-batch-size", "2", "--held-out", "8")
 KILLED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
@@ -242,7 +246,7 @@ def test_signals_before_the_command_begins_are_quiet(place):
 def test_hang_ups_that_nohup_ignores_stay_ignored(place):
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     script = (
-        "from liger_cli import interrupts; import os, signal; interrupts.unwind();"
+        "from liger_cli.system import interrupts; import os, signal; interrupts.unwind();"
         "os.kill(os.getpid(), signal.SIGHUP); print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", script], preexec_fn=ignore, capture_output=True, text=True)
@@ -255,7 +259,7 @@ def test_hang_ups_that_nohup_ignores_stay_ignored(place):
 @pytest.mark.parametrize("write", ["folder", "file"])
 def test_a_signal_while_something_temporary_is_made(tmp_path, monkeypatch, write):
     """Between its making and the place that removes it again there is no moment for an interruption."""
-    from liger_cli import interrupts
+    from liger_cli.system import interrupts
 
     real, sent = outputs._locked_temporary, []
 
@@ -280,8 +284,8 @@ def test_a_signal_while_something_temporary_is_made(tmp_path, monkeypatch, write
 def test_an_interruption_that_a_finalizer_swallows_comes_again():
     script = (
         "import gc, os, signal, sys, time\n"
-        "from liger_cli import interrupts\n"
-        "from liger_cli.errors import guarded\n"
+        "from liger_cli.system import interrupts\n"
+        "from liger_cli.system.errors import guarded\n"
         "class Thing:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -300,7 +304,7 @@ def test_an_interruption_that_a_finalizer_swallows_comes_again():
 
 
 def test_a_failure_that_an_interruption_caused_is_an_interruption(monkeypatch, capsys):
-    from liger_cli import errors, interrupts
+    from liger_cli.system import errors, interrupts
 
     monkeypatch.setattr(interrupts, "_received", [signal.SIGTERM])
     assert errors.guarded(lambda: int("x")) == 143
@@ -617,7 +621,7 @@ def test_weights_that_change_while_they_are_tuned(place, monkeypatch):
 
 
 def test_a_base_that_changes_while_it_is_calibrated(place, monkeypatch):
-    from liger_cli import calibrate
+    from liger_cli.calibration import calibrate
 
     real = calibrate.fit_keep_scores
 
@@ -653,10 +657,10 @@ from liger_cli.main import main
 main()
 """
 WORK = {
-    "eval": "liger_cli.evaluate|evaluate",
-    "bench": "liger_cli.bench|bench",
-    "finetune": "liger_cli.training|LigerTrainer|training_step",
-    "calibrate": "liger_cli.calibrate|fit_keep_scores",
+    "eval": "liger_cli.commands.evaluate|evaluate",
+    "bench": "liger_cli.benchmark.bench|bench",
+    "finetune": "liger_cli.training.trainer|LigerTrainer|training_step",
+    "calibrate": "liger_cli.calibration.calibrate|fit_keep_scores",
 }
 
 
@@ -679,7 +683,8 @@ def test_a_shard_that_is_shortened_while_it_is_mapped(place, command):
 
 def test_other_bus_errors_end_the_process_as_ever(tmp_path):
     script = (
-        "from liger_cli import bus_error; import os, signal; bus_error.explain(); os.kill(os.getpid(), signal.SIGBUS)"
+        "from liger_cli.system import bus_error; import os, signal\n"
+        "bus_error.explain(); os.kill(os.getpid(), signal.SIGBUS)"
     )
     done = run([sys.executable, "-c", script], tmp_path)
     assert (done.returncode, done.stderr) == (-signal.SIGBUS, "")

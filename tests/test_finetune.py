@@ -10,10 +10,11 @@ from random import Random
 
 import pytest
 
-from liger_cli import convert, finetune, train_plan
-from liger_cli.errors import LigerError, ModelError, UsageError
-from liger_cli.manifest import read_manifest
-from liger_cli.recipes import Recipe, Stage, load_recipe, override, recipe_names
+from liger_cli.commands import convert, finetune
+from liger_cli.system.errors import LigerError, ModelError, UsageError
+from liger_cli.system.manifest import read_manifest
+from liger_cli.training import plan as train_plan
+from liger_cli.training.recipes import Recipe, Stage, load_recipe, override, recipe_names
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8}
 PAPER = {**SMALL, "recipe": "paper", "quiet": True}
@@ -97,7 +98,7 @@ def test_paper_recipe_is_the_papers():
 
 
 def test_recipes_load_and_can_be_overridden(tmp_path, capsys):
-    from liger_cli import recipes
+    from liger_cli.training import recipes
 
     assert {"paper", "distill"} <= set(recipe_names())
     for name in recipe_names():
@@ -135,7 +136,7 @@ def test_numbers_as_people_write_them(tmp_path):
 
 
 def test_learning_rate_of_stages():
-    from liger_cli.training import lr_factor
+    from liger_cli.training.trainer import lr_factor
 
     stages = (Stage("transfer", 0.5, 1e-2), Stage("distill", 0.5, 1e-3))
     recipe = Recipe(schedule="cosine", warmup=0.1, min_lr=0.0, stages=stages)
@@ -202,7 +203,7 @@ def test_refusals_leave_nothing(converted, corpus, tiny_base, tmp_path, monkeypa
 
 
 def test_nan_stops_with_a_sentence_and_keeps_the_last_checkpoint(converted, corpus, tmp_path, monkeypatch):
-    from liger_cli import objectives
+    from liger_cli.training import objectives
 
     calls = []
     real = objectives.objective_sum
@@ -249,8 +250,8 @@ def test_window_only_is_trained_and_merged_without_the_recurrence(converted, cor
     import torch
     from peft import PeftModel
 
-    from liger_cli import merge
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
+    from liger_cli.commands import merge
 
     common = {"data": str(corpus), "max_steps": 3, "quiet": True, **SMALL}
     finetune.run(converted, recipe="window-only", output=tmp_path / "out", **common)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from liger_cli import convert, finetune, training
-from liger_cli.columns import open_subject
-from liger_cli.errors import LigerError
-from liger_cli.finite import first_non_finite
-from liger_cli.modeling import load_model
-from liger_cli.scoring import make_rows, score
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.commands import convert, finetune
+from liger_cli.evaluation.finite import first_non_finite
+from liger_cli.evaluation.scoring import make_rows, score
+from liger_cli.evaluation.subject import open_subject
+from liger_cli.system.errors import LigerError
+from liger_cli.training import trainer as training
 
 
 @pytest.fixture(scope="module")

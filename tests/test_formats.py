@@ -16,10 +16,10 @@ import torch
 from test_convert import BLOCKER, digest
 from typer.testing import CliRunner
 
-from liger_cli.convert import refresh
-from liger_cli.errors import ModelError
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.commands.convert import refresh
 from liger_cli.main import app
-from liger_cli.modeling import load_model
+from liger_cli.system.errors import ModelError
 from liger_cli.templates.liger_cache import CACHE
 from liger_cli.templates.liger_config import FORMAT
 

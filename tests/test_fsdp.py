@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from liger_cli import convert
+from liger_cli.commands import convert
 
 # Runs in each of two processes; rank 0 writes what it found.
 WORKER = """
@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from liger_cli.adapted import adapted_model
-from liger_cli.packing import Collator
-from liger_cli.data import Example
-from liger_cli.recipes import Recipe, Stage
-from liger_cli.train_plan import lora_modules, read_base
-from liger_cli.training import assert_sharded
+from liger_cli.training.adapter import adapted_model
+from liger_cli.training.packing import Collator
+from liger_cli.training.data import Example
+from liger_cli.training.recipes import Recipe, Stage
+from liger_cli.training.plan import lora_modules, read_base
+from liger_cli.training.trainer import assert_sharded
 from pathlib import Path
 import numpy as np
 

@@ -123,8 +123,8 @@ def test_window(dtype, tolerance, softcap):
 def test_model(name, tiny_base, tmp_path, monkeypatch):
     """A whole model gives the same logits on either backend (bfloat16, 1e-1 of their spread)."""
     pytest.importorskip("fla")
-    from liger_cli.convert import convert
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
+    from liger_cli.commands.convert import convert
 
     convert(str(tiny_base(head_dim=32)), str(tmp_path / "model"), settings={"gate": name})
     model = load_model(tmp_path / "model", dtype=torch.bfloat16).cuda().eval()

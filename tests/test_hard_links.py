@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_convert import digest, entries
 
-from liger_cli import convert, finetune, merge
-from liger_cli.errors import UsageError
-from liger_cli.manifest import read_manifest
+from liger_cli.commands import convert, finetune, merge
+from liger_cli.system.errors import UsageError
+from liger_cli.system.manifest import read_manifest
 
 X = torch.arange(4, 44)[None]
 SMALL = {"recipe": "paper", "max_steps": 2, "seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 4,

@@ -11,10 +11,10 @@ from test_families import folder_of, implementations, load_base  # noqa: F401 (a
 from test_model import close, in_pieces, linearized, tokens
 from transformers import DynamicCache
 
-from liger_cli.checkpoint import read_checkpoint
-from liger_cli.contest import cache_bytes
-from liger_cli.modeling import load_model
-from liger_cli.plan import make_plan
+from liger_cli.benchmark.contest import cache_bytes
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import read_checkpoint
+from liger_cli.conversion.plan import make_plan
 from liger_cli.templates import liger_heads
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block
@@ -104,8 +104,8 @@ def mixed(tiny_base):
 def linearized_mixed(tiny_base):
     from transformers import AutoModelForCausalLM
 
-    from liger_cli.families import FAMILIES
-    from liger_cli.modeling import model_classes
+    from liger_cli.checkpoint.families import FAMILIES
+    from liger_cli.checkpoint.model_code import model_classes
 
     base = AutoModelForCausalLM.from_pretrained(tiny_base(), dtype=torch.float32).eval()
     config_class, model_class = model_classes(FAMILIES["qwen3"])

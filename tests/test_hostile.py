@@ -17,23 +17,26 @@ import pytest
 import yaml
 from conftest import write_shard
 
-from liger_cli import adapters, bench, convert, evaluate, finetune, inspection, merge
-from liger_cli.card import refresh_card
-from liger_cli.checkpoint import inside, read_checkpoint, read_shard
-from liger_cli.columns import open_subject
+from liger_cli.benchmark import bench
+from liger_cli.checkpoint import adapters
+from liger_cli.checkpoint.converted import read_converted
+from liger_cli.checkpoint.folders import resolve_model
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import inside, read_checkpoint, read_shard
+from liger_cli.checkpoint.tokenizer import load_tokenizer
+from liger_cli.commands import convert, evaluate, finetune, merge
+from liger_cli.commands import inspect as inspection
 from liger_cli.conversations import conversation_documents, read_conversation
-from liger_cli.converted import read_converted
-from liger_cli.data import load_data, read_rows
-from liger_cli.errors import LigerError, ModelError, UsageError, guarded
-from liger_cli.escape import code_span, csv_cell, markdown, printable, yaml_string
-from liger_cli.folders import resolve_model
-from liger_cli.manifest import read_manifest
-from liger_cli.modeling import load_model
-from liger_cli.recipes import load_recipe
-from liger_cli.report import Table, print_tables
-from liger_cli.scoring import read_texts
-from liger_cli.tokenizer import load_tokenizer
-from liger_cli.train_view import write_plot
+from liger_cli.evaluation.report import Table, print_tables
+from liger_cli.evaluation.results_card import refresh_card
+from liger_cli.evaluation.scoring import read_texts
+from liger_cli.evaluation.subject import open_subject
+from liger_cli.system.errors import LigerError, ModelError, UsageError, guarded
+from liger_cli.system.escape import code_span, csv_cell, markdown, printable, yaml_string
+from liger_cli.system.manifest import read_manifest
+from liger_cli.training.data import load_data, read_rows
+from liger_cli.training.recipes import load_recipe
+from liger_cli.training.view import write_plot
 
 FUZZ = Path(__file__).parent / "fuzz"
 EVIL = "---\nlicense: x\n{{ 7*7 }} <script>`|$\\frac{$ [red]\x1b]0;owned\x07 \u202egpj"

@@ -7,11 +7,12 @@ import shutil
 import pytest
 from conftest import write_shard
 
-from liger_cli import __version__, known_code
-from liger_cli.convert import convert
-from liger_cli.errors import ModelError, UsageError
-from liger_cli.inspection import inspect_folder, run
-from liger_cli.manifest import new_manifest, write_manifest
+from liger_cli import __version__
+from liger_cli.checkpoint import known_code
+from liger_cli.commands.convert import convert
+from liger_cli.commands.inspect import inspect_folder, run
+from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.system.manifest import new_manifest, write_manifest
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_an_adapter(converted, tmp_path, capsys):
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     pair = [(f"{module}.lora_A.weight", (2, 64)), (f"{module}.lora_B.weight", (64, 2))]
     write_shard(adapter / "adapter_model.safetensors", pair, "F32", 4)
-    from liger_cli.checkpoint import fingerprint, read_weights
+    from liger_cli.checkpoint.reader import fingerprint, read_weights
 
     write_manifest(
         adapter,
@@ -177,14 +178,14 @@ def test_no_torch(converted, liger):
     import sys
 
     code = (
-        "import sys; from liger_cli.inspection import run; code = run(sys.argv[1]);"
+        "import sys; from liger_cli.commands.inspect import run; code = run(sys.argv[1]);"
         "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(code)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(converted)], capture_output=True).returncode == 0
 
 
 def test_released_code_stays_what_it_was(tmp_path):
-    """Once a version is recorded as released (`python -m liger_cli.known_code`), its files cannot change."""
+    """Once a version is recorded as released (`python -m liger_cli.checkpoint.known_code`), its files cannot change."""
     table = known_code.released()
     if __version__ in table:
         assert table[__version__] == known_code.current(), "raise the version: it is released with other code"

@@ -11,8 +11,8 @@ from test_extras import converted, shaken
 from test_model import close, in_pieces, tokens
 from transformers import AutoModelForCausalLM
 
-from liger_cli.convert import convert
-from liger_cli.modeling import load_model
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.commands.convert import convert
 from liger_cli.templates import liger_kept
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, check_heads, layer_specs, liger_block
 from liger_cli.templates.liger_kept import add_kept, keep_scores, kept_attention, lifetimes

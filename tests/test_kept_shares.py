@@ -8,15 +8,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from liger_cli import calibrate, kept_shares, shipped
-from liger_cli.checkpoint import read_checkpoint
-from liger_cli.convert import convert
-from liger_cli.errors import UsageError
+from liger_cli import shipped
+from liger_cli.calibration import calibrate, kept_shares
+from liger_cli.calibration.meter import divergence, load_base
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import read_checkpoint
+from liger_cli.commands.convert import convert
+from liger_cli.conversion.card import share_note
+from liger_cli.conversion.plan import make_plan, with_defaults
+from liger_cli.conversion.plan_edits import constant_bytes
+from liger_cli.conversion.requests import read_share
 from liger_cli.main import app
-from liger_cli.modeling import load_model
-from liger_cli.plan import make_plan, with_defaults
-from liger_cli.selection_meter import divergence, load_base
-from liger_cli.sizes import constant_bytes, read_share
+from liger_cli.system.errors import UsageError
 
 SHIPPED = Path(shipped.__file__).parent / "base"
 
@@ -116,7 +119,7 @@ def test_the_same_everywhere_stays_where_nothing_is_nearer(tiny_base, expecting)
     plan, model = opened(tiny_base(), 8, kept=32)
     found, report = kept_shares.shared_out(plan, model, ROWS)
     assert found.specs == plan.specs and set(report["layers"].values()) == {32}
-    assert "32 kept tokens in every layer" in kept_shares.share_note(report)
+    assert "32 kept tokens in every layer" in share_note(report)
 
 
 def test_where_there_is_nothing_to_share_out(tiny_base):

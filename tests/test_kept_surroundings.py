@@ -10,16 +10,18 @@ from test_extras import converted, shaken
 from test_model import tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from liger_cli import bench, calibrate, evaluate, merge
-from liger_cli.checkpoint import EXTRAS, read_checkpoint
-from liger_cli.columns import COLUMNS, open_subject
-from liger_cli.contest import Decoding, cache_bytes, cache_shapes
-from liger_cli.convert import convert, refresh
-from liger_cli.inspection import inspect_folder, run
-from liger_cli.manifest import read_manifest
-from liger_cli.modeling import load_model
-from liger_cli.plan import make_plan
-from liger_cli.roofline import step_cost
+from liger_cli.benchmark import bench
+from liger_cli.benchmark.contest import Decoding, cache_bytes, cache_shapes
+from liger_cli.benchmark.roofline import step_cost
+from liger_cli.calibration import calibrate
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import EXTRAS, read_checkpoint
+from liger_cli.commands import evaluate, merge
+from liger_cli.commands.convert import convert, refresh
+from liger_cli.commands.inspect import inspect_folder, run
+from liger_cli.conversion.plan import make_plan
+from liger_cli.evaluation.subject import COLUMNS, open_subject
+from liger_cli.system.manifest import read_manifest
 
 KEPT = {
     "kept": {"window": 16, "kept": 24},

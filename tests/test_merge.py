@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from liger_cli import convert, merge
-from liger_cli.checkpoint import fingerprint, read_weights
-from liger_cli.errors import ModelError, UsageError
-from liger_cli.families import FAMILIES
-from liger_cli.manifest import new_manifest, read_manifest, write_manifest
-from liger_cli.modeling import load_model
+from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.reader import fingerprint, read_weights
+from liger_cli.commands import convert, merge
+from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.system.manifest import new_manifest, read_manifest, write_manifest
 
 FAMILIES_TESTED = [name for name in ("llama", "mistral", "qwen2", "qwen3") if name in FAMILIES]
 X = torch.arange(4, 44)[None]
@@ -181,8 +181,8 @@ def test_memory_stays_at_a_tensor(tmp_path):
         "import resource, sys\n"
         "from pathlib import Path\n"
         "import torch\n"
-        "from liger_cli.checkpoint import read_weights\n"
-        "from liger_cli.merged_shards import write_shard\n"
+        "from liger_cli.checkpoint.reader import read_weights\n"
+        "from liger_cli.checkpoint.merged_shards import write_shard\n"
         "shard = read_weights(Path(sys.argv[1]))[0]\n"
         "import safetensors\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

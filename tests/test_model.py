@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
-from liger_cli.families import FAMILIES
-from liger_cli.modeling import model_classes
+from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.model_code import model_classes
 from liger_cli.templates import liger_branches
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec, liger_block

@@ -163,8 +163,8 @@ def test_other_layer_settings_with_large_keys(settings, dtype):
 @pytest.mark.parametrize("name", sorted(GATES))
 def test_bfloat16_model_over_32k_tokens(name, tiny_base, tmp_path):
     """A whole model in bfloat16: every logit of 32K tokens is finite."""
-    from liger_cli.convert import convert
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
+    from liger_cli.commands.convert import convert
 
     convert(str(tiny_base()), str(tmp_path / "model"), settings={"gate": name})
     model = load_model(tmp_path / "model", dtype=torch.bfloat16).eval()

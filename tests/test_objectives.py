@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger_cli import convert, objectives
-from liger_cli.data import IGNORED, Example
-from liger_cli.packing import Collator
-from liger_cli.recipes import Stage
+from liger_cli.commands import convert
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.training import objectives
+from liger_cli.training.data import IGNORED, Example
+from liger_cli.training.packing import Collator
+from liger_cli.training.recipes import Stage
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def trained(tiny_base, tmp_path):
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        from liger_cli.modeling import load_model
+        from liger_cli.checkpoint.model_code import load_model
 
         folder = tmp_path / f"m{len(list(tmp_path.iterdir()))}"
         base = tiny_base(family)

@@ -5,9 +5,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from liger_cli.data import IGNORED, Example
-from liger_cli.errors import UsageError
-from liger_cli.packing import Collator, Schedule, first_fit, make_rows
+from liger_cli.system.errors import UsageError
+from liger_cli.training.data import IGNORED, Example
+from liger_cli.training.packing import Collator, Schedule, first_fit, make_rows
 
 
 def examples_of(lengths):

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from liger_cli.columns import load_tokenizer
-from liger_cli.convert import convert
-from liger_cli.errors import LigerError
+from liger_cli.checkpoint.model_code import load_model
+from liger_cli.commands.convert import convert
 from liger_cli.evaluation import position
 from liger_cli.evaluation.position import buckets, make_needles, modes, needle, score_positions, second_reading
-from liger_cli.modeling import load_model
+from liger_cli.evaluation.subject import load_tokenizer
 from liger_cli.shipped import BASE_DIR
+from liger_cli.system.errors import LigerError
 
 
 def test_buckets():

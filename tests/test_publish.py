@@ -7,9 +7,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from liger_cli import convert, merge, publish
-from liger_cli.errors import SetupError, UsageError
-from liger_cli.manifest import new_manifest, read_manifest, write_manifest
+from liger_cli.checkpoint import publish
+from liger_cli.commands import convert, merge
+from liger_cli.system.errors import SetupError, UsageError
+from liger_cli.system.manifest import new_manifest, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def adapter(tiny_base, tmp_path):
     """An adapter of a converted folder."""
     from peft import LoraConfig, get_peft_model
 
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
 
     folder = tmp_path / "tiny-liger"
     convert.convert(str(tiny_base()), str(folder))

@@ -23,8 +23,8 @@ import pytest
 import torch
 from test_extras import LOLCATS, SUPRA
 
-from liger_cli.families import FAMILIES
-from liger_cli.modeling import model_classes
+from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.model_code import model_classes
 from liger_cli.templates.liger_config import LayerSpec, liger_block
 from liger_cli.templates.liger_extras import NAMES
 from liger_cli.templates.liger_gates import GATES

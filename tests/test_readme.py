@@ -12,11 +12,11 @@ from recurrence_examples import relative_rms
 from typer.testing import CliRunner
 
 from liger_cli.main import app
-from liger_cli.manifest import read_manifest
-from liger_cli.recipes import load_recipe
+from liger_cli.system.manifest import read_manifest
 from liger_cli.templates import liger_gates
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_recurrence import chunk_decay, naive_decay
+from liger_cli.training.recipes import load_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 ABLATIONS = [

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from liger_cli import evaluate
-from liger_cli.card import refresh_card
-from liger_cli.errors import LigerError, UsageError
-from liger_cli.outputs import write_whole
-from liger_cli.published import BASES, published_figures
-from liger_cli.report import Table, eval_notes, eval_tables, number, percent, print_tables
-from liger_cli.results import BEGIN, END, keep, read_results, rewrite_card
+from liger_cli.commands import evaluate
+from liger_cli.evaluation.published import BASES, published_figures
+from liger_cli.evaluation.report import Table, eval_notes, eval_tables, number, percent, print_tables
+from liger_cli.evaluation.results import BEGIN, END, keep, read_results, rewrite_card
+from liger_cli.evaluation.results_card import refresh_card
+from liger_cli.system.errors import LigerError, UsageError
+from liger_cli.system.outputs import write_whole
 
 
 def _column(ppl, recall):

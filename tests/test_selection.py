@@ -7,11 +7,9 @@ import sys
 import pytest
 import torch
 
-from liger_cli import selection, selection_meter
-from liger_cli.convert import convert
-from liger_cli.errors import LigerError, UsageError
-from liger_cli.selection import Request, read_request
-from liger_cli.selection_choice import (
+from liger_cli.calibration import extent, selection
+from liger_cli.calibration import meter as selection_meter
+from liger_cli.calibration.choice import (
     Figures,
     Ledger,
     choose_heads,
@@ -23,8 +21,11 @@ from liger_cli.selection_choice import (
     score,
     spacings,
 )
-from liger_cli.selection_heads import measure_reach
+from liger_cli.calibration.reach import measure_reach
+from liger_cli.commands.convert import convert
+from liger_cli.conversion.requests import Request, read_request
 from liger_cli.shipped import BASE_DIR
+from liger_cli.system.errors import LigerError, UsageError
 
 BASE, NONE = Figures(0.0, 0.0, 1.0), Figures(0.4, 4.0, 0.0)
 
@@ -138,15 +139,15 @@ def test_requests():
 @pytest.fixture
 def small(monkeypatch):
     """Less data, for speed: still enough to tell the layers of the shipped base apart."""
-    monkeypatch.setattr(selection, "ROWS", 2)
-    monkeypatch.setattr(selection, "PROBES", 6)
-    monkeypatch.setattr(selection, "DISTANCES", (2,))
+    monkeypatch.setattr(extent, "ROWS", 2)
+    monkeypatch.setattr(extent, "PROBES", 6)
+    monkeypatch.setattr(extent, "DISTANCES", (2,))
 
 
 @pytest.fixture
 def plan(tiny_base):
-    from liger_cli.checkpoint import read_checkpoint
-    from liger_cli.plan import make_plan
+    from liger_cli.checkpoint.reader import read_checkpoint
+    from liger_cli.conversion.plan import make_plan
 
     return make_plan(read_checkpoint(tiny_base("qwen3", max_position_embeddings=2048)), {"window": 16})
 
@@ -193,8 +194,8 @@ def test_a_base_that_cannot_do_the_probes_is_judged_by_divergence_alone(plan, wo
 
 
 def test_a_base_too_short_for_any_probe(tiny_base, words, small):
-    from liger_cli.checkpoint import read_checkpoint
-    from liger_cli.plan import make_plan
+    from liger_cli.checkpoint.reader import read_checkpoint
+    from liger_cli.conversion.plan import make_plan
 
     short = make_plan(read_checkpoint(tiny_base("qwen3", max_position_embeddings=128)), {"window": 16})
     assert selection.probe_distances(short) == []
@@ -256,7 +257,7 @@ def test_the_reach_is_what_a_head_brings_from_beyond_the_window(plan, words, sma
 
 def test_single_heads_are_measured_as_the_converted_model_runs_them(plan, words, small, tmp_path):
     """The divergence with one head kept is that of the converted folder that keeps it."""
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
 
     meter = selection_meter.open_meter(plan, str(words))
     meter.announce(12)
@@ -318,7 +319,7 @@ def test_the_shipped_base_keeps_layer_4(tmp_path, small):
 def test_bars_on_the_terminal(capsys):
     from rich.console import Console
 
-    from liger_cli.selection_view import print_selection
+    from liger_cli.conversion.selection_table import print_selection
 
     worth = {frozenset({2}): 0.5, frozenset({(3, 1)}): 0.75}
     report = {
@@ -334,7 +335,7 @@ def test_bars_on_the_terminal(capsys):
 def test_dry_run_says_what_would_be_measured(tmp_path):
     """Without torch: a plan stays tensor-free."""
     code = (
-        "import json, sys; from liger_cli.convert import convert\n"
+        "import json, sys; from liger_cli.commands.convert import convert\n"
         "wanted = {'softmax_layers': 'auto:2', 'softmax_heads': 'auto:1', 'dry_run': True}\n"
         f"report, _ = convert({str(BASE_DIR)!r}, 'out', **wanted)\n"
         "assert 'torch' not in sys.modules; print(json.dumps(report))"

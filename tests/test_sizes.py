@@ -11,17 +11,26 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from liger_cli import calibrate, selection, selection_meter, sizes
-from liger_cli.checkpoint import read_checkpoint
-from liger_cli.convert import convert
-from liger_cli.errors import UsageError
-from liger_cli.inspection import _lines, inspect_folder
-from liger_cli.plan import make_plan
-from liger_cli.selection_choice import Figures, Ledger, Size
-from liger_cli.selection_sizes import ROUNDS, Ladder, allocate, choose_sizes, chosen_sizes, rungs_up_to, size_passes
-from liger_cli.selection_view import print_selection
+from liger_cli.calibration import calibrate, extent, sizes
+from liger_cli.calibration import meter as selection_meter
+from liger_cli.calibration.allocation import (
+    ROUNDS,
+    Ladder,
+    allocate,
+    choose_sizes,
+    chosen_sizes,
+    rungs_up_to,
+    size_passes,
+)
+from liger_cli.calibration.choice import Figures, Ledger, Size
+from liger_cli.checkpoint.reader import read_checkpoint
+from liger_cli.commands.convert import convert
+from liger_cli.commands.inspect import _lines, inspect_folder
+from liger_cli.conversion.plan import make_plan
+from liger_cli.conversion.selection_table import print_selection
 from liger_cli.shipped import BASE_DIR
-from liger_cli.wording import by_layer, read_size
+from liger_cli.system.errors import UsageError
+from liger_cli.system.wording import by_layer, read_size
 
 RUNGS = rungs_up_to((8, 16, 32), 64)
 BASE = Figures(0.0, 0.0, None)
@@ -128,9 +137,9 @@ def test_values_by_layer():
 @pytest.fixture
 def small(monkeypatch):
     """Less data, for speed."""
-    monkeypatch.setattr(selection, "ROWS", 3)
-    monkeypatch.setattr(selection, "ROW_TOKENS", 128)
-    monkeypatch.setattr(selection, "PROBES", 4)
+    monkeypatch.setattr(extent, "ROWS", 3)
+    monkeypatch.setattr(extent, "ROW_TOKENS", 128)
+    monkeypatch.setattr(extent, "PROBES", 4)
     monkeypatch.setattr(calibrate, "ROWS", 4)
     monkeypatch.setattr(calibrate, "HELD_OUT", 2)
     monkeypatch.setattr(calibrate, "ROW_TOKENS", 128)
@@ -197,8 +206,8 @@ def test_the_window_goes_to_the_layer_that_looks_back(planted, words, small, tmp
 
 def test_the_cache_has_the_bytes_that_were_promised(planted, words, small, tmp_path):
     """Of the model that the folder gives, after a text longer than any window."""
-    from liger_cli.contest import cache_bytes
-    from liger_cli.modeling import load_model
+    from liger_cli.benchmark.contest import cache_bytes
+    from liger_cli.checkpoint.model_code import load_model
 
     settings = {"window": f"auto:{40 << 10}", "mix": 0.5}
     report, _ = convert(str(planted), str(tmp_path / "out"), settings=settings, calibration_data=str(words))
@@ -226,7 +235,7 @@ def test_kept_tokens_go_to_the_layer_that_looks_back(planted, words, small, tmp_
 
 def test_sizes_are_measured_as_the_converted_model_runs_them(tiny_base, words, small, tmp_path):
     """The divergence of a set of windows is that of the folder that `--layer` makes with them."""
-    from liger_cli.modeling import load_model
+    from liger_cli.checkpoint.model_code import load_model
 
     plan = make_plan(read_checkpoint(tiny_base()), {"window": 16, "mix": 0.0})
     meter = selection_meter.open_meter(plan, str(words))
@@ -251,7 +260,7 @@ def test_sizes_are_measured_as_the_converted_model_runs_them(tiny_base, words, s
 def test_dry_run_says_what_would_be_measured(tmp_path):
     """Without torch; the uniform size of the same bytes stands in the plan: 64 tokens of bfloat16."""
     code = (
-        "import json, sys; from liger_cli.convert import convert\n"
+        "import json, sys; from liger_cli.commands.convert import convert\n"
         "wanted = {'settings': {'window': 'auto:189KiB', 'mix': 0.0}, 'dry_run': True}\n"
         f"report, _ = convert({str(BASE_DIR)!r}, 'out', **wanted)\n"
         "assert 'torch' not in sys.modules; print(json.dumps(report))"

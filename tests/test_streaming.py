@@ -9,10 +9,10 @@ from random import Random
 
 import pytest
 
-from liger_cli import streaming
-from liger_cli.data import load_data, read_rows
-from liger_cli.errors import LigerError, UsageError
-from liger_cli.streaming import StreamSchedule, open_stream, wants_streaming
+from liger_cli.system.errors import LigerError, UsageError
+from liger_cli.training import streaming
+from liger_cli.training.data import load_data, read_rows
+from liger_cli.training.streaming import StreamSchedule, open_stream, wants_streaming
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_stream_without_enough_is_one_sentence(tmp_path, corpus, tokenizer):
 
 
 def test_text_files_are_read_block_by_block(tmp_path, monkeypatch):
-    from liger_cli import rows
+    from liger_cli.training import files as rows
 
     texts = [f"w{index} " * 30 + "\nend" for index in range(40)]
     path = tmp_path / "a.txt"
@@ -115,7 +115,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tiny_base):
     code = (
         "import resource, sys\n"
         "from transformers import AutoTokenizer\n"
-        "from liger_cli import streaming\n"
+        "from liger_cli.training import streaming\n"
         "streaming.WINDOW = 64\n"
         "stream = streaming.open_stream(sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2]), 64, 8)\n"
         "schedule = streaming.StreamSchedule(stream, 64, 8, 8, True, 0, int(sys.argv[3]))\n"

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from liger_cli.errors import UsageError
-from liger_cli.recipes import recipe_names
 from liger_cli.shipped import BASE_DIR
-from liger_cli.study import report, runner
-from liger_cli.study.__main__ import main
-from liger_cli.study.rows import (
+from liger_cli.system.errors import UsageError
+from liger_cli.training.recipes import recipe_names
+from study import report, runner
+from study.__main__ import main
+from study.rows import (
     DOCUMENTS,
     FIRST,
     INSTRUCTIONS,
@@ -31,9 +31,9 @@ from liger_cli.study.rows import (
     planned,
     show_tokens,
 )
-from liger_cli.study.subjects import study_base
-from liger_cli.study.summary import summary
-from liger_cli.study.unit import calibration_data
+from study.subjects import study_base
+from study.summary import summary
+from study.unit import calibration_data
 
 
 @pytest.fixture(scope="module")
@@ -307,9 +307,9 @@ def test_plan_computes_nothing(base, tmp_path, capsys):
 
 def test_measure(base, tmp_path):
     """The base column is the base, the reference marks the tokens where the window fails, figures hang together."""
-    from liger_cli import convert
-    from liger_cli.columns import open_subject
-    from liger_cli.study.measure import measure, reference, text_rows
+    from liger_cli.commands import convert
+    from liger_cli.evaluation.subject import open_subject
+    from study.measure import measure, reference, text_rows
 
     tiny = study_base(base)
     convert.convert(str(tiny.folder), str(tmp_path / "model"), settings={"window": 4})
@@ -341,8 +341,8 @@ def test_a_study_from_end_to_end(base, tmp_path):
     """Killed in the middle and begun again: nothing twice, the same table as without the kill."""
     options = ["--output", "study", "--bases", base, "--only", "kl", "--budgets", "4k", "--seeds", "1"]
     options += ["--large", "none", "--workers", "1", "--probes", "2", "--characters", "3000"]
-    command = [sys.executable, "-m", "liger_cli.study", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "study", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     killed = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE)
     results = tmp_path / "study" / "results" / "tiny"
     while not (results / "base.json").exists():

@@ -7,13 +7,13 @@ from itertools import islice
 
 import pytest
 
-from liger_cli.errors import SetupError, UsageError
 from liger_cli.shipped.probes import evaluate_recall
 from liger_cli.shipped.text import TEST_SEED, TRAIN_SEED, VALIDATION_SEED
-from liger_cli.study import base_folders, text_console, text_files, text_harbour, text_play
-from liger_cli.study.base_folders import BASES, study_base
-from liger_cli.study.sources import CONSOLE, HARBOUR, PLAY, SOURCES, source
-from liger_cli.study.transcripts import sample_settings
+from liger_cli.system.errors import SetupError, UsageError
+from study import base_folders, text_console, text_files, text_harbour, text_play
+from study.base_folders import BASES, study_base
+from study.sources import CONSOLE, HARBOUR, PLAY, SOURCES, source
+from study.transcripts import sample_settings
 
 FROZEN = [name for name in BASES if name != "stories" and (BASES[name].folder / "config.json").is_file()]
 TRAINED = list(SOURCES)
@@ -58,7 +58,7 @@ def test_unknown_names_are_told():
 def test_missing_base_is_a_sentence(tmp_path, monkeypatch):
     missing = base_folders.StudyBase("console", tmp_path, CONSOLE, 512)
     monkeypatch.setitem(base_folders.BASES, "console", missing)
-    with pytest.raises(SetupError, match="train it with python -m liger_cli.study.train_bases console"):
+    with pytest.raises(SetupError, match="train it with python -m study.train_bases console"):
         study_base("console")
 
 
@@ -256,7 +256,7 @@ def test_probe_too_short_for_a_question(tokenizers):
 def test_answers_are_what_follows_a_question(name, text, answers):
     import torch
 
-    from liger_cli.shipped.trainer import answer_mask, train_tokenizer
+    from study.trainer import answer_mask, train_tokenizer
 
     tokenizer = train_tokenizer(SOURCES[name], 960, num_documents=200)
     rows = torch.tensor([tokenizer(text)["input_ids"]])
@@ -277,7 +277,7 @@ def test_muon_in_float32_is_torchs(shape):
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch before 2.9 has no Muon")
 
-    from liger_cli.shipped.trainer import Float32Muon
+    from study.trainer import Float32Muon
 
     torch.manual_seed(0)
     start = torch.randn(shape)
@@ -296,7 +296,7 @@ def test_muon_in_float32_is_torchs(shape):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_rows_are_read_by_finetune(name, tokenizers, tmp_path, monkeypatch):
-    from liger_cli.data import load_data
+    from liger_cli.training.data import load_data
 
     tokenizer = tokenizers["stories"]
     for flags, layout in ([], "text"), (["--instructions"], "alpaca"):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from test_convert import BLOCKER, digest
 
-from liger_cli import convert
-from liger_cli.manifest import read_manifest
+from liger_cli.commands import convert
+from liger_cli.system.manifest import read_manifest
 
 NAMES = (
     "a folder with blanks",

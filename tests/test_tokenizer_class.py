@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from liger_cli.checkpoint import Checkpoint, support_files
-from liger_cli.convert import convert
-from liger_cli.families import FAMILIES
+from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.reader import Checkpoint, support_files
+from liger_cli.checkpoint.tokenizer import CONFIG, VOCABULARY, converted_tokenizer_config, load_tokenizer
+from liger_cli.commands.convert import convert
 from liger_cli.shipped import BASE_DIR
-from liger_cli.tokenizer import CONFIG, VOCABULARY, converted_tokenizer_config, load_tokenizer
 
 TEXT = "Heron owes 42 crowns\n\n  don't 1234"
 NAMED = (*(f"{name}TokenizerFast" for name in ("PreTrained", "Llama", "GPT2", "GPTNeoX")), "Qwen2Tokenizer", None)

@@ -9,9 +9,10 @@ from random import Random
 import pytest
 import yaml
 
-from liger_cli import convert, finetune, train_plan
-from liger_cli.errors import LigerError, SetupError, UsageError
-from liger_cli.recipes import Recipe, Stage, load_recipe, recipe_from
+from liger_cli.commands import convert, finetune
+from liger_cli.system.errors import LigerError, SetupError, UsageError
+from liger_cli.training import plan as train_plan
+from liger_cli.training.recipes import Recipe, Stage, load_recipe, recipe_from
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8, "max_steps": 8, "quiet": True}
 
@@ -212,7 +213,7 @@ def test_accelerates_silent_fall_back_is_caught(train, monkeypatch):
     """On a CPU accelerate runs DDP where FSDP was asked for; the check on the parameters says so."""
     import torch
 
-    from liger_cli.training import assert_sharded
+    from liger_cli.training.trainer import assert_sharded
 
     with pytest.raises(SetupError, match="fsdp_version 2"):
         assert_sharded(torch.nn.Linear(2, 2))

@@ -12,8 +12,8 @@ from random import Random
 
 import torch
 
-from liger_cli.errors import LigerError
-from liger_cli.finite import first_non_finite
+from liger_cli.evaluation.finite import first_non_finite
+from liger_cli.system.errors import LigerError
 
 Columns = Mapping[str, Callable[[], AbstractContextManager]]
 

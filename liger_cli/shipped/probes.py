@@ -103,7 +103,7 @@ def evaluate_recall(
         model: a causal language model that takes `input_ids` [B, T] and `logits_to_keep`, on any device.
         distances, count, seed, pairs: see `recall_probe`; `count` probes for each distance.
         batch_size: sequences a pass.
-        probe: makes the probes; `recall_probe`, or that of another text (`liger_cli.study.sources`).
+        probe: makes the probes; `recall_probe`, or that of another text (`study.sources`).
     """
     accuracy = {}
     for distance in distances:

@@ -44,11 +44,11 @@ class Step:
     def __init__(self, gate: str, mode: str, tokens: int, vocabulary: int):
         from peft import LoraConfig, get_peft_model
 
-        from liger_cli.families import FAMILIES
-        from liger_cli.modeling import model_classes
-        from liger_cli.objectives import TrainedModel
-        from liger_cli.recipes import Stage
+        from liger_cli.checkpoint.families import FAMILIES
+        from liger_cli.checkpoint.model_code import model_classes
         from liger_cli.templates.liger_config import LayerSpec, liger_block
+        from liger_cli.training.objectives import TrainedModel
+        from liger_cli.training.recipes import Stage
 
         torch.manual_seed(0)
         config_class, model_class = model_classes(FAMILIES["llama"])
@@ -96,7 +96,7 @@ def memory_ratio(gate: str, tokens: int, vocabulary: int) -> dict:
         code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import train_step as bench
-from liger_cli.memory import PeakMemory
+from liger_cli.system.memory import PeakMemory
 step = bench.Step({gate!r}, {mode!r}, {tokens}, {vocabulary})
 weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
 step()

@@ -1,6 +1,6 @@
 """A results file with every part that liger writes, in small."""
 
-from liger_cli.results import FORMAT
+from liger_cli.evaluation.results import FORMAT
 
 COLUMNS = ("base", "model", "window_only")
 SPREAD = {"mean": 4.0, "std": 0.1}

@@ -78,7 +78,7 @@ def fuzz(names, count: int, seed: int, root: Path, say=print) -> tuple[dict[str,
     Returns:
         Target -> how many inputs were taken and how many refused; and the findings, each place once.
     """
-    from liger_cli.errors import LigerError
+    from liger_cli.system.errors import LigerError
 
     world, counts, findings, known = World(root), {}, [], set()
     world.warm()

@@ -75,7 +75,7 @@ class World:
 
     @cached_property
     def converted(self) -> Path:
-        from liger_cli.convert import convert
+        from liger_cli.commands.convert import convert
 
         target = self.root / "starts" / "converted"
         convert(str(self.base("qwen3")), str(target), softmax_layers="1", link="copy")
@@ -85,8 +85,8 @@ class World:
     def adapter(self) -> Path:
         from conftest import write_shard
 
-        from liger_cli.checkpoint import fingerprint, read_weights
-        from liger_cli.manifest import new_manifest, write_manifest
+        from liger_cli.checkpoint.reader import fingerprint, read_weights
+        from liger_cli.system.manifest import new_manifest, write_manifest
 
         target = self.root / "starts" / "adapter"
         target.mkdir(parents=True)
@@ -141,9 +141,9 @@ def spoil(rng: random.Random, path: Path) -> None:
 
 
 def plan(folder: Path) -> None:
-    from liger_cli.checkpoint import read_checkpoint
-    from liger_cli.convert import base_licence
-    from liger_cli.plan import make_plan
+    from liger_cli.checkpoint.reader import read_checkpoint
+    from liger_cli.conversion.card import base_licence
+    from liger_cli.conversion.plan import make_plan
 
     checkpoint = read_checkpoint(folder)
     made = make_plan(checkpoint, {}, "none")
@@ -156,7 +156,7 @@ def config(world: World, rng: random.Random) -> None:
     spoil(rng, folder / "config.json")
     plan(folder)
     if rng.random() < 0.02:
-        from liger_cli.convert import convert
+        from liger_cli.commands.convert import convert
 
         convert(str(folder), str(folder.parent / "out"), link="copy")
 
@@ -214,17 +214,17 @@ def tree(world: World, rng: random.Random) -> None:
 
 
 def inspect(folder: Path) -> None:
-    from liger_cli.errors import LigerError
-    from liger_cli.inspection import run
+    from liger_cli.commands.inspect import run
+    from liger_cli.system.errors import LigerError
 
     with contextlib.suppress(LigerError), contextlib.redirect_stdout(io.StringIO()):
         run(str(folder))
 
 
 def converted_readers(folder: Path) -> None:
-    from liger_cli.converted import read_converted
-    from liger_cli.modeling import load_config
-    from liger_cli.tokenizer import load_tokenizer
+    from liger_cli.checkpoint.converted import read_converted
+    from liger_cli.checkpoint.model_code import load_config
+    from liger_cli.checkpoint.tokenizer import load_tokenizer
 
     found = read_converted(folder)
     load_tokenizer(folder, load_config(folder, found.family))
@@ -246,9 +246,9 @@ def converted(world: World, rng: random.Random) -> None:
 
 def manifest(world: World, rng: random.Random) -> None:
     """liger.json of what liger made, read to find the newest folder, by inspect, merge and eval."""
-    from liger_cli.columns import adapter_base, named_base
-    from liger_cli.folders import resolve_model
-    from liger_cli.manifest import read_manifest
+    from liger_cli.checkpoint.folders import resolve_model
+    from liger_cli.evaluation.subject import adapter_base, named_base
+    from liger_cli.system.manifest import read_manifest
 
     start = rng.choice((world.converted, world.adapter))
     folder = world.fresh(start)
@@ -279,8 +279,8 @@ def adapter(world: World, rng: random.Random) -> None:
 
 
 def read_adapter(world: World, folder: Path) -> None:
-    from liger_cli import adapters
-    from liger_cli.checkpoint import read_weights
+    from liger_cli.checkpoint import adapters
+    from liger_cli.checkpoint.reader import read_weights
 
     found = adapters.read_adapter(folder)
     model = adapters.find_base(found, None)
@@ -291,11 +291,11 @@ def read_adapter(world: World, folder: Path) -> None:
 
 def tokenizer(world: World, rng: random.Random) -> None:
     """The files of a tokenizer, then the tokenizer on a conversation."""
+    from liger_cli.checkpoint.model_code import load_config
+    from liger_cli.checkpoint.tokenizer import load_tokenizer
     from liger_cli.conversations import conversation_documents, read_conversation, template_of
-    from liger_cli.data import encode
-    from liger_cli.errors import LigerError
-    from liger_cli.modeling import load_config
-    from liger_cli.tokenizer import load_tokenizer
+    from liger_cli.system.errors import LigerError
+    from liger_cli.training.data import encode
 
     folder = world.fresh(world.converted)
     name = rng.choice((*TOKENIZER_FILES, *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "extra"))
@@ -323,7 +323,7 @@ def recipe(world: World, rng: random.Random) -> None:
     """A recipe: YAML of changed values, changed text, and bytes."""
     import yaml
 
-    from liger_cli.recipes import load_recipe, override, recipe_names
+    from liger_cli.training.recipes import load_recipe, override, recipe_names
 
     shipped = load_recipe(rng.choice(recipe_names())).to_dict()
     case = world.root / "case"
@@ -353,7 +353,7 @@ def recipe(world: World, rng: random.Random) -> None:
 
 def data(world: World, rng: random.Random) -> None:
     """Training data in every layout and kind of file."""
-    from liger_cli.data import load_data
+    from liger_cli.training.data import load_data
 
     case = world.root / "case"
     shutil.rmtree(case, ignore_errors=True)
@@ -391,7 +391,7 @@ def _parquet() -> bytes:
 
 def texts(world: World, rng: random.Random) -> None:
     """The texts that eval measures perplexity on."""
-    from liger_cli.scoring import make_rows, read_texts
+    from liger_cli.evaluation.scoring import make_rows, read_texts
 
     case = world.root / "case"
     shutil.rmtree(case, ignore_errors=True)
@@ -406,9 +406,9 @@ def results(world: World, rng: random.Random) -> None:
     """results.json, shown by `eval --from` in every format, and made a section of a card."""
     from results_example import RESULTS
 
-    from liger_cli.card import refresh_card
-    from liger_cli.evaluate import run
-    from liger_cli.report import FORMATS
+    from liger_cli.commands.evaluate import run
+    from liger_cli.evaluation.report import FORMATS
+    from liger_cli.evaluation.results_card import refresh_card
 
     case = world.root / "case"
     shutil.rmtree(case, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Reading, checking and writing model folders and adapters."""

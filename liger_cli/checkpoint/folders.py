@@ -1,0 +1,71 @@
+"""Which folder a command takes when none is named: the newest fitting one in the current folder."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from liger_cli.system.errors import UsageError
+from liger_cli.system.escape import printable
+from liger_cli.system.manifest import read_manifest
+from liger_cli.system.processes import is_main_process
+
+FITTING = {
+    "finetune": ("converted",),
+    "merge": ("adapter",),
+    "eval": ("merged", "adapter", "converted"),
+    "bench": ("merged", "adapter", "converted"),
+}
+MAKERS = {"converted": "liger convert", "adapter": "liger finetune", "merged": "liger merge"}
+
+
+def resolve_model(given: str | Path | None, command: str, here: Path | None = None) -> Path:
+    """The folder named by the user, or the newest fitting one, which is then named on stderr.
+
+    Args:
+        given: what the user typed, or None.
+        command: a key of `FITTING`: `finetune` takes a converted folder, `merge` an adapter, `eval` and `bench` a
+            merged folder, else an adapter, else a converted one.
+        here: where to look; the current folder by default.
+    Raises:
+        UsageError: the named folder is not there, none fits, or the two newest were made at the same moment.
+    """
+    if given is not None:
+        if not Path(given).is_dir():
+            raise UsageError(f"{given} is not a folder; name one that liger made")
+        return Path(given)
+    found = newest(FITTING[command], here or Path())
+    kind = read_manifest(found)["kind"]
+    if is_main_process():
+        print(f"liger: taking {printable(found)}, the newest {kind} model here", file=sys.stderr)
+    return found
+
+
+def newest(kinds: tuple[str, ...], here: Path) -> Path:
+    """The newest folder of the first kind that has any, by the creation time in its `liger.json`.
+
+    Raises:
+        UsageError: there is none, or two share the newest time.
+    """
+    made = {kind: [] for kind in kinds}
+    for folder in sorted(here.iterdir()):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest["kind"] in made and (created := _created(manifest)):
+            made[manifest["kind"]].append((created, folder))
+    for kind in kinds:
+        ranked = sorted(made[kind], key=lambda pair: pair[0], reverse=True)
+        if len(ranked) > 1 and ranked[0][0] == ranked[1][0]:
+            raise UsageError(f"{ranked[0][1]} and {ranked[1][1]} were made at the same moment; name the one you mean")
+        if ranked:
+            return ranked[0][1]
+    wanted = " or ".join(f"{kind} folder (made by `{MAKERS[kind]}`)" for kind in kinds)
+    raise UsageError(f"no {wanted} here; name a folder")
+
+
+def _created(manifest: dict) -> datetime | None:
+    try:
+        created = datetime.fromisoformat(manifest["created"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return created if created.tzinfo else None

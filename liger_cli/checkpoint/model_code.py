@@ -1,0 +1,119 @@
+"""The model code: as files for a converted folder, and as the classes that liger itself runs. Both are one source."""
+
+import hashlib
+import sys
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+
+from liger_cli.checkpoint.families import Family
+
+# Every file of a folder is flat and relative: what transformers' scan of custom code can follow.
+MODULES = (
+    "liger_attention",
+    "liger_backend",
+    "liger_branches",
+    "liger_cache",
+    "liger_config",
+    "liger_extras",
+    "liger_families",
+    "liger_fla",
+    "liger_gates",
+    "liger_heads",
+    "liger_kept",
+    "liger_model",
+    "liger_recurrence",
+    "liger_products",
+    "liger_rows",
+    "liger_window",
+)
+
+
+def glue_name(family: Family) -> str:
+    """Module name of the family's glue, as auto_map names it."""
+    return f"modeling_liger_{family.model_type}"
+
+
+def model_files(family: Family) -> dict[str, str]:
+    """File name -> text of the Python files a converted folder of this family holds."""
+    templates = files("liger_cli.templates")
+    texts = {f"{module}.py": templates.joinpath(f"{module}.py").read_text("utf-8") for module in MODULES}
+    return {f"{glue_name(family)}.py": _glue(family)} | texts
+
+
+def code_hashes(family: Family) -> dict[str, str]:
+    """File name -> SHA-256 of the Python files of this version, as `liger.json` records them."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in model_files(family).items()}
+
+
+def _glue(family: Family) -> str:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    template = files("liger_cli.templates").joinpath("modeling_liger.py.jinja").read_text("utf-8")
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(template).render(
+        prefix=family.prefix, config_class=family.config_class, model_type=family.model_type
+    )
+
+
+def model_classes(family: Family) -> tuple[type, type]:
+    """The config class and the causal-LM class of a family, from liger's installed model code."""
+    name = f"liger_cli.templates.{glue_name(family)}"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.__package__ = "liger_cli.templates"
+        module.__file__ = f"{glue_name(family)}.py"
+        sys.modules[name] = module
+        try:
+            exec(compile(_glue(family), module.__file__, "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    module = sys.modules[name]
+    return getattr(module, f"Liger{family.prefix}Config"), getattr(module, f"Liger{family.prefix}ForCausalLM")
+
+
+def load_config(folder, family: Family | None = None):
+    """The config of a converted folder, as an instance of the family's Liger class. Raises ModelError."""
+    from liger_cli.checkpoint.converted import converted_family
+    from liger_cli.checkpoint.reader import model_fields, read_config
+    from liger_cli.system.errors import ModelError
+
+    path = Path(folder).resolve()
+    config = read_config(path)
+    family = family or converted_family(config, folder)
+    try:
+        return model_classes(family)[0].from_dict(model_fields(config), name_or_path=str(path))
+    except Exception as error:  # each check of the config classes has an exception of its own
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder}: config.json is refused by the model's code ({reason})") from error
+
+
+def load_model(folder, **kwargs):
+    """Load a converted or merged folder with liger's own model code; the folder's code is not run.
+
+    Args:
+        folder: path of the folder.
+        kwargs: of `from_pretrained` (dtype, device_map, attn_implementation, ...).
+    Raises:
+        ModelError: the folder is broken, or not one of a family and format that this version knows.
+    """
+    import torch
+
+    from liger_cli.checkpoint.converted import read_converted
+    from liger_cli.system.errors import LigerError, ModelError
+
+    found = read_converted(folder)
+    _, model_class = model_classes(found.family)
+    options = {**kwargs, "use_safetensors": True, "trust_remote_code": False}
+    config = load_config(folder, found.family)
+    try:
+        return model_class.from_pretrained(found.folder, config=config, **options)
+    except (LigerError, OSError, MemoryError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a value in config.json that the family's classes refuse, each in a way of its own
+        if hasattr(error, "liger_exit_code"):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error

@@ -1,0 +1,216 @@
+"""`liger convert`: link a base's weights into a new folder and write beside them what makes it a Liger model.
+
+No tensor is loaded and neither torch nor transformers is imported, so it costs the same for 1 GB and for 1 TB.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from liger_cli import __version__
+from liger_cli.calibration.selection import selected_plan
+from liger_cli.calibration.sizes import sized_plan
+from liger_cli.checkpoint import paper_folders as released
+from liger_cli.checkpoint import publish
+from liger_cli.checkpoint.experimental import family_of
+from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.hub import Source, find_base
+from liger_cli.checkpoint.model_code import code_hashes, model_files
+from liger_cli.checkpoint.reader import (
+    Geometry,
+    own_files,
+    read_checkpoint,
+    read_config,
+)
+from liger_cli.conversion.folder import planned_files, replace_text, write_converted
+from liger_cli.conversion.identity_check import run_gate
+from liger_cli.conversion.plan import Plan, make_plan, read_mix, with_defaults
+from liger_cli.conversion.requests import read_budget, read_request, read_share
+from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.system.manifest import MANIFEST, package_versions, read_manifest, utc_now, write_manifest
+from liger_cli.system.outputs import (
+    LINKS,
+    atomic_folder,
+    check_output,
+    check_unchanged,
+    file_versions,
+    place_tree,
+)
+from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs
+
+
+def run(
+    base: str, output: str | None = None, *, push_to_hub: str | None = None, as_json: bool = False, **options
+) -> None:
+    """Convert, upload where asked, and print the plan: a table, or one JSON object. Options as for `convert`."""
+    if push_to_hub:
+        publish.check(push_to_hub, options.get("dry_run", False))
+    report, plan = convert(base, output, **options)
+    if push_to_hub and report["dry_run"]:
+        report["push"] = publish.preview(push_to_hub, planned_files(plan))
+    elif push_to_hub:
+        report["push"] = publish.push(Path(report["output"]), push_to_hub)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        from liger_cli.conversion.plan_table import print_plan
+
+        print_plan(report, plan)
+
+
+def run_refresh(folder: str, *, dry_run: bool = False, as_json: bool = False) -> None:
+    """Refresh and print which files are new. Parameters as for `refresh`."""
+    report = refresh(folder, dry_run)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"{'would refresh' if dry_run else 'refreshed'} {folder}: {', '.join(report['refreshed'])}")
+
+
+def convert(
+    base: str,
+    output: str | None = None,
+    *,
+    settings: dict | None = None,
+    softmax_layers: str = "none",
+    softmax_heads: str = "none",
+    calibrate: bool = False,
+    calibration_data: str | None = None,
+    linearize_local: bool = False,
+    experimental: bool = False,
+    revision: str | None = None,
+    link: str = "auto",
+    dry_run: bool = False,
+    force: bool = False,
+) -> tuple[dict, Plan]:
+    """Convert a base model.
+
+    Args:
+        base: a local folder or a hub id.
+        output: the folder to write; `./<name>-liger-<gate>` by default.
+        settings: fields of `LayerSpec` for the Liger layers. `window` or `kept` may be `auto:BYTES`: each layer's own,
+            measured, within so many bytes of constant cache (see `sizes`); `kept` may be `share:N`: N on average,
+            shared out by the calibration (see `kept_shares`), which is its default with twice the window.
+        softmax_layers: layers kept as softmax attention: `none`, `every:N`, `auto:N` (measured, which loads the base
+            and torch; see `selection`), or a list such as `3,11`.
+        softmax_heads: key/value heads kept as softmax inside Liger layers: `none`, `auto:N` or `auto:2%` of all
+            (measured), or layers and heads such as `4:0,5:1`.
+        calibrate: fit what has a closed form on a little text (loads the base and torch; see `calibrate`).
+        calibration_data: a text or .jsonl file to measure and to calibrate on; a shipped text by default.
+        linearize_local: linearize layers that are local in the base, too.
+        experimental: try model types that no family describes; the identity gate on a tiny model decides.
+        link: `auto` (reflink, else hard link, else copy), `hard` or `copy`.
+        dry_run: plan and check only.
+        force: replace an output that liger made.
+    Returns:
+        The report (what `--json` prints) and the plan.
+    Raises:
+        UsageError, ModelError, SetupError, LigerError, OSError.
+    """
+    if link not in LINKS:
+        raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
+    settings, share = read_share(settings or {}, calibrate)
+    settings, budget = read_budget(settings, calibrate)
+    source = find_base(base, revision, experimental)
+    checkpoint = read_checkpoint(source.folder, experimental)
+    versions = file_versions(shard.path for shard in checkpoint.shards)
+    if "mix" in settings:
+        settings["mix"] = read_mix(settings["mix"])
+    if checkpoint.released_gate:
+        settings = released.fixed_settings(settings, checkpoint.released_gate, checkpoint.config)
+    settings = with_defaults(settings, calibrate)
+    request = read_request(softmax_layers, softmax_heads)
+    if budget and request.measured:
+        raise UsageError(
+            f"{budget.option} does not go with --softmax-layers or --softmax-heads auto:N; run those first, then name "
+            "what they found"
+        )
+    if not (request.measured or calibrate or budget) and calibration_data is not None:
+        raise UsageError(
+            "--calibration-data is given, but nothing is measured; ask for --calibrate or --softmax-layers auto:N"
+        )
+    plan = make_plan(checkpoint, settings, "none" if request.layers else softmax_layers, linearize_local)
+    if checkpoint.released_gate:
+        about = released.notes(checkpoint.family.model_type, checkpoint.released_gate, settings)
+        plan = replace(plan, notes=plan.notes + about)
+    if checkpoint.left_out:
+        fields = ", ".join(checkpoint.left_out)
+        note = f"left out of config.json, since it says how to run a model and not what it is: {fields}"
+        plan = replace(plan, notes=(*plan.notes, note))
+    gate = next(spec.gate for spec in plan.specs if spec.kind == "liger")
+    target = Path(output).expanduser() if output else Path(f"{source.short_name}-liger-{gate}")
+    check_output(target, force, base=checkpoint.folder)
+    if checkpoint.family.model_type not in FAMILIES:
+        result = run_gate(checkpoint.family, checkpoint.config)
+        plan = replace(plan, notes=(*plan.notes, result.sentence()))
+    plan, selection = selected_plan(plan, request, calibration_data, dry_run, calibrate)
+    if budget:
+        plan, selection = sized_plan(plan, budget, calibration_data, dry_run)
+    measured, values = ({"selection": selection} if selection else {}), None
+    if calibrate and dry_run:
+        shared = ", and share the kept tokens out between the layers" if share else ""
+        about = f"a calibration would run the base over some 20,000 tokens{shared}"
+        plan = replace(plan, notes=(*plan.notes, about))
+    elif calibrate:
+        from liger_cli.calibration.calibrate import calibrate as fitted
+        from liger_cli.calibration.calibrate import calibration_note
+
+        plan, values, measured["calibration"] = fitted(plan, calibration_data, share)
+    noted = plan
+    if "calibration" in measured:  # in the card it has a section of its own
+        noted = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
+    report = _report(source, noted, target, dry_run) | measured
+    check_unchanged(versions)  # what was measured is told of the weights that are there now
+    if not dry_run:
+        report["link"] = write_converted(source, plan, target, link, force, measured, values)
+    return report, noted
+
+
+def refresh(folder: str, dry_run: bool = False) -> dict:
+    """Give a folder that liger made the model code of this version; weights, settings and the rest stay.
+
+    Args:
+        folder: a converted or merged folder.
+        dry_run: check only.
+    Returns:
+        What `--json` prints.
+    Raises:
+        UsageError: not such a folder. ModelError: its config is broken or of a format that this version cannot renew.
+    """
+    target = Path(folder).expanduser().resolve()
+    manifest = read_manifest(target)
+    if manifest is None or manifest["kind"] == "adapter":
+        raise UsageError(f"{folder} is not a converted or merged folder of liger's, so there is nothing to refresh")
+    config = read_config(target)
+    family = family_of(str(config.get("model_type")).removeprefix("liger_"))
+    block = config.get("liger")
+    if isinstance(block, dict) and block.get("format") != FORMAT:
+        raise ModelError(f"{folder}: its format is {block.get('format')!r}, which liger {__version__} cannot renew")
+    try:
+        layer_specs(block, Geometry.of(family.with_defaults(config)).num_hidden_layers)
+    except LigerConfigError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    own_files(target)
+    if not dry_run:
+        with atomic_folder(target, force=True) as new:
+            place_tree(target, new)
+            for name, text in model_files(family).items():
+                replace_text(new / name, text)
+            (new / MANIFEST).unlink()
+            now = {"refreshed": utc_now(), "versions": package_versions()}
+            write_manifest(new, {**manifest, "code": code_hashes(family), **now})
+    return {"output": folder, "dry_run": dry_run, "refreshed": sorted(model_files(family))}
+
+
+def _report(source: Source, plan: Plan, target: Path, dry_run: bool) -> dict:
+    return {
+        "base": {"name": source.name, "revision": source.revision, "model_type": plan.checkpoint.family.model_type},
+        "output": str(target),
+        "dry_run": dry_run,
+        "layers": plan.layers(),
+        "parameters": plan.parameters(),
+        "added_parameters": plan.added_parameters(),
+        "bytes": plan.weight_bytes(),
+        "memory": plan.memory(),
+        "notes": list(plan.notes),
+    }

@@ -1,0 +1,137 @@
+"""`liger doctor`: what is installed, what it runs on, and whether this environment can run liger at all."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from liger_cli import __version__
+from liger_cli.benchmark.roofline import processor_name
+from liger_cli.system.errors import SetupError
+from liger_cli.system.wording import counted, size
+
+OPTIONAL = {
+    "flash-linear-attention": "the recurrences on CUDA; pip install 'flash-linear-attention[cuda]>=0.6'",
+    "flash-attn": "the window on CUDA in half precision; pip install 'flash-attn>=2.7'",
+    "bitsandbytes": "4-bit bases on CUDA",
+    "lm-eval": "liger eval --tasks; pip install 'lm-eval[ruler,longbench]'",
+    "tensorboard": "liger finetune --report-to tensorboard",
+    "wandb": "liger finetune --report-to wandb",
+}
+
+
+def examine() -> dict:
+    """Versions, devices, what each gate runs on, and `problems`: why liger could not run, empty where it can."""
+    packages, problems = required_packages()
+    report = {
+        "liger": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "optional": {name: {"version": installed(name), "for": use} for name, use in OPTIONAL.items()},
+        "devices": [],
+        "gates": {},
+        "problems": problems,
+    }
+    if not packages.get("torch", {}).get("version"):
+        return report
+    try:
+        import torch
+
+        report["devices"] = devices(torch)
+        report["torch_cuda"] = torch.version.cuda
+        _smoke_test(torch)
+    except Exception as error:  # whatever a broken installation raises is what has to be reported
+        problems.append(f"torch does not work: {type(error).__name__}: {error}")
+        return report
+    from liger_cli.benchmark.backends import device_backends
+
+    chosen = device_backends(any(row["device"].startswith("cuda") for row in report["devices"]))
+    obstacle = chosen.pop("obstacle")
+    report |= {"backend": chosen.pop("requested"), **chosen}
+    if obstacle:
+        problems.append(obstacle)
+    return report
+
+
+def required_packages() -> tuple[dict, list[str]]:
+    """Every required package with its installed version, and a sentence for each that is missing or out of range."""
+    from packaging.requirements import Requirement
+
+    packages, problems = {}, []
+    for line in requires("liger-cli") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = installed(requirement.name)
+        packages[requirement.name] = {"version": found, "wanted": str(requirement.specifier)}
+        if found is None:
+            problems.append(f"{requirement.name} is missing; pip install '{requirement}'")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            problems.append(f"{requirement.name} is {found}, but has to be {requirement.specifier}")
+    return packages, problems
+
+
+def installed(name: str) -> str | None:
+    """The installed version of a distribution, or None; nothing is imported."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def devices(torch) -> list[dict]:
+    """The CPU and every CUDA device, with memory in bytes."""
+    found = [{"device": "cpu", "name": processor_name(), "threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append({"device": f"cuda:{index}", "name": properties.name, "memory_bytes": properties.total_memory})
+    return found
+
+
+def _smoke_test(torch) -> None:
+    """One chunked recurrence against its definition, on the CPU."""
+    from liger_cli.templates.liger_recurrence import chunk_decay, naive_decay
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 8, generator=generator) for _ in range(3))
+    log_decay = -torch.rand(1, 2, 70, 8, generator=generator)
+    difference = (chunk_decay(q, k, v, log_decay)[0] - naive_decay(q, k, v, log_decay)[0]).abs().max().item()
+    if not difference < 1e-3:
+        raise ArithmeticError(f"the chunked recurrence is off by {difference} from its definition")
+
+
+def run(as_json: bool) -> None:
+    """Print the report. Raises SetupError (exit 4) where the environment cannot run liger."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    if report["problems"]:
+        raise SetupError("; ".join(report["problems"]))
+
+
+def _print(report: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from liger_cli.system.console import print_table
+
+    console = Console(highlight=False, markup=False)
+    console.print(f"liger {report['liger']}, Python {report['python']}, {report['platform']}")
+    table = Table("package", "installed", "wanted or used for")
+    for name, row in report["packages"].items():
+        table.add_row(name, row["version"] or "missing", row["wanted"])
+    for name, row in report["optional"].items():
+        table.add_row(name, row["version"] or "-", row["for"])
+    print_table(console, table)
+    for device in report["devices"]:
+        memory = f", {size(device['memory_bytes'], 0)}" if "memory_bytes" in device else ""
+        threads = f", {counted(device['threads'], 'thread')}" if "threads" in device else ""
+        console.print(f"{device['device']}: {device['name']}{memory}{threads}")
+    if report["gates"]:
+        table = Table("gate", "runs on", "why")
+        for name, row in {**report["gates"], "window": report["window"]}.items():
+            table.add_row(name, row["backend"], row["why"])
+        print_table(console, table)
+        console.print(f"backend asked for: {report['backend']} (LIGER_BACKEND, or `backend` in a model's config.json)")

@@ -1,0 +1,282 @@
+"""`liger finetune`: plan the run, train a LoRA adapter on a converted model, write it as a folder of its own.
+
+While it runs, everything lives in `<output>.partial`; the output appears when it is whole. A run that was killed goes
+on with `resume` from its last complete checkpoint.
+"""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+from liger_cli.checkpoint.adapters import ADAPTER_WEIGHTS
+from liger_cli.checkpoint.folders import resolve_model
+from liger_cli.checkpoint.model_code import load_config
+from liger_cli.checkpoint.reader import fingerprint, read_json, read_shard
+from liger_cli.checkpoint.tokenizer import check_ids
+from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
+from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.system.escape import code_span, markdown, yaml_string
+from liger_cli.system.manifest import new_manifest, write_manifest
+from liger_cli.system.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
+from liger_cli.system.processes import is_launched, is_main_process, launch
+from liger_cli.training.calibrated import calibrated_base, can_be_calibrated, copy_path, is_calibrated
+from liger_cli.training.plan import Base, check_memory, check_setup, lora_modules, make_plan, read_base, training_dtype
+from liger_cli.training.recipes import Recipe, load_recipe, override, recipe_from
+from liger_cli.training.run import train
+
+RUN = "run.json"
+
+
+def run(
+    model: str | Path | None = None,
+    *,
+    data: str | None = None,
+    recipe: str | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    as_json: bool = False,
+    processes: int = 1,
+    fsdp: bool = False,
+    dtype: str = "auto",
+    report_to: str = "none",
+    **flags,
+) -> dict:
+    """Fine-tune and print what came out.
+
+    Args:
+        model: a converted folder; the newest one here by default.
+        data: see `data.load_data`; the recipe's by default.
+        recipe: a shipped recipe's name or a YAML file; see `default_recipe`.
+        output: the adapter's folder; `<model>-lora` here by default.
+        resume: go on with the unfinished run of that output.
+        force: replace an adapter that liger made, and discard an unfinished run.
+        dry_run: print the plan and train nothing.
+        quiet: no progress on stderr.
+        processes: data-parallel processes to start on this machine; from the command line only.
+        fsdp: shard the weights over the processes (FSDP2), on CUDA devices; also on where accelerate's own launcher
+            asks for it.
+        dtype: of the frozen weights while training: `auto` (bfloat16 on CUDA, float32 elsewhere) or a name.
+        report_to: `tensorboard` (into the output's `runs`), `wandb` or `none`.
+        flags: fields of `Recipe` and of its stages (`lr`, `objective`) that override the recipe's; None leaves them.
+    Returns:
+        The report (what `--json` prints).
+    Raises:
+        LigerError in all its kinds, OSError.
+    """
+    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    base = read_base(resolve_model(model, "finetune"))
+    copy = copy_path(base, output) if _calibrates_first(base, recipe, output, resume) else None
+    target = Path(output) if output else Path(f"{copy.name if copy else base.folder.name}-lora")
+    partial = _partial(target)
+    starts = processes > 1 and not is_launched()
+    if copy and (resume or starts) and not dry_run:
+        base, copy = calibrated_base(base, copy, force), None
+    if starts:
+        return launch(processes)
+    if resume:
+        recipe, data, checked = _resumed(partial, target, base, recipe, data, flags)
+    else:
+        if is_main_process():
+            _sweep(partial)
+            check_output(target, force, base=base.folder)
+        checked = override(load_recipe(recipe or default_recipe(base)), **flags)
+        data = data or checked.data
+        if (partial / RUN).exists() and not force and not dry_run and is_main_process():
+            raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
+    report = finetune(
+        base,
+        checked,
+        data,
+        target,
+        partial,
+        resume=resume,
+        force=force,
+        dry_run=dry_run,
+        quiet=quiet,
+        dtype=dtype,
+        report_to=report_to,
+        fsdp=fsdp,
+        copy=copy,
+    )
+    if as_json and is_main_process():
+        print(json.dumps(report, indent=2))
+    return report
+
+
+def finetune(
+    base: Base,
+    recipe: Recipe,
+    data: str,
+    target: Path,
+    partial: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    dtype: str = "auto",
+    report_to: str = "none",
+    fsdp: bool = False,
+    copy: Path | None = None,
+) -> dict:
+    """The run itself; parameters as for `run`. `partial` holds everything until it becomes `target`.
+
+    copy: the folder of a calibrated copy of `base`, which is trained in its place; see `calibrated`.
+    """
+    check_setup(recipe, report_to, fsdp)
+    dtype = training_dtype(dtype)
+    from transformers.utils import logging
+
+    from liger_cli.training.view import print_plan
+
+    logging.disable_progress_bar()
+    # transformers 5.23 renamed both; PEFT and older releases know the old names only
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    modules = lora_modules(base, recipe)
+    tokenizer = load_tokenizer(base.folder)
+    loaded, schedule = load_schedule(base, recipe, data, tokenizer)
+    plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
+    if not quiet and is_main_process():
+        print_plan(plan)
+    if dry_run:
+        if copy and not quiet and is_main_process():
+            print(f"liger: {base.folder.name} would first be calibrated into {copy}", file=sys.stderr)
+        return {**plan, "dry_run": True}
+    check_memory(plan)
+    if copy:
+        base = calibrated_base(base, copy, force)
+        plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
+    settings = {"recipe": recipe.to_dict(), "data": data, "sources": loaded.report}
+    options = {"resume": resume, "quiet": quiet, "dtype": dtype, "report_to": report_to, "fsdp": fsdp}
+    with claimed_folder(partial, fresh=not resume) if is_main_process() else nullcontext():
+        if resume:
+            recorded = read_json(partial / RUN)["sources"]
+            if recorded != loaded.report:
+                raise UsageError(f"the data behind {data} have changed since the run began; start again with --force")
+        elif is_main_process():
+            write_whole(partial / RUN, json.dumps({**settings, "fingerprint": base.fingerprint["digest"]}, indent=2))
+        try:
+            with unchanged(*(shard.path for shard in base.shards)):
+                result = train(base, recipe, modules, loaded, schedule, tokenizer, partial, **options)
+        except KeyboardInterrupt:
+            if is_main_process():
+                print(f"liger: {partial} keeps the run's checkpoints; go on with --resume", file=sys.stderr)
+            raise
+        report = {**plan, "dry_run": False, **result}
+        if is_main_process():
+            _finish(base, recipe, settings, report, target, partial, force or resume)
+            if not quiet:
+                print(f"liger: wrote {target}; merge it with `liger merge {target}`", file=sys.stderr)
+    return report
+
+
+def default_recipe(base: Base) -> str:
+    """`best`, which begins with a calibration; `paper` for a model that is not calibrated and cannot be."""
+    return "best" if is_calibrated(base) or can_be_calibrated(base) else "paper"
+
+
+def _calibrates_first(base: Base, recipe: str | None, output: str | Path | None, resume: bool) -> bool:
+    """Whether a calibrated copy is trained in the folder's place. Of a run that is resumed its own recipe says it."""
+    if is_calibrated(base) or not can_be_calibrated(base):
+        return False
+    if not resume:
+        found = load_recipe(recipe or default_recipe(base))
+        return found.calibrate and found.attention == "liger"
+    run = _partial(Path(output or f"{base.folder.name}-lora")) / RUN
+    if run.is_file():
+        return bool(read_json(run)["recipe"].get("calibrate"))
+    return copy_path(base, output).exists()
+
+
+def _partial(target: Path) -> Path:
+    """Where a run lives until it is `target`."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def load_schedule(base: Base, recipe: Recipe, data: str, tokenizer):
+    """The data, in memory or streamed, and the micro-batches of the whole run. Raises as `data.load_data`."""
+    from liger_cli.training.data import load_data
+    from liger_cli.training.packing import Schedule
+    from liger_cli.training.streaming import StreamSchedule, open_stream, wants_streaming
+
+    rows = (recipe.seq_len, recipe.batch_size, recipe.micro_batch_size, recipe.packing, recipe.seed)
+    if wants_streaming(data, recipe.streaming, recipe.max_steps):
+        stream = open_stream(data, tokenizer, recipe.seq_len, recipe.held_out)
+        return stream, StreamSchedule(stream, *rows, recipe.max_steps)
+    loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)
+    largest = max(int(example.input_ids.max()) for example in (*loaded.train, *loaded.held_out))
+    check_ids(largest, base.geometry.vocab_size, base.folder)
+    return loaded, Schedule(loaded.train, *rows, recipe.epochs, recipe.max_steps)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder that liger made; no code of the folder is run. Raises ModelError."""
+    return tokenizer_of(folder, load_config(folder))
+
+
+def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Path, partial: Path, force: bool) -> None:
+    """Make the finished run the output: the files are linked, so that a kill in between loses nothing."""
+    import yaml
+
+    check_output(target, force)
+    (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=110))
+    converted = base.manifest
+    manifest = new_manifest(
+        "adapter",
+        base={"path": str(base.folder), "name": base.folder.name, "model_type": base.config["model_type"]},
+        fingerprint=base.fingerprint,
+        source={"base": converted.get("base"), "fingerprint": converted.get("fingerprint")},
+        settings=settings,
+        seed=recipe.seed,
+        result={name: value for name, value in report.items() if name not in ("recipe", "dry_run")},
+    )
+    card = (
+        f"---\nlibrary_name: peft\nbase_model: {yaml_string(base.folder.name)}\ntags: [liger, lora]\n---\n"
+        f"# {markdown(target.name)}\n\n"
+        f"A LoRA adapter for the Liger model {code_span(base.folder.name)}, trained with the recipe "
+        f"{code_span(recipe.name)} (recipe.yaml) on {code_span(settings['data'])} for {report['steps_done']} steps. "
+        "log.jsonl and loss.png show the run; `liger merge` makes a model of its own of it.\n"
+    )
+    with atomic_folder(target, force) as folder:
+        place_tree(partial, folder)
+        for name in (RUN, "README.md"):
+            (folder / name).unlink(missing_ok=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        written = fingerprint((read_shard(folder.resolve(), ADAPTER_WEIGHTS),))
+        write_manifest(folder, {**manifest, "written": written})
+    (partial / RUN).unlink()  # from here on it is no unfinished run, even if what follows is killed
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(partial: Path) -> None:
+    """Remove what a run left that was killed before it began or after it had finished."""
+    if partial.is_dir() and not (partial / RUN).exists():
+        with claimed_folder(partial, fresh=True):
+            partial.rmdir()
+
+
+def _resumed(partial: Path, target: Path, base: Base, recipe, data, flags) -> tuple[None, str, Recipe]:
+    """What the unfinished run was started with. Raises UsageError where the command now says something else."""
+    if not (partial / RUN).is_file():
+        done = f"; {target} is finished" if target.exists() else ""
+        raise UsageError(f"there is no unfinished run {partial} to resume{done}")
+    recorded = read_json(partial / RUN)
+    if recorded["fingerprint"] != base.fingerprint["digest"]:
+        raise ModelError(f"{partial} was begun on other weights than those of {base.folder}")
+    kept = recipe_from(recorded["recipe"])
+    if recipe is not None and load_recipe(recipe).name != kept.name:
+        raise UsageError(f"--recipe is {recipe!r}, but the unfinished run has {kept.name!r}; leave it out or --force")
+    if data is not None and data != recorded["data"]:
+        raise UsageError(
+            f"--data is {data!r}, but the unfinished run has {recorded['data']!r}; leave it out or --force"
+        )
+    if override(kept, **flags) != kept:
+        raise UsageError(f"the options differ from those {partial} was begun with; leave them out, or use --force")
+    return None, recorded["data"], kept

@@ -1,0 +1,46 @@
+"""`liger gates`: the gated recurrent structures, their formulas and the size of their state."""
+
+import json
+
+from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.templates.liger_gates import GATES
+
+
+def gate_rows(head_dim: int = 128) -> list[dict]:
+    """One row a gate: name, formula, recurrence, divisor of the log gate, float32 state shapes of a key/value head."""
+    rows = []
+    for gate in GATES.values():
+        shapes = gate.state_shapes(LayerSpec(gate=gate.name), head_dim)
+        rows.append(
+            {
+                "gate": gate.name,
+                "recurrence": gate.rule,
+                "formula": gate.formula,
+                "gate_normalizer": gate.normalizer,
+                "state_shapes": [list(shape) for shape in shapes],
+                "state_bytes": sum(4 * rows * columns for rows, columns in shapes),
+            }
+        )
+    return rows
+
+
+def run(as_json: bool, head_dim: int) -> None:
+    """Print the table, or one JSON object."""
+    rows = gate_rows(head_dim)
+    if as_json:
+        print(json.dumps({"head_dim": head_dim, "gates": rows}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from liger_cli.system.console import print_table
+
+    table = Table(title=f"State per key/value head at head dim {head_dim}, float32")
+    for name in ("gate", "formula", "state", "KiB"):
+        table.add_column(name, justify="right" if name == "KiB" else "left")
+    for row in rows:
+        state = " + ".join(f"{a} x {b}" for a, b in row["state_shapes"])
+        table.add_row(row["gate"], row["formula"], state, f"{row['state_bytes'] / 1024:.1f}")
+    console = Console(highlight=False, markup=False)
+    print_table(console, table)
+    console.print("p is the gate's source (--gate-source, keys by default) before RoPE; phi is --feature-map.")

@@ -1,0 +1,1 @@
+"""The plan of a conversion, its edits, and the folder that is written."""

@@ -1,0 +1,99 @@
+"""The model card (README.md) of a converted folder."""
+
+import re
+from contextlib import suppress
+from importlib.resources import files
+
+from liger_cli.checkpoint.hub import Source
+from liger_cli.checkpoint.reader import Checkpoint, inside
+from liger_cli.conversion.plan import Plan
+from liger_cli.system.errors import ModelError
+from liger_cli.system.escape import code_span, yaml_string
+from liger_cli.system.wording import by_layer
+
+FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
+
+
+def model_card(source: Source, plan: Plan, manifest: dict) -> str:
+    """README.md of the converted folder. Names come from strangers: the sandbox and the filters keep them text."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["yaml"] = yaml_string
+    environment.filters["code"] = code_span
+    template = files("liger_cli.templates").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    kinds = [spec.kind for spec in plan.specs]
+    return environment.from_string(template).render(
+        name=source.name,
+        revision=source.revision,
+        spec=next(spec for spec in plan.specs if spec.kind == "liger"),
+        windows=_by_layer(plan, "window"),
+        kept=_by_layer(plan, "kept"),
+        scaled=any(spec.branch_scales for spec in plan.specs),
+        added=plan.added_parameters(),
+        calibration=_shown_calibration(manifest.get("calibration")),
+        counts={kind: kinds.count(kind) for kind in ("liger", "softmax", "base")},
+        softmax_heads=[f"{index}:{head}" for index, spec in enumerate(plan.specs) for head in spec.softmax_kv_heads],
+        licence=base_licence(plan.checkpoint),
+        memory=plan.memory(),
+        notes=plan.notes,
+        versions=manifest["versions"],
+        model=f"Liger{plan.checkpoint.family.prefix}ForCausalLM",
+    )
+
+
+def _by_layer(plan: Plan, setting: str) -> str:
+    """A setting of the Liger layers in words: one number, or each with its layers."""
+    values = {index: getattr(spec, setting) for index, spec in enumerate(plan.specs) if spec.kind == "liger"}
+    return by_layer(values) if len(set(values.values())) > 1 else str(next(iter(values.values())))
+
+
+def _shown_calibration(report: dict | None) -> dict | None:
+    """What the card says of a calibration: text, tokens, figures, layers, shares, and what was of no use."""
+    if report is None:
+        return None
+    kept = report["recurrent_layers"]
+    rows = [("the window alone", report["window_only_kl"]), ("this model as converted", report["kl"])]
+    return {
+        "text": report["text"],
+        "tokens": f"{report['tokens']:,}",
+        "held_out": f"{report['held_out_tokens']:,}",
+        "rows": [(name, f"{value:.4f}") for name, value in rows],
+        "layers": ", ".join(map(str, kept)) or "none",
+        "rejected": "fitted_kl" in report,
+        "dropped": "dropped_kl" in report,
+        "shared": _share_note(report.get("kept_shares")),
+    }
+
+
+def _share_note(report: dict | None) -> str:
+    if report is None:
+        return ""
+    sentence = share_note(report)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def share_note(report: dict) -> str:
+    """One sentence on what was shared out."""
+    layers = {int(layer): tokens for layer, tokens in report["layers"].items()}
+    same, chosen = report["tries"][0]["kl"], min(one["kl"] for one in report["tries"])
+    if len(set(layers.values())) == 1:
+        return f"{report['mean']:.0f} kept tokens in every layer: no other share of them came nearer to the base"
+    return (
+        f"kept tokens shared out between the layers: {by_layer(layers)}; without recurrences KL {chosen:.4f}, where "
+        f"{report['mean']:.0f} in every layer have {same:.4f}"
+    )
+
+
+def base_licence(checkpoint: Checkpoint) -> dict[str, str]:
+    """The licence fields of the base's model card; `{"license": "other"}` where it has none."""
+    found = {}
+    with suppress(ModelError):
+        with open(inside(checkpoint.folder, "README.md"), "rb") as file:
+            text = file.read(FRONT_BYTES).decode("utf-8", "replace")
+        front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+        for line in front[1].splitlines() if front else ():
+            if match := re.fullmatch(r"(license|license_name|license_link):\s*['\"]?([^'\"\s#]+)['\"]?\s*", line):
+                found[match[1]] = match[2]
+    return {"license": "other"} | found

@@ -1,0 +1,298 @@
+"""What a conversion will do, as numbers: which layer becomes what, how many parameters, how much state. No torch."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, fields
+
+from liger_cli.checkpoint.extras import count as count_extras
+from liger_cli.checkpoint.reader import Checkpoint, layer_index
+from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.system.wording import did_you_mean
+from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
+from liger_cli.templates.liger_gates import GATES, state_heads
+
+CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
+OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
+STATE_BYTES = SCORE_BYTES = 4  # the recurrent state and the scores of kept tokens are float32
+POSITION_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked conversion.
+
+    Attributes:
+        specs: one entry a layer.
+        notes: sentences that the user should read.
+    """
+
+    checkpoint: Checkpoint
+    specs: tuple[LayerSpec, ...]
+    notes: tuple[str, ...]
+
+    def layers(self) -> list[dict]:
+        """Per layer: index, what it becomes (`LayerSpec`'s fields), parameters and bytes of its weights."""
+        parameters, sizes = Counter(), Counter()
+        for name, tensor in self.checkpoint.tensors.items():
+            if match := layer_index(name):
+                parameters[int(match[1])] += tensor.numel
+                sizes[int(match[1])] += tensor.nbytes
+        return [
+            {"layer": index, **spec.to_dict(), "parameters": parameters[index], "bytes": sizes[index]}
+            for index, spec in enumerate(self.specs)
+        ]
+
+    def parameters(self) -> int:
+        """Of the base, which the conversion links."""
+        return sum(tensor.numel for tensor in self.checkpoint.tensors.values())
+
+    def added_parameters(self) -> int:
+        """Of the tensors that the settings add: branch coefficients, learned gates and feature maps."""
+        return count_extras(self.specs, self.checkpoint.geometry)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors; the shards' headers come on top."""
+        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+
+    def memory(self, contexts: tuple[int, ...] = CONTEXTS) -> list[dict]:
+        """For one sequence of each length in tokens: bytes that the converted model and the base keep."""
+        rows = []
+        for tokens in contexts:
+            converted = sum(self._kept(index, spec, tokens) for index, spec in enumerate(self.specs))
+            base = sum(self._base_cache(index, tokens) for index in range(len(self.specs)))
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "state_bytes": converted,
+                    "kv_cache_bytes": base,
+                    "ratio": round(base / max(converted, 1), 2),
+                }
+            )
+        return rows
+
+    def constant_bytes(self, index: int, spec: LayerSpec, tokens: int | None = None) -> int:
+        """Bytes that a Liger layer keeps of one sequence, after any text (or one of `tokens` tokens): state, window,
+        sinks and kept tokens. What its softmax heads keep grows with the text and does not count."""
+        sizes = self.checkpoint.geometry
+        shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
+        heads = sizes.num_key_value_heads - len(spec.softmax_kv_heads)
+        groups = sizes.num_attention_heads // sizes.num_key_value_heads
+        states = state_heads(spec, heads * groups, heads)
+        state = sum(math.prod(shape) for shape in shapes) * states * STATE_BYTES if spec.mix else 0
+        window = min(spec.window, self.local_window(index) or spec.window) + spec.delayed
+        local = self.local_window(index) is not None
+        kept = sum(spec.kept_by_head(sizes.num_key_value_heads)) if not local else 0
+        in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
+        # Room for sinks and kept tokens is there from the first token on.
+        cached = (in_window + spec.sinks) * heads + kept
+        scored = bool(spec.kept) and not local
+        other = cached * SCORE_BYTES + bool(spec.sinks) * POSITION_BYTES if scored else spec.sinks * POSITION_BYTES
+        return state + cached * self._token_bytes() // sizes.num_key_value_heads + other
+
+    def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
+        grown = self._base_cache(index, tokens)
+        if spec.kind != "liger":
+            return grown
+        softmax_heads, heads = len(spec.softmax_kv_heads), self.checkpoint.geometry.num_key_value_heads
+        return self.constant_bytes(index, spec, tokens) + grown * softmax_heads // heads
+
+    def _base_cache(self, index: int, tokens: int) -> int:
+        window = self.local_window(index)
+        return (tokens if window is None else min(tokens, window - 1)) * self._token_bytes()
+
+    def local_window(self, index: int) -> int | None:
+        """The base's own window in a layer that is local already."""
+        config = self.checkpoint.family.with_defaults(self.checkpoint.config)
+        return config.get("sliding_window") if self.checkpoint.family.local_layers(config)[index] else None
+
+    def _token_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer, in the dtype of the checkpoint."""
+        sizes = self.checkpoint.geometry
+        embedding = self.checkpoint.tensors["model.embed_tokens.weight"]
+        return 2 * sizes.num_key_value_heads * sizes.head_dim * (embedding.nbytes // embedding.numel)
+
+
+def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "none", linearize_local=False) -> Plan:
+    """Decide what every layer becomes.
+
+    Args:
+        settings: fields of `LayerSpec` for the Liger layers, and under `layers` what differs in some of them: a list of
+            strings such as `0,4-7:gate=gdn,window=128`.
+        softmax_layers: `none`, `every:N` (one softmax layer after every N - 1 Liger layers) or a list such as `3,11`.
+        linearize_local: linearize layers that are local already, too.
+    Raises:
+        UsageError: a value that cannot be used. ModelError: a config that contradicts itself.
+    """
+    settings = dict(settings)
+    exceptions = settings.pop("layers", [])
+    liger = layer_spec(settings)
+    count = checkpoint.geometry.num_hidden_layers
+    others = layer_settings(exceptions, count)
+    local = local_layers(checkpoint)
+    notes = []
+    if all(local) and not linearize_local:
+        window = checkpoint.family.with_defaults(checkpoint.config).get("sliding_window")
+        notes.append(f"every layer of the base is local (sliding window of {window} tokens), so all are linearized")
+    left = [index for index in range(count) if local[index] and not linearize_local and not all(local)]
+    if left:
+        notes.append(f"{len(left)} layers are local in the base and stay as they are (--linearize-local changes them)")
+    candidates = [index for index in range(count) if index not in left]
+    softmax = parse_softmax_layers(softmax_layers, candidates, count)
+    if len(softmax) == len(candidates):
+        raise UsageError(f"--softmax-layers {softmax_layers} leaves no layer to linearize; keep fewer softmax layers")
+    kinds = {**dict.fromkeys(left, "base"), **dict.fromkeys(softmax, "softmax")}
+    for index in sorted(set(others) & set(kinds)):
+        raise UsageError(f"--layer names layer {index}, which is not linearized")
+    specs = tuple(
+        LayerSpec(kind=kinds[index]) if index in kinds
+        else layer_spec(settings | others[index]) if index in others
+        else liger
+        for index in range(count)
+    )  # fmt: skip
+    for spec in dict.fromkeys(spec for spec in specs if spec.kind == "liger"):
+        for name in spec.unused():
+            option = f"--{name.replace('_', '-')} {getattr(spec, name)}"
+            why = "without --gate-params learned" if name == "gate_rank" else f"with the gate {spec.gate}"
+            notes.append(f"{option} changes nothing {why}")
+    return Plan(checkpoint, specs, tuple(notes))
+
+
+def with_defaults(settings: dict, calibrate: bool = False) -> dict:
+    """The settings with what was left open (None) filled in, and with what a calibration fits.
+
+    A calibration adds branch coefficients. Where nothing else was said it keeps twice as many tokens as the window
+    has, and divides the recurrence by its own sum: coefficients fitted on short texts have to hold for longer ones.
+    """
+    found = {name: value for name, value in settings.items() if value is not None or name not in OPEN}
+    if not calibrate:
+        return found
+    gate = GATES.get(found.get("gate", LayerSpec.gate))
+    if "kept" not in found:
+        found["kept"] = 2 * found.get("window", LayerSpec.window)
+    if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
+        found["normalizer"] = "running" if gate.rule == "decay" else LayerSpec.normalizer
+    return {**found, "branch_scales": True}
+
+
+def layer_settings(exceptions: list[str], count: int) -> dict[int, dict]:
+    """What `--layer` asks for, by layer. Raises UsageError where it cannot be read."""
+    found: dict[int, dict] = {}
+    for text in exceptions:
+        layers, colon, values = text.partition(":")
+        if not colon or not values:
+            raise UsageError(f"--layer is {text!r}, but has to be like 0,4-7:gate=gdn,window=128")
+        for part in layers.split(","):
+            first, dash, last = part.strip().partition("-")
+            ends = (whole_number(first), whole_number(last) if dash else whole_number(first))
+            if None in ends or not ends[0] <= ends[1] < count:
+                raise UsageError(f"--layer {text!r} names layers {part!r}, but the layers are 0 to {count - 1}")
+            for index in range(ends[0], ends[1] + 1):
+                found.setdefault(index, {}).update(_assignments(text, values))
+    return found
+
+
+def _assignments(text: str, values: str) -> dict:
+    kinds = {field.name: type(field.default) for field in fields(LayerSpec) if field.name != "kind"}
+    found = {}
+    for part in values.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals:
+            raise UsageError(f"--layer {text!r} has {part!r} where NAME=VALUE is expected, such as window=128")
+        name = name.strip().replace("-", "_")
+        if name not in kinds:
+            raise UsageError(f"--layer {text!r} sets {name!r}, which a layer does not have{did_you_mean(name, kinds)}")
+        found[name] = read_mix(value.strip()) if name == "mix" else _value(value.strip(), kinds[name])
+    return found
+
+
+def _value(text: str, kind: type):
+    """A setting from its text: a number where it reads as one, `true` and `false` for switches."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind is str:
+        return text
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_mix(value: str | float) -> float:
+    """The value of `--mix`: `window-only` is the control without a recurrent branch. Raises UsageError."""
+    if value == "window-only":
+        return 0.0
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"--mix is {value!r}, but has to be a number from 0 to 1, or window-only") from None
+
+
+def layer_spec(settings: dict) -> LayerSpec:
+    """The Liger layer of these settings. Raises UsageError naming the option whose value cannot be used."""
+    if settings.get("gate", "gla") not in GATES:
+        hint = did_you_mean(str(settings["gate"]), GATES)
+        raise UsageError(f"--gate is {settings['gate']!r}, but has to be one of {', '.join(GATES)}{hint}")
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, but has to be a finite number")
+    try:
+        return LayerSpec(**settings)
+    except LigerConfigError as error:
+        field, _, rest = str(error).partition(" ")
+        raise UsageError(f"--{field.replace('_', '-')} {rest}") from None
+
+
+def local_layers(checkpoint: Checkpoint) -> list[bool]:
+    """For each layer whether it is local in the base. Raises ModelError where config.json contradicts itself."""
+    config, count = checkpoint.config, checkpoint.geometry.num_hidden_layers
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list)
+        or len(layer_types) != count
+        or not set(map(str, layer_types)) <= {"full_attention", "sliding_attention"}
+    ):
+        raise ModelError(f"config.json: layer_types does not name {count} full_attention or sliding_attention layers")
+    local = checkpoint.family.local_layers(config)
+    window = checkpoint.family.with_defaults(config).get("sliding_window")
+    if any(local) and (type(window) is not int or window < 1):
+        raise ModelError(f"config.json: layers are local, but sliding_window is {window!r}")
+    return local
+
+
+def parse_softmax_layers(text: str, candidates: list[int], count: int) -> list[int]:
+    """Layers to keep as softmax attention.
+
+    Args:
+        candidates: layers that can be linearized, which alone are counted by `every:N`.
+        count: layers of the model.
+    Raises:
+        UsageError: not `none`, `every:N` or a list; a layer that is not there or is local already.
+    """
+    text = text.strip()
+    if text == "none":
+        return []
+    if text.startswith("every:"):
+        step = whole_number(text.removeprefix("every:"))
+        if step is None or step < 2:
+            raise UsageError(f"--softmax-layers is {text!r}; in every:N, N has to be a whole number, 2 or more")
+        return candidates[step - 1 :: step]
+    chosen = set()
+    for part in text.split(","):
+        index = whole_number(part.strip())
+        if index is None:
+            raise UsageError(
+                f"--softmax-layers is {text!r}, but has to be none, every:N, auto:N or a list such as 3,11"
+            )
+        if index >= count:
+            raise UsageError(f"--softmax-layers names layer {index}, but the layers are 0 to {count - 1}")
+        if index not in candidates:
+            raise UsageError(f"--softmax-layers names layer {index}, which is local in the base and stays as it is")
+        chosen.add(index)
+    return sorted(chosen)
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of up to nine ASCII digits is; None for any other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -1,0 +1,60 @@
+"""A plan with other layers: some kept as softmax, whole or by the head, or with other windows and kept tokens."""
+
+from dataclasses import replace
+
+from liger_cli.conversion.plan import Plan
+from liger_cli.system.errors import UsageError
+from liger_cli.templates.liger_config import LayerSpec
+
+
+def liger_layers(plan: Plan) -> list[int]:
+    return [index for index, spec in enumerate(plan.specs) if spec.kind == "liger"]
+
+
+def with_softmax(plan: Plan, layers: list[int]) -> Plan:
+    """The plan with these layers kept as softmax."""
+    specs = tuple(LayerSpec(kind="softmax") if index in layers else spec for index, spec in enumerate(plan.specs))
+    return replace(plan, specs=specs)
+
+
+def with_heads(plan: Plan, heads) -> Plan:
+    """The plan with these key/value heads kept as softmax; a layer whose heads are all kept becomes a softmax layer.
+
+    Raises:
+        UsageError: a head that is not there or is not linearized, or no linearized head left.
+    """
+    count = plan.checkpoint.geometry.num_key_value_heads
+    specs = list(plan.specs)
+    for layer, head in heads:
+        if layer >= len(specs) or head >= count:
+            raise UsageError(
+                f"--softmax-heads names head {layer}:{head}, but the layers are 0 to {len(specs) - 1} and the "
+                f"key/value heads 0 to {count - 1}"
+            )
+        if plan.specs[layer].kind != "liger":
+            raise UsageError(f"--softmax-heads names head {layer}:{head}, but layer {layer} is not linearized")
+        specs[layer] = replace(specs[layer], softmax_kv_heads=(*specs[layer].softmax_kv_heads, head))
+    for index, spec in enumerate(specs):
+        if len(spec.softmax_kv_heads) == count:
+            specs[index] = LayerSpec(kind="softmax")
+    if not any(spec.kind == "liger" for spec in specs):
+        raise UsageError("--softmax-heads leaves no head to linearize; keep fewer")
+    return replace(plan, specs=tuple(specs))
+
+
+def resized(plan: Plan, setting: str, tokens: dict[int, int]) -> Plan:
+    """The plan with another `window` or `kept` in these layers."""
+    specs = list(plan.specs)
+    for layer, count in tokens.items():
+        specs[layer] = replace(specs[layer], **{setting: count})
+    return replace(plan, specs=tuple(specs))
+
+
+def constant_bytes(plan: Plan) -> int:
+    """Bytes of one sequence's constant cache, all Liger layers together."""
+    return sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in liger_layers(plan))
+
+
+def without_recurrence(spec: LayerSpec) -> LayerSpec:
+    """The layer without its recurrence."""
+    return replace(spec, mix=0.0, normalizer="none", branch_scales=False) if spec.kind == "liger" else spec

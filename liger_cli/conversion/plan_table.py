@@ -1,0 +1,79 @@
+"""The plan of a conversion as tables for people."""
+
+from dataclasses import fields
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from liger_cli.conversion.plan import Plan
+from liger_cli.system.console import print_table
+from liger_cli.system.escape import printable
+from liger_cli.system.wording import size
+from liger_cli.templates.liger_config import LayerSpec
+
+
+def print_plan(report: dict, plan: Plan) -> None:
+    """Print the report of `convert` to stdout: layers, totals, memory against the KV cache, and what was written."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    print_table(console, _layers(report))
+    print_table(console, _memory(report))
+    if "selection" in report:
+        from liger_cli.conversion.selection_table import print_selection
+
+        print_selection(report["selection"], console)
+    console.print(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights")
+    if report["added_parameters"]:
+        console.print(f"{report['added_parameters']:,} parameters added, float32, in a shard of their own")
+    for note in plan.notes:
+        console.print(printable(f"note: {note}"))
+    output = printable(report["output"])
+    if report["dry_run"]:
+        console.print(f"dry run: {output} was not written", soft_wrap=True)
+    else:
+        console.print(f"wrote {output} (weights: {report['link']})", soft_wrap=True)
+
+
+def _layers(report: dict) -> Table:
+    table = Table(
+        title=Text(printable(f"{report['base']['name']} ({report['base']['model_type']})")), title_justify="left"
+    )
+    for name in ("layers", "attention", "settings"):
+        table.add_column(name)
+    for name in ("parameters", "bytes"):
+        table.add_column(name, justify="right")
+    layers = report["layers"]
+    for _, group in groupby(layers, key=describe):
+        group = list(group)
+        first, last = group[0]["layer"], group[-1]["layer"]
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            *describe(group[0]),
+            f"{sum(layer['parameters'] for layer in group):,}",
+            size(sum(layer["bytes"] for layer in group)),
+        )
+    parameters, nbytes = (report[name] - sum(layer[name] for layer in layers) for name in ("parameters", "bytes"))
+    table.add_row("other", "", "embeddings, final norm, head", f"{parameters:,}", size(nbytes))
+    return table
+
+
+def describe(layer: dict) -> tuple[str, str]:
+    """What a layer is and its settings, in words; `layer` has the fields of `LayerSpec` that its kind has."""
+    if layer["kind"] != "liger":
+        return layer["kind"], "as in the base"
+    default = LayerSpec()
+    always = ("window", "mix", "slots") if layer["gate"] == "gsa" else ("window", "mix")
+    names = [field.name for field in fields(LayerSpec) if field.name not in ("kind", "gate", "backend")]
+    shown = [f"{name} {layer[name]}" for name in names if name in always or layer[name] != getattr(default, name)]
+    return f"liger {layer['gate']}", ", ".join(shown)
+
+
+def _memory(report: dict) -> Table:
+    table = Table(title="memory of one sequence", title_justify="left")
+    for name in ("tokens", "this model", "base's KV cache", "less by"):
+        table.add_column(name, justify="right")
+    for row in report["memory"]:
+        kept, cache = size(row["state_bytes"]), size(row["kv_cache_bytes"])
+        table.add_row(f"{row['tokens'] // 1024}K", kept, cache, f"{row['ratio']:g}x")
+    return table

@@ -1,0 +1,1 @@
+"""Errors, signals, outputs that appear whole, untrusted files, and what is said on a terminal."""

@@ -1,0 +1,1 @@
+"""Recipes, data, objectives, and the run that makes an adapter."""

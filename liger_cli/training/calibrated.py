@@ -1,0 +1,121 @@
+"""Recipes that begin with a calibration, on a model that has none: a calibrated copy of its folder is made first.
+
+The folder's own weights are linked once more; the base that it was made of need not be there.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from liger_cli.checkpoint.converted import read_converted
+from liger_cli.checkpoint.extras import extra_shapes
+from liger_cli.checkpoint.hub import Source
+from liger_cli.checkpoint.reader import Checkpoint
+from liger_cli.conversion.plan import Plan, with_defaults
+from liger_cli.system.console import say
+from liger_cli.system.errors import UsageError
+from liger_cli.system.escape import printable
+from liger_cli.system.manifest import read_manifest
+from liger_cli.system.outputs import check_output, check_unchanged, file_versions
+from liger_cli.system.processes import is_launched, is_main_process
+from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.training.plan import Base, read_base
+
+
+def is_calibrated(base: Base) -> bool:
+    return bool(base.manifest.get("calibration"))
+
+
+def can_be_calibrated(base: Base) -> bool:
+    """Whether the folder is a plain conversion: nothing in it was trained, and some layer has its recurrent branch."""
+    return (
+        base.manifest.get("kind") == "converted"
+        and not extra_shapes(tuple(base.specs), base.geometry)
+        and any(spec.kind == "liger" and spec.mix > 0 for spec in base.specs)
+    )
+
+
+def copy_path(base: Base, output: str | Path | None) -> Path:
+    """Where the copy of a folder is: beside the adapter, which is in the current folder by default."""
+    return Path(output or "").parent / f"{base.folder.name}-calibrated"
+
+
+def calibrated_base(base: Base, target: Path, force: bool = False) -> Base:
+    """The calibrated copy of a plain conversion; made where it is not there, which is said on stderr.
+
+    Args:
+        target: of `copy_path`.
+        force: replace a folder of liger's that is there and is no such copy.
+    Raises:
+        UsageError: something else is in the way, or several processes would make it. LigerError: as of
+            `calibrate.calibrate`.
+    """
+    specs = calibrated_specs(base.specs)
+    name = printable(base.folder.name)
+    if target.exists() and (found := _same_copy(target, base, specs)):
+        if is_main_process():
+            say(f"taking {printable(target)}, the calibrated {name}")
+        return found
+    if target.exists() and not force:
+        raise UsageError(
+            f"{target} is in the way of a calibrated copy of {base.folder.name} and is none; replace it with --force, "
+            "or move it"
+        )
+    if is_launched():
+        raise UsageError(
+            f"{name} is not calibrated, and of several processes none can do it alone; run `liger convert BASE OUTPUT "
+            "--calibrate` first and name that output"
+        )
+    say(f"{name} is not calibrated: calibrating it into {printable(target)} (--recipe paper trains it as it is)")
+    check_output(target, force, base=base.folder)
+    from liger_cli.calibration.calibrate import calibrate, calibration_note
+    from liger_cli.conversion.folder import write_converted
+
+    checkpoint = _without_liger(base)
+    versions = file_versions(shard.path for shard in checkpoint.shards)
+    plan, values, report = calibrate(Plan(checkpoint, specs, ()), share=_is_open(base.specs))
+    check_unchanged(versions)
+    say(calibration_note(report))
+    about = {name: base.manifest[name] for name in ("base", "selection") if name in base.manifest}
+    origin = about.get("base", {})
+    source = Source(checkpoint.folder, origin.get("name") or base.folder.name, origin.get("revision"))
+    write_converted(source, plan, target, "auto", force, {**about, "calibration": report}, values)
+    return read_base(target)
+
+
+def calibrated_specs(specs: list[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The layers as `liger convert --calibrate` makes them where neither kept tokens nor a normaliser is asked for."""
+    return tuple(_calibrated_spec(spec) if spec.kind == "liger" else spec for spec in specs)
+
+
+def _is_open(specs: list[LayerSpec]) -> bool:
+    """Whether nothing was asked for that the kept tokens of a layer depend on, so that they are shared out."""
+    return all(spec.kept == 0 for spec in specs if spec.kind == "liger")
+
+
+def _calibrated_spec(spec: LayerSpec) -> LayerSpec:
+    asked = spec.to_dict() | {"backend": spec.backend}
+    for name in ("kept", "normalizer"):
+        if asked[name] == getattr(LayerSpec, name):
+            del asked[name]
+    return LayerSpec(**with_defaults(asked, calibrate=True))
+
+
+def _without_liger(base: Base) -> Checkpoint:
+    """The folder read as its base's: the same weights under the same names, and the base's own config."""
+    found = read_converted(base.folder)
+    config = {name: value for name, value in found.config.items() if name not in ("liger", "auto_map")}
+    config |= {"model_type": found.family.model_type, "architectures": [f"{found.family.prefix}ForCausalLM"]}
+    return replace(found.checkpoint, config=config)
+
+
+def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...]) -> Base | None:
+    """What lies there, if it is what would be made, but for the kept tokens, which a calibration shares out."""
+    manifest = read_manifest(target) or {}
+    if not manifest.get("calibration") or manifest.get("fingerprint", {}).get("digest") != base.fingerprint["digest"]:
+        return None
+    found = read_base(target)
+    return found if _without_kept(found.specs) == _without_kept(specs) else None
+
+
+def _without_kept(specs) -> list[LayerSpec]:
+    return [replace(spec, kept=0) for spec in specs]
