@@ -26,7 +26,6 @@ from liger_cli.checkpoint.reader import inside, read_checkpoint, read_shard
 from liger_cli.checkpoint.tokenizer import load_tokenizer
 from liger_cli.commands import convert, evaluate, finetune, merge
 from liger_cli.commands import inspect as inspection
-from liger_cli.conversations import conversation_documents, read_conversation
 from liger_cli.evaluation.report import Table, print_tables
 from liger_cli.evaluation.results_card import refresh_card
 from liger_cli.evaluation.scoring import read_texts
@@ -34,6 +33,7 @@ from liger_cli.evaluation.subject import open_subject
 from liger_cli.system.errors import LigerError, ModelError, UsageError, guarded
 from liger_cli.system.escape import code_span, csv_cell, markdown, printable, yaml_string
 from liger_cli.system.manifest import read_manifest
+from liger_cli.training.conversations import conversation_documents, read_conversation
 from liger_cli.training.data import load_data, read_rows
 from liger_cli.training.recipes import load_recipe
 from liger_cli.training.view import write_plot

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liger_cli.checkpoint.hub import spare_retries
-from liger_cli.conversations import Document
-from liger_cli.layouts import Tally, documents, find_layout
 from liger_cli.system.errors import LigerError, SetupError, UsageError
+from liger_cli.training.conversations import Document
 from liger_cli.training.files import READERS, local_rows
+from liger_cli.training.layouts import Tally, documents, find_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from liger_cli.layouts import CHATS
 from liger_cli.system.errors import LigerError
 from liger_cli.system.untrusted import refuse_pointer
+from liger_cli.training.layouts import CHATS
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_BLOCK = 1 << 24  # characters of a text file read at once

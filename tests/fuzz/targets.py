@@ -293,8 +293,8 @@ def tokenizer(world: World, rng: random.Random) -> None:
     """The files of a tokenizer, then the tokenizer on a conversation."""
     from liger_cli.checkpoint.model_code import load_config
     from liger_cli.checkpoint.tokenizer import load_tokenizer
-    from liger_cli.conversations import conversation_documents, read_conversation, template_of
     from liger_cli.system.errors import LigerError
+    from liger_cli.training.conversations import conversation_documents, read_conversation, template_of
     from liger_cli.training.data import encode
 
     folder = world.fresh(world.converted)

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from liger_cli.conversations import (
+from liger_cli.system.errors import UsageError
+from liger_cli.training.conversations import (
     Conversation,
     Document,
     conversation_documents,
@@ -15,7 +16,6 @@ from liger_cli.conversations import (
     reserved,
     template_of,
 )
-from liger_cli.system.errors import UsageError
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "items")
 INSTRUCTIONS, INPUTS = ("instruction", "question", "query"), ("input", "context")
