@@ -18,7 +18,7 @@ from .liger_config import LayerSpec
 from .liger_extras import NAMES, extra_tensors
 from .liger_gates import GATES, mapped
 from .liger_kept import keep_scores
-from .liger_rows import document_positions, unpack_rows
+from .liger_rows import at_places, document_positions, tokens_last, unpack_rows
 
 MODES = ("liger", "softmax", "window")
 # Elements of a layer's queries from which its branches are computed again in backward: below, they keep little.
@@ -148,6 +148,15 @@ class LigerAttention:
             )
         length = hidden_states.shape[1]
         valid = None if padding is None else padding[:, -length:]
+        if valid is not None and valid.device.type == "cpu" and valid.all():
+            valid = None
+        order = None if valid is None else tokens_last(valid)
+        if order is not None:
+            # Window, sinks and kept tokens count tokens: padding goes to the front, where nothing looks.
+            hidden_states, valid = at_places(hidden_states, order), at_places(valid, order)
+            position_embeddings = tuple(at_places(x, order) for x in position_embeddings)
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = at_places(kwargs["position_ids"], order)
         cache = None if model_cache is None else model_cache.layers[self.layer_idx]
         q, k, v = self.project(hidden_states)
         rotated_q, rotated_k = self.rotate(q, k, position_embeddings, **kwargs)
@@ -184,6 +193,7 @@ class LigerAttention:
                 output = packed_attention(starts, *branches, **settings)
             else:
                 output = mixed_attention(*branches, **settings, valid=valid, cache=cache, within_window=within_window)
+        output = output if order is None else at_places(output, order.argsort(dim=1))
         return self.project_output(output.flatten(2)), None
 
     def project(self, hidden_states):

@@ -63,10 +63,11 @@ def mixed_attention(
             scores = scores.masked_fill((_places(valid, cache, scores) < spec.sinks)[:, None], torch.inf)
         scores = scores if valid is None else scores.masked_fill(~valid[:, None], -torch.inf)
         memory = None if cache is None else cache.kept
-        scores = scores if cache is None else cache.update_scores(scores)
     elif spec.sinks and mix < 1:
-        sinks = _sinks(rotated_k, v, valid, cache, past, spec.sinks)
-    keys, values, seen = (rotated_k, v, valid) if cache is None else cache.update(rotated_k, v, valid)
+        sinks = _sinks(rotated_k, v, valid, cache, spec.sinks)
+    keys, values, seen = rotated_k, v, valid
+    if cache is not None:
+        keys, values, seen, scores = cache.update(keys, values, seen, scores)
     states = None if cache is None else cache.states
     joint = spec.joint and mix > 0
     whole = past == 0 and length <= window and within_window is not None and (spec.delayed or not joint)
@@ -250,13 +251,13 @@ def _places(valid, cache, like):
     return there.cumsum(1) - 1 if cache is None else cache.places(there)
 
 
-def _sinks(k, v, valid, cache, past: int, count: int):
+def _sinks(k, v, valid, cache, count: int):
     """Keys and values of the first tokens, and how far each lies before the first query (see `window_attention`)."""
+    places = _places(valid, cache, k[..., 0])
+    first = places[:, -1:] - places.shape[1] + 1  # of the first query, if there were no padding behind it
+    places = places if valid is None else places.masked_fill(~valid, LigerCacheLayer.EMPTY)
     if cache is not None:
-        keys, values, positions = cache.update_sinks(k, v, valid)
+        keys, values, places = cache.update_sinks(k, v, places)
     else:
-        positions = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
-        if valid is not None:
-            positions = positions.masked_fill(~valid, LigerCacheLayer.EMPTY)
-        keys, values, positions = first_tokens(k, v, positions, count)
-    return keys, values, torch.where(positions >= 0, past - positions, LigerCacheLayer.EMPTY)
+        keys, values, places = first_tokens(k, v, places, count)
+    return keys, values, torch.where(places >= 0, first - places, LigerCacheLayer.EMPTY)

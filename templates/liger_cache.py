@@ -10,6 +10,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
+from .liger_rows import at_places, tokens_last
+
 # What transformers calls a cache that it passes on: `cache` since 5.24.
 CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
@@ -22,8 +24,8 @@ class LigerCacheLayer(CacheLayerMixin):
     Attributes:
         keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first.
         valid: [B, <= window - 1] bool, false at padding; None while no padding was seen.
-        sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, slot of each, EMPTY where none.
-            None where tokens are kept: then the sinks are among those.
+        sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, which token each is, EMPTY where
+            none. None where tokens are kept: then the sinks are among those.
         kept: keys, values [B, Hkv, sinks + kept, D] and scores [B, Hkv, sinks + kept] of the sinks and kept tokens,
             oldest first; three such tensors for each group of heads where they keep different numbers (see
             `liger_kept.head_groups`). None before the first update.
@@ -74,45 +76,44 @@ class LigerCacheLayer(CacheLayerMixin):
             self.sink_positions = torch.full((batch, self.sinks), self.EMPTY, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, valid=None):
+    def update(self, key_states, value_states, valid=None, scores=None):
         """Append T tokens to the window.
 
         Args:
             key_states, value_states: [B, Hkv, T, D].
             valid: [B, T] bool, false at padding, or None.
+            scores: [B, Hkv, T], or None where no tokens are kept by their score.
         Returns:
-            keys and values [B, Hkv, P + T, D] and valid [B, P + T] or None: the P tokens kept so far, then the new.
+            keys and values [B, Hkv, P + T, D], valid [B, P + T] or None and scores [B, Hkv, P + T] or None: the P
+            tokens kept so far, then the new; where there is new padding, all padding first.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past = self.keys.shape[2]
-        if valid is not None or self.valid is not None:
-            batch, new = key_states.shape[0], key_states.shape[2]
-            ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=self.device)  # noqa: E731
-            before = self.valid if self.valid is not None else ones(past)
-            valid = torch.cat([before, valid if valid is not None else ones(new)], dim=1)
-        keys = torch.cat([self.keys, key_states], dim=2)
-        values = torch.cat([self.values, value_states], dim=2)
+        before = (self.keys, self.values, None if scores is None else self.window_scores)
+        (keys, values, scores), valid = _appended(before, (key_states, value_states, scores), self.valid, valid)
         self.cumulative_length += key_states.shape[2]
         first = max(keys.shape[2] - max(self.window - 1, 0), 0)
         # A slice would keep the whole text's keys alive.
         self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
         self.valid = None if valid is None else valid[:, first:].clone()
-        return keys, values, valid
+        self.window_scores = None if scores is None else scores[:, :, first:].clone()
+        return keys, values, valid, scores
 
-    def update_sinks(self, key_states, value_states, valid=None):
+    def update_sinks(self, key_states, value_states, places):
         """Fill free sink slots with the first tokens that are not padding. Call before `update`.
 
+        Args:
+            key_states, value_states: [B, Hkv, T, D].
+            places: [B, T], which tokens of the text these are; EMPTY at padding.
         Returns:
-            sink keys and values [B, Hkv, N, D] and the slots [B, N] they came from (EMPTY where there is none).
+            sink keys and values [B, Hkv, N, D] and their places [B, N] (EMPTY where there is none).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        positions = torch.arange(key_states.shape[2], device=self.device) + self.cumulative_length
         self.sink_keys, self.sink_values, self.sink_positions = first_tokens(
             torch.cat([self.sink_keys, key_states], dim=2),
             torch.cat([self.sink_values, value_states], dim=2),
-            torch.cat([self.sink_positions, _positions(positions, valid, key_states.shape[0])], dim=1),
+            torch.cat([self.sink_positions, places], dim=1),
             self.sinks,
         )
         return self.sink_keys, self.sink_values, self.sink_positions
@@ -122,13 +123,6 @@ class LigerCacheLayer(CacheLayerMixin):
         counted = valid.cumsum(1) if self.tokens is None else self.tokens[:, None] + valid.cumsum(1)
         self.tokens = counted[:, -1].clone()
         return counted - 1
-
-    def update_scores(self, scores):
-        """Append the scores [B, Hkv, T] of T tokens. Returns those of all that `update` would return."""
-        if self.window_scores is not None:
-            scores = torch.cat([self.window_scores, scores], dim=2)
-        self.window_scores = scores[:, :, max(scores.shape[2] - max(self.window - 1, 0), 0) :].clone()
-        return scores
 
     def update_softmax_heads(self, key_states, value_states, valid=None):
         """Append T tokens to what the softmax heads keep. Call before `update`.
@@ -140,15 +134,11 @@ class LigerCacheLayer(CacheLayerMixin):
             keys and values [B, heads, S, D] and valid [B, S] or None, of all S tokens, or of those that the base's own
             window can reach.
         """
-        keys, values = key_states, value_states
-        if self.softmax_keys is not None:
-            keys = torch.cat([self.softmax_keys, keys], dim=2)
-            values = torch.cat([self.softmax_values, values], dim=2)
-        if valid is not None or self.softmax_valid is not None:
-            batch, new = key_states.shape[0], key_states.shape[2]
-            ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=keys.device)  # noqa: E731
-            before = self.softmax_valid if self.softmax_valid is not None else ones(keys.shape[2] - new)
-            valid = torch.cat([before, valid if valid is not None else ones(new)], dim=1)
+        before = (self.softmax_keys, self.softmax_values)
+        if self.softmax_keys is None:
+            before = (key_states[:, :, :0], value_states[:, :, :0])
+        new = (key_states, value_states)
+        (keys, values), valid = _appended(before, new, self.softmax_valid, valid, self.local_window is not None)
         self.softmax_keys, self.softmax_values, self.softmax_valid = keys, values, valid
         if self.local_window is not None and keys.shape[2] >= self.local_window:
             first = keys.shape[2] - self.local_window + 1
@@ -224,9 +214,22 @@ def first_tokens(keys, values, positions, count: int):
     )
 
 
-def _positions(positions, valid, batch: int):
-    positions = positions[None].expand(batch, -1)
-    return positions if valid is None else positions.masked_fill(~valid, LigerCacheLayer.EMPTY)
+def _appended(before, new, valid_before, valid, padding_first: bool = True):
+    """New tokens behind those before, [B, H, S, ...] each or None, and which of both are there, [B, S] or None.
+
+    padding_first: where there is new padding, bring all padding to the front.
+    """
+    past, length = before[0].shape[2], new[0].shape[2]
+    joined = [x if old is None else torch.cat([old, x], dim=2) for old, x in zip(before, new, strict=True)]
+    if valid is None and valid_before is None:
+        return joined, None
+    ones = lambda n: torch.ones(len(new[0]), n, dtype=torch.bool, device=new[0].device)  # noqa: E731
+    there = [ones(past) if valid_before is None else valid_before, ones(length) if valid is None else valid]
+    there = torch.cat(there, dim=1)
+    if valid is None or past == 0 or not padding_first:
+        return joined, there
+    order = tokens_last(there)
+    return [None if x is None else at_places(x, order, dim=2) for x in joined], at_places(there, order)
 
 
 def cache_for(model_config) -> Cache:

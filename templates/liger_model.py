@@ -61,6 +61,8 @@ class LigerDecoder:
             )
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         padding, starts = row_layout(attention_mask, position_ids, length)
+        if padding is not None and (length > 1 or padding.device.type == "cpu") and padding.all():
+            padding = None  # in a step on a GPU nothing waits for the device
         cache = past_key_values if cache is None else cache
         if starts is not None and (use_cache or cache is not None):
             raise ValueError("packed documents cannot fill a cache, which goes on from one text a row: use_cache=False")

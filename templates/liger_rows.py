@@ -56,6 +56,18 @@ def token_positions(padding, length: int):
     return (padding.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
 
 
+def tokens_last(valid):
+    """Places of the padding, then of the tokens, each in their order. [B, T] bool -> [B, T]"""
+    return valid.to(torch.uint8).sort(dim=1, stable=True).indices
+
+
+def at_places(x, places, dim: int = 1):
+    """x [B or 1, T, ...] at places [B, n] of its dimension `dim`, in every row."""
+    x = x.expand(len(places), *x.shape[1:])
+    index = places.view(len(places), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1))
+    return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+
+
 def pack_rows(padding, starts):
     """Carry padding [B, S] and starts [B, T], or None, past the family's mask code: it hands a 4-D mask on as it is."""
     if starts is not None:

@@ -86,7 +86,8 @@ class Plan:
         # Room for sinks and kept tokens is there from the first token on.
         cached = (in_window + spec.sinks) * heads + kept
         scored = bool(spec.kept) and not local
-        other = cached * SCORE_BYTES + bool(spec.sinks) * POSITION_BYTES if scored else spec.sinks * POSITION_BYTES
+        places = (0 if scored else spec.sinks) + bool(spec.sinks)  # of each sink, and how many tokens came by
+        other = cached * SCORE_BYTES * scored + places * POSITION_BYTES
         return state + cached * self._token_bytes() // sizes.num_key_value_heads + other
 
     def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
