@@ -13,7 +13,7 @@ from liger_cli import __version__
 from liger_cli.commands.convert_options import convert
 from liger_cli.commands.finetune_options import finetune
 from liger_cli.commands.options import Device, Dtype, Format, Json, Measured, Push, Save
-from liger_cli.system import bus_error, interrupts
+from liger_cli.system import interrupts
 from liger_cli.system.errors import flush_stdout, guarded
 
 CLICK_EXCEPTION = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -46,7 +46,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. Ctrl-C and termination unwind a command, so that half-written folders are removed."""
-    bus_error.explain()
     app(prog_name="liger")
 
 

@@ -240,8 +240,7 @@ def test_existing_output(sparse_base, here):
     assert entries(here) == {"mine", "out", "link"}
 
 
-def test_force_without_an_exchange_of_names(sparse_base, here, monkeypatch):
-    monkeypatch.setattr(outputs.ctypes, "CDLL", lambda *a, **k: object())
+def test_force_replaces_all_or_nothing(sparse_base, here):
     base = str(sparse_base())
     convert(base, "out")
     convert(base, "out", settings={"gate": "gdn"}, force=True)

@@ -8,7 +8,6 @@ import pytest
 from conftest import write_shard
 
 from liger_cli import __version__
-from liger_cli.checkpoint import known_code
 from liger_cli.commands.convert import convert
 from liger_cli.commands.inspect import inspect_folder, run
 from liger_cli.system.errors import ModelError, UsageError
@@ -61,16 +60,6 @@ def test_code(converted):
     again = inspect_folder(converted)
     assert again["code"]["liger_gates.py"] == {"state": "as recorded", "liger": None}
     assert any("liger_gates.py" in sentence and "no liger" in sentence for sentence in again["differences"])
-
-
-def test_code_of_an_earlier_release(converted, monkeypatch):
-    import hashlib
-
-    (converted / "liger_gates.py").write_text("old\n")
-    release = {"0.0.1": {"liger_gates.py": hashlib.sha256(b"old\n").hexdigest()}}
-    monkeypatch.setattr(known_code, "released", lambda: release)
-    report = inspect_folder(converted)
-    assert report["code"]["liger_gates.py"] == {"state": "differs", "liger": "0.0.1"}
 
 
 def test_weights_and_base(converted, tmp_path):
@@ -182,24 +171,6 @@ def test_no_torch(converted, liger):
         "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(code)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(converted)], capture_output=True).returncode == 0
-
-
-def test_released_code_stays_what_it_was(tmp_path):
-    """Once a version is recorded as released (`python -m liger_cli.checkpoint.known_code`), its files cannot change."""
-    table = known_code.released()
-    if __version__ in table:
-        assert table[__version__] == known_code.current(), "raise the version: it is released with other code"
-    path = tmp_path / "known_code.json"
-    path.write_text("{}")
-    known_code.record(path)
-    known_code.record(path)
-    recorded = json.loads(path.read_text())
-    assert set(recorded) == {__version__}
-    assert {"liger_model.py", "modeling_liger_qwen3.py", "modeling_liger_llama.py"} <= set(recorded[__version__])
-    recorded[__version__]["liger_model.py"] = "0"
-    path.write_text(json.dumps(recorded))
-    with pytest.raises(ValueError, match="raise the version"):
-        known_code.record(path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"branch_scales": True}])

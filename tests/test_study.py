@@ -154,8 +154,9 @@ def test_table_from_results(tmp_path):
         path.write_text(json.dumps(result))
     (tmp_path / "results" / "b" / "broken.json").write_text("{")
     files = {path.name for path in report.write(tmp_path)}
-    assert files == {"table.md", "table.json", "summary.md", "recovery.png", "recovery.svg"}
-    rows = {row["row"]: row for row in json.loads((tmp_path / "table.json").read_text())}
+    assert files == {"b.jsonl", "table.md", "summary.md", "recovery.png", "recovery.svg"}
+    shutil.rmtree(tmp_path / "results")  # the file of the base is enough
+    rows = {row["row"]: row for row in report.summarize(report.load(tmp_path))}
     assert rows["kl"]["seeds"] == 2
     assert rows["kl"]["gap_kl"]["values"] == pytest.approx([0.5, 0.2])
     # Two values 0.5 and 0.2: standard error 0.15, one degree of freedom.
@@ -203,6 +204,14 @@ def test_the_readme_shows_the_summary():
     kept = (Path(report.__file__).parent / "results" / "summary.md").read_text(encoding="utf-8")
     missing = [line for line in kept.splitlines() if line.startswith("|") and line not in text]
     assert not missing and kept.count("\n| ") > 40
+
+
+def test_the_tables_are_those_of_the_results():
+    home = Path(report.__file__).parent / "results"
+    results = report.load(home)
+    rows = report.summarize(results)
+    assert (home / "table.md").read_text(encoding="utf-8") == report.markdown(rows, results)
+    assert (home / "summary.md").read_text(encoding="utf-8") == summary(rows)
 
 
 def test_a_result_answers_one_question(base):

@@ -8,9 +8,9 @@ from itertools import islice
 import pytest
 
 from liger_cli.shipped.probes import evaluate_recall
-from liger_cli.shipped.text import TEST_SEED, TRAIN_SEED, VALIDATION_SEED
+from liger_cli.shipped.text import TEST_SEED, VALIDATION_SEED
 from liger_cli.system.errors import SetupError, UsageError
-from study import base_folders, text_console, text_files, text_harbour, text_play
+from study import base_folders, text_console, text_harbour, text_play
 from study.base_folders import BASES, study_base
 from study.sources import CONSOLE, HARBOUR, PLAY, SOURCES, source
 from study.transcripts import sample_settings
@@ -217,15 +217,6 @@ def test_probe_distance_is_exact(tokenizers, name, pairs):
             assert tokenizer(tokenizer.decode(prompt), add_special_tokens=False)["input_ids"] == prompt
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_copy_probe_distance_is_exact(tokenizers, name):
-    tokenizer = tokenizer_of(tokenizers, name)
-    for distance in (32, 100):
-        for prompt, answer in TEXTS[name].copy_probe(tokenizer, distance, 5):
-            end = len(prompt) - distance
-            assert prompt[end - len(answer) : end] == answer and len(answer) == 8
-
-
 def test_probe_too_short_for_a_question(tokenizers):
     with pytest.raises(ValueError, match="distance of 2 tokens"):
         CONSOLE.recall_probe(tokenizer_of(tokenizers, "console"), 2, 1)
@@ -292,27 +283,6 @@ def test_muon_in_float32_is_torchs(shape):
         ends.append(param.detach())
     # torch's own rounds its update to bfloat16.
     assert (ends[0] - start).norm() > 0.1 and (ends[0] - ends[1]).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_training_rows_are_read_by_finetune(name, tokenizers, tmp_path, monkeypatch):
-    from liger_cli.training.data import load_data
-
-    tokenizer = tokenizers["stories"]
-    for flags, layout in ([], "text"), (["--instructions"], "alpaca"):
-        path = tmp_path / f"{layout}.jsonl"
-        monkeypatch.setattr("sys.argv", ["text_files", name, str(path), "--documents", "20", *flags])
-        text_files.main()
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert rows == text_files.training_rows(SOURCES[name], 20, bool(flags))
-        data = load_data(str(path), tokenizer, 2048)
-        assert data.report[0]["layout"] == layout and len(data.train) + len(data.held_out) >= 20
-
-
-def test_training_rows_take_no_held_out_seed():
-    with pytest.raises(ValueError, match="held out"):
-        text_files.training_rows(CONSOLE, 1, seed=TEST_SEED)
-    assert TRAIN_SEED <= text_files.DATA_SEED < VALIDATION_SEED
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
+from liger_cli import __version__
 from liger_cli.checkpoint.converted import Converted, read_converted
 from liger_cli.checkpoint.extras import base_shards
-from liger_cli.checkpoint.known_code import known
-from liger_cli.checkpoint.model_code import model_files
+from liger_cli.checkpoint.model_code import code_hashes, model_files
 from liger_cli.checkpoint.reader import (
     ADAPTER_CONFIG,
     Shard,
@@ -227,7 +227,7 @@ def _weights(report: dict, shards, recorded, original, full: bool, extras: dict 
 
 def _code(report: dict, found: Converted, recorded: dict | None) -> None:
     """For each Python file: as recorded or not, and which liger wrote it."""
-    written = known(found.family)
+    written = code_hashes(found.family)
     recorded = recorded or {}
     here = {path.name for path in found.folder.iterdir() if path.suffix == ".py"}
     states = {}
@@ -237,7 +237,7 @@ def _code(report: dict, found: Converted, recorded: dict | None) -> None:
             report["differences"].append(f"the code file {name} is missing")
             continue
         digest = hashlib.sha256(read_bytes(inside(found.folder, name), MAX_CODE)).hexdigest()
-        version = written.get((name, digest))
+        version = f"{__version__} (this installation)" if written.get(name) == digest else None
         state = "not recorded" if name not in recorded else "as recorded" if recorded[name] == digest else "differs"
         states[name] = {"state": state, "liger": version}
         if state == "differs" or version is None:

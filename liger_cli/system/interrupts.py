@@ -6,16 +6,13 @@ A signal that the parent set to be ignored (`nohup`, a job in the background) st
 
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-AGAIN = 0.1  # seconds
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _received: list[int] = []
-_postponed = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,21 +33,14 @@ def quit_at_once() -> None:
     _handle(lambda number, _: os._exit(128 + number))
 
 
-def unwind() -> None:
-    """Signals raise `Interrupted` in the main thread."""
-    _handle(_raise)
-    sys.unraisablehook = _unraisable
-
-
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """`unwind` within the block; afterwards signals do what they did before. For the main thread only."""
+    """Within, signals raise `Interrupted` in the main thread; afterwards they do what they did before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    unwind()
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    _handle(_raise)
     try:
         yield
     finally:
@@ -59,45 +49,12 @@ def unwinding() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-@contextmanager
-def postponed() -> Iterator[Callable[[], None]]:
-    """Signals of `unwind` wait in the block until the function that it gives is called, which raises one that came.
-
-    For what is made and has to be removed again: it is called where that is looked after.
-    """
-    global _postponed
-    before = len(_received)
-
-    def go_on() -> None:
-        global _postponed
-        _postponed = False
-        if len(_received) > before:
-            raise Interrupted(_received[-1])
-
-    _postponed = True
-    try:
-        yield go_on
-    finally:
-        _postponed = False
-
-
 def _handle(handler) -> None:
-    for name in NAMES:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+    for number in NUMBERS:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def _raise(number: int, _frame) -> None:
     _received.append(number)
-    if not _postponed:
-        raise Interrupted(number)
-
-
-def _unraisable(failure) -> None:
-    """Python drops what is raised in a finalizer or in a callback from C; an interruption is then raised once more."""
-    if isinstance(failure.exc_value, Interrupted) and hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, lambda *_: _raise(failure.exc_value.exit_code - 128, None))
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
-    elif not _received:
-        sys.__unraisablehook__(failure)
+    raise Interrupted(number)

@@ -1,6 +1,5 @@
 """Writing folders and files that appear whole or not at all, and placing big files without copying them."""
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -11,12 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from liger_cli.system.errors import LigerError, UsageError
-from liger_cli.system.interrupts import postponed
 from liger_cli.system.manifest import MANIFEST, read_manifest
 
 LINKS = ("auto", "hard", "copy")
 FICLONE = 0x40049409  # Linux ioctl: share the extents of another file
-AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2
 
 
 def check_output(output: Path, force: bool, base: Path | None = None) -> None:
@@ -55,20 +52,18 @@ def atomic_folder(output: Path, force: bool = False) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     _restore_replaced(output)
     _remove_stale(output)
-    with postponed() as go_on:
-        partial, lock = _locked_temporary(output, folder=True)
-        try:
-            go_on()
-            yield partial
-            _sync_tree(partial)
-            partial.chmod(0o777 & ~_umask())
-            if os.path.lexists(output) or not _rename_new(partial, output):
-                check_output(output, force)  # a run beside this one may have made it meanwhile
-                _exchange(partial, output)
-            _sync(output.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
+    partial, lock = _locked_temporary(output, folder=True)
+    try:
+        yield partial
+        _sync_tree(partial)
+        partial.chmod(0o777 & ~_umask())
+        if os.path.lexists(output) or not _rename_new(partial, output):
+            check_output(output, force)  # a run beside this one may have made it meanwhile
+            _exchange(partial, output)
+        _sync(output.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
 
 
 @contextmanager
@@ -103,19 +98,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
     path = Path(os.path.abspath(path))
     _remove_stale(path)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-    with postponed() as go_on:
-        temporary, descriptor = _locked_temporary(path, folder=False)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                go_on()
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), mode)
-                os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    temporary, descriptor = _locked_temporary(path, folder=False)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -256,11 +249,6 @@ def _version(path: Path) -> tuple[int, int, int]:
 def _rename_new(new: Path, name: Path) -> bool:
     """Give a folder a name that is free; False where it is taken after all."""
     try:
-        if _renameat2(new, name, RENAME_NOREPLACE):
-            return True
-    except FileExistsError:
-        return False
-    try:
         os.rename(new, name)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -269,23 +257,8 @@ def _rename_new(new: Path, name: Path) -> bool:
     return True
 
 
-def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Linux's rename with flags; False where the system, its C library or the file system has it not.
-
-    Raises:
-        FileExistsError: RENAME_NOREPLACE, and the name is taken.
-    """
-    with suppress(AttributeError):
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-        if renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
-            return True
-        if ctypes.get_errno() == errno.EEXIST:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    return False
-
-
 def _restore_replaced(output: Path) -> None:
-    """Give a folder its name back that a killed run without an atomic exchange had set aside."""
+    """Give a folder its name back that a killed run had set aside."""
     pattern = re.compile(re.escape(f".{output.name}.replaced-") + r"\d+")
     for aside in output.parent.iterdir():
         if not pattern.fullmatch(aside.name):
@@ -297,9 +270,7 @@ def _restore_replaced(output: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step where the kernel can, else in two with a way back."""
-    if _renameat2(new, old, RENAME_EXCHANGE):
-        return
+    """Swap two folders, with a way back."""
     aside = old.with_name(f".{old.name}.replaced-{os.getpid()}")
     os.rename(old, aside)
     try:

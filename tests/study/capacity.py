@@ -266,10 +266,10 @@ def _numbers(result: dict) -> list[int]:
 
 def plot(result: dict, home: Path) -> list[str]:
     """Recall against pairs, and associations read back from a state alone; PNG and SVG. Returns the files' names."""
-    from liger_cli.evaluation.plots import _figure, _save
+    from liger_cli.system.figures import new_figure, save_figure
 
     question, numbers = result["question"], _numbers(result)
-    figure, axes = _figure(1, 2, (9.5, 4.6), sharey=True)
+    figure, axes = new_figure(1, 2, (9.5, 4.6), sharey=True)
     left, right = axes[0]
     seen: dict[str, int] = {}
     for name, entry in result["kinds"].items():
@@ -299,7 +299,7 @@ def plot(result: dict, home: Path) -> list[str]:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
-    return _save(figure, home, NAME)
+    return save_figure(figure, home, NAME)
 
 
 def _style(group: str, place: int) -> dict:

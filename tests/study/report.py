@@ -1,6 +1,5 @@
 """The study's table, as Markdown and as data, and its plot, from whatever results there are."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -9,7 +8,7 @@ from liger_cli.evaluation.report import Table, number, percent
 from liger_cli.system.outputs import write_whole
 from study.base_folders import BASES
 from study.rows import DOCUMENTS, WINDOW_ONLY, show_tokens
-from study.runner import DONE, read_result
+from study.runner import DONE, keep, results_of
 from study.summary import VARIED, summary
 
 LOWEST = -50  # percent: what is further behind the window than that stands at the lower edge of the plot
@@ -23,20 +22,18 @@ HEADER = (
 
 
 def write(home: Path) -> list[Path]:
-    """Write `table.md`, `table.json`, `summary.md` and, where anything was trained, the plot; return the files."""
+    """Write each base's results, `table.md`, `summary.md` and, where anything was trained, the plot; return them."""
     results = load(home)
     rows = summarize(results)
     write_whole(home / "table.md", markdown(rows, results))
-    write_whole(home / "table.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
     write_whole(home / "summary.md", summary(rows))
-    names = ("table.md", "table.json", "summary.md", *plot(rows, home))
-    return [home / name for name in names]
+    names = ("table.md", "summary.md", *plot(rows, home))
+    return [*keep(home), *(home / name for name in names)]
 
 
 def load(home: Path) -> list[dict]:
     """Every result that the folder holds, the frozen bases in their order."""
-    found = (read_result(path) for path in sorted((home / "results").glob("*/*.json")))
-    known = [result for result in found if result is not None and "status" in result]
+    known = [result for _, result in results_of(home).items() if "status" in result]
     order = list(BASES)
     return sorted(known, key=lambda result: order.index(result["base"]) if result["base"] in order else len(order))
 
@@ -184,7 +181,7 @@ def _shown(figure: dict | None, show) -> str:
 
 def plot(rows: list[dict], home: Path) -> list[str]:
     """Recovery and recall beyond the window against training tokens, a row of panels for each base; PNG and SVG."""
-    from liger_cli.evaluation.plots import _figure, _save
+    from liger_cli.system.figures import new_figure, save_figure
 
     # Groups of single changes have one budget.
     trained = [row for row in rows if row["budget"] and row["mixture"] == DOCUMENTS and row["group"] not in VARIED]
@@ -192,7 +189,7 @@ def plot(rows: list[dict], home: Path) -> list[str]:
     if not bases:
         return []
     names = list(dict.fromkeys(row["row"] for row in sorted(trained, key=lambda row: row["row"])))
-    figure, axes = _figure(len(bases), 2, (9.5, 0.9 + 2.9 * len(bases)))
+    figure, axes = new_figure(len(bases), 2, (9.5, 0.9 + 2.9 * len(bases)))
     panels = (
         ("recovery_kl", "KL to the base, share of the\nuntrained window's closed, %"),
         ("recall_beyond", "recall beyond the window, %"),
@@ -223,7 +220,7 @@ def plot(rows: list[dict], home: Path) -> list[str]:
     handles, labels = _all_labels(axes)
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     figure.supxlabel(f"dashed: the base; dotted: the window alone, untrained; at {LOWEST} %: that or less", fontsize=8)
-    return _save(figure, home, "recovery")
+    return save_figure(figure, home, "recovery")
 
 
 def _shown_point(figure: dict) -> tuple[float, float]:

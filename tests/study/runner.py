@@ -81,14 +81,37 @@ def result_path(home: Path, unit: Unit) -> Path:
 
 def take_over(earlier: Path, home: Path) -> None:
     """Copy the results of another study that this one does not have. Raises UsageError: there are none."""
-    found = sorted((earlier / "results").glob("*/*.json"))
+    found = results_of(earlier)
     if not found:
         raise UsageError(f"{earlier} holds no results of a study; --from takes the --output of an earlier one")
-    for path in found:
-        own = home / "results" / path.parent.name / path.name
+    for (base, name), result in found.items():
+        own = home / "results" / base / f"{name}.json"
         if not own.exists():
             own.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(own, path.read_text(encoding="utf-8"))
+            write_whole(own, json.dumps(result, indent=1) + "\n")
+
+
+def results_of(home: Path) -> dict[tuple[str, str], dict]:
+    """(base, unit's name) -> result: what is kept in the file of each base, and newer ones of the units themselves."""
+    found = {}
+    for path in sorted(home.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            found[path.stem, kept.pop("name")] = kept
+    for path in sorted((home / "results").glob("*/*.json")):
+        if (result := read_result(path)) is not None:
+            found[path.parent.name, path.stem] = result
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], f"{item[0][1]}.json")))
+
+
+def keep(home: Path) -> list[Path]:
+    """Write `<base>.jsonl`: every result of a base, one a line. What the repository holds of a study."""
+    by_base: dict[str, list[dict]] = {}
+    for (base, name), result in results_of(home).items():
+        by_base.setdefault(base, []).append({"name": name, **result})
+    for base, results in by_base.items():
+        write_whole(home / f"{base}.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    return [home / f"{base}.jsonl" for base in by_base]
 
 
 def read_result(path: Path) -> dict | None:

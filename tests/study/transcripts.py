@@ -361,32 +361,6 @@ class Transcripts:
             return start + prompt + answer + later + filler + question, answer
         raise ValueError(f"no probe with {pairs} settings fits into a distance of {distance} tokens")
 
-    def copy_probe(
-        self, tokenizer: "PreTrainedTokenizerBase", distance: int, count: int, seed: int = TEST_SEED, scored: int = 8
-    ) -> list[Probe]:
-        """A block of about `distance` tokens and the block once more, up to its last `scored` tokens, the answer.
-
-        The answer starts exactly `distance` tokens after the end of its first occurrence.
-        """
-
-        def encode(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        rng = Random(seed * 1013 + distance)
-        begin, again, end = self.copy_marks
-        start, head, between = _start(tokenizer), encode(begin), encode(end + again)
-        scored = min(scored, distance // 2)
-        out: list[Probe] = []
-        while len(out) < count:
-            transcript, _ = self.begin(rng)
-            block = fill(
-                lambda transcript=transcript: encode(self.block(rng, transcript, 4)[0]),
-                distance + scored - len(between),
-            )
-            if block is not None:
-                out.append((start + head + block + between + block[:-scored], block[-scored:]))
-        return out
-
 
 def _continued(transcript: Transcript, pieces: list[str], words: int) -> list[str]:
     """`pieces` and the transcript after them, `words` words or a little more in all."""
