@@ -260,9 +260,14 @@ class LigerAttention:
             return torch.ones_like(factor), factor
         return (self.grm_scale, self.swa_scale) if spec.branch_scales else None
 
+    @property
+    def output_projection(self) -> torch.nn.Module:
+        """The layer's last linear map."""
+        return self.o_proj
+
     def project_output(self, output):
         """[B, T, Hq * D] -> [B, T, D_model]"""
-        return self.o_proj(output)
+        return self.output_projection(output)
 
     def _family_module(self):
         return sys.modules[self.liger_family_attention.__module__]

@@ -50,8 +50,9 @@ class PartialRotary(LigerAttention):
 class DenseOutput(PartialRotary):
     """Phi 1 and 2: the output projection is called `dense`."""
 
-    def project_output(self, output):
-        return self.dense(output)
+    @property
+    def output_projection(self):
+        return self.dense
 
 
 class RotaryWhereAsked(LigerAttention):
@@ -103,7 +104,9 @@ class OutputDropout(LigerAttention):
     """StarCoder2, SeedOSS: dropout on the attention's output."""
 
     def project_output(self, output):
-        return torch.nn.functional.dropout(self.o_proj(output), p=self.residual_dropout, training=self.training)
+        return torch.nn.functional.dropout(
+            super().project_output(output), p=self.residual_dropout, training=self.training
+        )
 
 
 def _clipped(config, *projected):

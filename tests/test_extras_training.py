@@ -32,6 +32,8 @@ def setup(tiny_base, tmp_path):
         folder = tmp_path / "tiny-liger"
         if not folder.exists():
             convert.convert(str(tiny_base()), str(folder), settings={"window": 8, **settings})
+        if recipe in ("lolcats", "supra"):  # for models of a window of 64, which these texts seldom leave
+            recipe = replace(load_recipe(recipe), model={})
         if isinstance(recipe, Recipe):
             path = tmp_path / f"{recipe.name}.yaml"
             path.write_text(yaml.safe_dump(recipe.to_dict()))
@@ -128,7 +130,7 @@ def test_resumed_in_either_stage_to_the_same_bytes(setup, tmp_path, monkeypatch)
 def test_refusals(setup, tmp_path, tiny_base):
     plain = tmp_path / "plain"
     convert.convert(str(tiny_base()), str(plain), settings={"window": 8})
-    with pytest.raises(UsageError, match="--feature-params learned"):
+    with pytest.raises(UsageError, match="liger convert BASE --recipe lolcats"):
         finetune.run(plain, data=str(tmp_path / "text.jsonl"), recipe="lolcats", output=tmp_path / "none", **SMALL)
     _, adapter, _ = setup("lolcats", LOLCATS, max_steps=2)
     _, second, _ = setup("lolcats", LOLCATS, "second", max_steps=2, seed=1)

@@ -82,8 +82,9 @@ def test_documents_in_a_row_are_documents_alone(trained, gate):
         alone = [Collator(0)([[[one]]]) for one in docs]
         assert_same(found, loss_and_gradients(model, Stage(objective), alone))
     # Transfer is relative to the micro-batch's mean square, so that it is the same micro-batch, side by side.
-    found = loss_and_gradients(model, Stage("transfer"), [packed])
-    assert_same(found, loss_and_gradients(model, Stage("transfer"), [Collator(0)([[[one] for one in docs]])]))
+    for objective in ("transfer", "transfer-heads"):
+        found = loss_and_gradients(model, Stage(objective), [packed])
+        assert_same(found, loss_and_gradients(model, Stage(objective), [Collator(0)([[[one] for one in docs]])]))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,54 @@ def test_transfer_matches_layer_outputs_on_the_originals_inputs(trained):
     found.backward()
     grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi", "starcoder2"])
+def test_transfer_of_heads_is_lolcats(trained, family):
+    """1000 times the mean squared difference of what the output projections are given, both on the original's inputs;
+    no gradient reaches those projections."""
+    model, original = trained(family=family)
+    inputs = batch((24, 24))
+    wanted, given, arguments = [], {}, {}
+    name = "dense" if family == "phi" else "o_proj"
+    with torch.no_grad():
+        for index, layer in enumerate(original.model.layers):
+            keep = lambda module, args, index=index: given.__setitem__(index, args[0])  # noqa: E731
+            getattr(layer.self_attn, name).register_forward_pre_hook(keep)
+            keep = lambda module, args, kwargs, index=index: arguments.__setitem__(index, kwargs)  # noqa: E731
+            layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
+        original.eval()(input_ids=inputs["input_ids"])
+        model.eval()
+        for index, module in enumerate(model.get_base_model().get_decoder().liger_attentions()):
+            found = []
+            hook = getattr(module, name).register_forward_pre_hook(
+                lambda module, args, found=found: found.append(args[0])
+            )
+            kwargs = {key: arguments[index][key] for key in ("hidden_states", "position_embeddings")}
+            module(**kwargs, attention_mask=None)
+            hook.remove()
+            wanted.append(1000 * F.mse_loss(found[0], given[index]))
+    loss = loss_of(model, Stage("transfer-heads"), inputs)
+    torch.testing.assert_close(loss / inputs["lengths"].sum(), sum(wanted) / len(wanted), rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for key, p in model.named_parameters() if "lora_B" in key)
+
+
+def test_the_mean_of_rows(trained):
+    """Each row's mean over its own predicted tokens, whatever the micro-batches; a row without any does not count."""
+    model, _ = trained()
+    rows = [documents((40, 3)), documents((23,)), documents((31, 9))]
+    silent = Example(np.arange(4, 24), np.full(20, IGNORED))
+    batches = [Collator(0)([[[*rows[0]], [*rows[1]]]]), Collator(0)([[[*rows[2]], [silent]]])]
+    means = []
+    for row in rows:
+        inputs = Collator(0)([[row]])
+        means.append(loss_of(model, Stage("ce"), inputs) / objectives.counts(inputs["labels"], inputs["lengths"])[0])
+    model.loss_mean = "rows"
+    totals = torch.tensor([objectives.counts(one["labels"], one["lengths"]) for one in batches]).sum(0)
+    found = sum(loss_of(model, Stage("ce"), one) for one in batches) / objectives.divisor(model, Stage("ce"), totals)
+    torch.testing.assert_close(found, sum(means) / 3, rtol=1e-4, atol=1e-5)
+    assert len({round(mean.item(), 3) for mean in means}) == 3
 
 
 @pytest.mark.parametrize("objective", ["ce", "distill"])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -123,6 +124,63 @@ def test_early_stop_keeps_the_best(train, tmp_path, monkeypatch):
     again, resumed = train("resumed", early_stop=3, resume=True, **flags)
     assert resumed == records and again["steps_done"] == report["steps_done"]
     assert adapter_bytes(tmp_path / "resumed") == adapter_bytes(tmp_path / "stopped")
+
+
+def test_the_best_is_kept_without_an_early_end(train, tmp_path):
+    """A rate far too high only makes it worse; the run goes on to its end and keeps the best evaluation's adapter."""
+    recipe = Recipe(name="kept", keep_best=True, loss_mean="rows", max_grad_norm=0.0)
+    flags = {"lr": 0.05, "max_steps": 14, "eval_steps": 2}
+    report, records = train("kept", recipe=recipe, **flags)
+    evaluations = {one["step"]: one["eval_loss"] for one in records if "eval_loss" in one and one["step"]}
+    assert not report["stopped_early"] and report["steps_done"] == max(evaluations) == 14 > report["kept_step"]
+    train("to-the-best", recipe=recipe, **{**flags, "max_steps": report["kept_step"]})
+    assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "to-the-best")
+
+
+def test_a_plateau_in_each_stage(train, tmp_path, monkeypatch):
+    """Each stage begins with its own rate, whatever the one before fell to, by its own objective; resumed alike."""
+    stages = (Stage("transfer-heads", 0.5, 1.0), Stage("ce", 0.5, 1e-4))
+    recipe = Recipe(name="plateaus", stages=stages, plateau_patience=0, eval_steps=1, save_steps=2, min_lr=0.0)
+    _, whole = train("whole", recipe=recipe)
+    rates = [record["lr"] for record in whole if "loss" in record]
+    assert rates[0] == 1.0 and 0 < min(rates[:4]) < 1.0 and rates[4] == 1e-4 and max(rates[4:]) == 1e-4
+    interrupted(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train("resumed", recipe=recipe)
+    monkeypatch.undo()
+    report, resumed = train("resumed", recipe=recipe, resume=True)
+    assert report["resumed_from_step"] == 4 and resumed == whole
+    assert adapter_bytes(tmp_path / "resumed") == adapter_bytes(tmp_path / "whole")
+
+
+def test_what_the_publications_say():
+    """Rates, ranks, means and clipping of LoLCATs' and SUPRA's papers and code, and of the code of Liger."""
+    lolcats, supra, code = (load_recipe(name) for name in ("lolcats", "supra", "paper-code"))
+    assert lolcats.stages == (
+        Stage("transfer-heads", 0.5, 1e-2, train="extra"), Stage("ce", 0.5, 1e-4, train="lora"),
+    )  # fmt: skip
+    assert (lolcats.lora_rank, lolcats.lora_alpha, lolcats.weight_decay, lolcats.max_grad_norm) == (8, 16, 0, 0)
+    assert (lolcats.schedule, lolcats.plateau_factor, lolcats.plateau_patience, lolcats.eval_steps) == (
+        "plateau", 0.1, 10, 100,
+    )  # fmt: skip
+    assert (lolcats.epochs, lolcats.seq_len, lolcats.batch_size, lolcats.loss_mean) == (4, 1024, 8, "rows")
+    assert (supra.stages, supra.min_lr, supra.adam_beta2) == ((Stage("ce", 1.0, 3e-4),), 1e-5, 0.95)
+    assert (supra.schedule, supra.seq_len, supra.weight_decay) == ("cosine", 2048, 0)
+    assert (code.model["window"], code.loss_mean, code.keep_best, code.max_grad_norm) == (65, "rows", True, 0)
+    paper = load_recipe("paper")
+    own = ("name", "description", "differs", "model", "loss_mean", "keep_best", "max_grad_norm")
+    assert replace(code, **{name: getattr(paper, name) for name in own}) == paper
+
+
+def test_a_recipe_that_is_for_other_models(converted, corpus, tmp_path):
+    flags = {**SMALL, "data": str(corpus), "output": tmp_path / "none"}
+    with pytest.raises(UsageError, match="has window 8, but the recipe paper-code is for 65; make its models by"):
+        finetune.run(converted, recipe="paper-code", **flags)
+    with pytest.raises(UsageError, match="recipe's model: gate is 'x'"):
+        Recipe(model={"gate": "x"})
+    with pytest.raises(UsageError, match="recipe's model"):
+        Recipe(model={"gates": "gla"})
+    assert not (tmp_path / "none").exists()
 
 
 def test_streamed_runs_resume_bit_for_bit(train, tmp_path, monkeypatch):

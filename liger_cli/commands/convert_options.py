@@ -12,11 +12,16 @@ DEFAULT = LayerSpec()
 
 
 def convert(
+    ctx: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="A model's folder, or a hub id.")],
     output: Annotated[
         str | None, typer.Argument(metavar="OUTPUT", help="Folder to write; ./<name>-liger-<gate> by default.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Settings of the models that this recipe of `liger finetune` is for, such as lolcats."),
+    ] = None,
     gate: Annotated[str, typer.Option(help=f"One of {', '.join(GATES)}.")] = DEFAULT.gate,
     window: Annotated[
         str,
@@ -142,35 +147,41 @@ def convert(
 ) -> None:
     """Make a Liger model's folder out of BASE: its weights linked, its config and the model code beside them."""
     from liger_cli.commands import convert as module
+    from liger_cli.training import recipes
 
     if refresh:
         return module.run_refresh(base, dry_run=dry_run, as_json=as_json)
+    settings = {
+        "gate": gate,
+        "window": window,
+        "mix": mix,
+        "sinks": sinks,
+        "kept": kept,
+        "normalizer": normalizer,
+        "branch_scales": branch_scales,
+        "feature_map": feature_map,
+        "feature_params": feature_params,
+        "feature_dim": feature_dim,
+        "positions": positions,
+        "delayed": delayed,
+        "gate_params": gate_params or ("learned" if gate_init == "random" else "pooled"),
+        "gate_init": gate_init,
+        "gate_rank": gate_rank,
+        "gate_source": gate_source,
+        "gate_pooling": gate_pooling,
+        "gate_normalizer": gate_normalizer,
+        "gate_lower_bound": gate_lower_bound,
+        "slots": slots,
+        "layers": layer or [],
+    }
+    if recipe is not None:
+        # What was given on the command line stands, the default value of an option, too.
+        given = {name for name in settings if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+        settings |= {name: value for name, value in recipes.model_settings(recipe).items() if name not in given}
     module.run(
         base,
         output,
-        settings={
-            "gate": gate,
-            "window": window,
-            "mix": mix,
-            "sinks": sinks,
-            "kept": kept,
-            "normalizer": normalizer,
-            "branch_scales": branch_scales,
-            "feature_map": feature_map,
-            "feature_params": feature_params,
-            "feature_dim": feature_dim,
-            "positions": positions,
-            "delayed": delayed,
-            "gate_params": gate_params or ("learned" if gate_init == "random" else "pooled"),
-            "gate_init": gate_init,
-            "gate_rank": gate_rank,
-            "gate_source": gate_source,
-            "gate_pooling": gate_pooling,
-            "gate_normalizer": gate_normalizer,
-            "gate_lower_bound": gate_lower_bound,
-            "slots": slots,
-            "layers": layer or [],
-        },
+        settings=settings,
         softmax_layers=softmax_layers,
         softmax_heads=softmax_heads,
         calibrate=calibrate,

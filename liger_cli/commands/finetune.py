@@ -24,7 +24,16 @@ from liger_cli.system.manifest import new_manifest, write_manifest
 from liger_cli.system.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
 from liger_cli.system.processes import is_launched, is_main_process, launch
 from liger_cli.training.calibrated import calibrated_base, can_be_calibrated, copy_path, is_calibrated
-from liger_cli.training.plan import Base, check_memory, check_setup, lora_modules, make_plan, read_base, training_dtype
+from liger_cli.training.plan import (
+    Base,
+    check_memory,
+    check_model,
+    check_setup,
+    lora_modules,
+    make_plan,
+    read_base,
+    training_dtype,
+)
 from liger_cli.training.recipes import Recipe, load_recipe, override, recipe_from
 from liger_cli.training.run import train
 
@@ -139,6 +148,7 @@ def finetune(
     logging.disable_progress_bar()
     # transformers 5.23 renamed both; PEFT and older releases know the old names only
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    check_model(base, recipe)
     modules = lora_modules(base, recipe)
     tokenizer = load_tokenizer(base.folder)
     loaded, schedule = load_schedule(base, recipe, data, tokenizer)

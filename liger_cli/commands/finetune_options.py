@@ -29,7 +29,7 @@ def finetune(
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. (paper: 2)")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="ce, distill (KL to the original model) or transfer. (paper: ce)")
+        str | None, typer.Option(help="ce, distill (KL to the original model), transfer or transfer-heads. (paper: ce)")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the update. (paper: 8)")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="The update counts alpha / rank. (paper: 8)")] = None,

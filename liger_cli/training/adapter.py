@@ -58,6 +58,6 @@ def sharded_classes(adapted, recipe: Recipe) -> tuple[str, ...]:
     """Class names of the modules that FSDP gathers at a time: layers, and attentions where they run by themselves."""
     layers = adapted.logits_model().get_decoder().layers
     classes = {type(layer).__name__ for layer in layers}
-    if any(stage.objective == "transfer" for stage in recipe.stages):
+    if any(stage.objective.startswith("transfer") for stage in recipe.stages):
         classes |= {type(layer.self_attn).__name__ for layer in layers}
     return tuple(sorted(classes))

@@ -7,6 +7,7 @@ over tokens; the trainer divides by the global batch's count, so gradient accumu
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import torch
@@ -18,6 +19,7 @@ from liger_cli.training.data import IGNORED
 from liger_cli.training.extras import save_beside_lora
 from liger_cli.training.recipes import Stage
 
+MSE_FACTOR = 1000  # of LoLCATs' attention transfer
 CHUNK_ELEMENTS = 1 << 25  # logits at a time: 128 MiB in float32
 
 
@@ -28,10 +30,12 @@ class TrainedModel(PeftModelForCausalLM):
 
     Attributes:
         stage: the stage in force.
+        loss_mean: the recipe's.
         train_extra: whether some stage trains the extra parameters, so that they are saved.
     """
 
     stage: Stage
+    loss_mean = "tokens"
     train_extra = False
 
     def forward(self, input_ids, labels, lengths, position_ids=None):
@@ -50,33 +54,50 @@ class TrainedModel(PeftModelForCausalLM):
 
 
 def objective_sum(model: TrainedModel, stage: Stage, input_ids, labels, lengths, position_ids=None) -> torch.Tensor:
-    """The stage's objective summed over the micro-batch: predicted tokens for `ce`, all tokens for the others.
+    """The stage's objective summed over the micro-batch: predicted tokens (or rows) for `ce`, else all tokens.
 
     Args:
         input_ids, labels, lengths, position_ids: of `packing.Collator`; no position_ids where a row is one document.
     """
-    if stage.objective == "transfer":
-        return transfer_sum(model, input_ids, lengths, position_ids)
+    if stage.objective in ("transfer", "transfer-heads"):
+        return transfer_sum(model, input_ids, lengths, position_ids, heads=stage.objective == "transfer-heads")
     if stage.objective == "distill":
         weights = (stage.temperature, stage.ce_weight)
         return distill_sum(model, input_ids, labels, lengths, position_ids, *weights)
     return ce_sum(model, input_ids, labels, position_ids)
 
 
-def counts(labels, lengths) -> tuple[int, int]:
-    """What the sums are divided by: predicted tokens (for `ce`), and all tokens (for the other objectives)."""
-    return int((labels[:, 1:] != IGNORED).sum()), int(lengths.sum())
+def counts(labels, lengths) -> tuple[int, int, int]:
+    """What the sums are divided by: predicted tokens, or rows that have some (for `ce`), and all tokens (for the other
+    objectives). In the order predicted tokens, all tokens, rows."""
+    predicted = (labels[:, 1:] != IGNORED).sum(1)
+    return int(predicted.sum()), int(lengths.sum()), int((predicted > 0).sum())
+
+
+def divisor(model: TrainedModel, stage: Stage, totals):
+    """Which of the `counts` of a global batch the stage's sum is divided by."""
+    predicted, every, rows = totals
+    if stage.objective != "ce":
+        return every
+    return rows if model.loss_mean == "rows" else predicted
 
 
 def ce_sum(model: TrainedModel, input_ids, labels, position_ids=None) -> torch.Tensor:
-    """Next-token cross-entropy summed over the labels, in chunks: the logits of the whole batch never exist at once."""
+    """Next-token cross-entropy summed over the labels, in chunks: the logits of the whole batch never exist at once.
+
+    With `loss_mean: rows` the sum over rows of each row's mean.
+    """
     hidden = hidden_states(model, input_ids, position_ids)
     targets = labels[:, 1:]
     trained = targets != IGNORED
-    return _chunked(
-        model, lambda logits, target: F.cross_entropy(logits, target, reduction="sum"), hidden[:, :-1][trained],
-        targets[trained],
-    )  # fmt: skip
+    weights = torch.ones_like(targets, dtype=torch.float32)
+    if model.loss_mean == "rows":
+        weights = weights / trained.sum(1, keepdim=True).clamp_min(1)
+
+    def loss(logits, target, weight):
+        return (F.cross_entropy(logits, target, reduction="none") * weight).sum()
+
+    return _chunked(model, loss, hidden[:, :-1][trained], targets[trained], weights[trained])
 
 
 def distill_sum(
@@ -111,34 +132,52 @@ def distill_sum(
     return _chunked(model, loss, hidden[valid], taught[valid], targets[valid])
 
 
-def transfer_sum(model: TrainedModel, input_ids, lengths, position_ids=None) -> torch.Tensor:
+def transfer_sum(model: TrainedModel, input_ids, lengths, position_ids=None, heads: bool = False) -> torch.Tensor:
     """Per layer the squared distance of Liger's output from softmax's, both on the original model's hidden states.
 
     Relative to the mean square of softmax's output in the micro-batch, averaged over layers, summed over tokens
     (attention transfer as in LoLCATs, arXiv 2410.10254, made free of scale).
+
+    Args:
+        heads: as in LoLCATs: the outputs of the heads, before the output projection, and 1000 times the mean square of
+            their difference.
     """
     decoder = model.logits_model().get_decoder()
     attentions = [module for module in decoder.liger_attentions() if module.liger_spec.kind == "liger"]
     seen: dict[int, tuple] = {}
+    projected: dict[int, torch.Tensor] = {}
 
     def keep(module, args, kwargs, output):
         seen[module.layer_idx] = (args, kwargs, output[0])
 
+    def keep_heads(layer, module, args):
+        projected[layer] = args[0]
+
+    before = [
+        module.output_projection.register_forward_pre_hook(partial(keep_heads, module.layer_idx))
+        for module in attentions
+        if heads
+    ]
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in attentions]
     try:
         with torch.no_grad(), teacher(model):
             decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    finally:
         for hook in hooks:
             hook.remove()
-    valid = _valid(input_ids, lengths)
-    total = torch.zeros((), device=input_ids.device)
-    for module in attentions:
-        args, kwargs, wanted = seen.pop(module.layer_idx)
-        found = module(*args, **kwargs)[0]
-        wanted = wanted[valid].float()
-        scale = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        total = total + (found[valid].float() - wanted).square().mean(-1).sum() / scale
+        valid = _valid(input_ids, lengths)
+        total = torch.zeros((), device=input_ids.device)
+        for module in attentions:
+            args, kwargs, wanted = seen.pop(module.layer_idx)
+            wanted = projected.pop(module.layer_idx) if heads else wanted
+            found = module(*args, **kwargs)[0]
+            found = projected.pop(module.layer_idx) if heads else found
+            wanted = wanted[valid].float()
+            scale = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+            distance = (found[valid].float() - wanted).square().mean(-1).sum()
+            total = total + (MSE_FACTOR * distance if heads else distance / scale)
+    finally:
+        for hook in (*hooks, *before):
+            hook.remove()
     return total / len(attentions)
 
 

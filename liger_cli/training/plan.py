@@ -109,6 +109,19 @@ def _fused(targets: tuple[str, ...], tensors) -> tuple[str, ...]:
     return ("qkv_proj", *(name for name in targets if name not in split))
 
 
+def check_model(base: Base, recipe: Recipe) -> None:
+    """Raises UsageError where the recipe is for models converted with other settings."""
+    for index, spec in enumerate(base.specs):
+        if spec.kind != "liger":
+            continue
+        for name, wanted in recipe.model.items():
+            if (found := getattr(spec, name)) != wanted:
+                raise UsageError(
+                    f"layer {index} of {base.folder.name} has {name} {found}, but the recipe {recipe.name} is for "
+                    f"{wanted}; make its models by `liger convert BASE --recipe {recipe.name}`"
+                )
+
+
 def trained_extras(base: Base, recipe: Recipe) -> int:
     """How many extra parameters the recipe trains. Raises UsageError: a stage trains those only and there are none."""
     extras = sum(tensor.numel for shard in base.shards for name, tensor in shard.tensors.items() if is_extra(name))
@@ -180,7 +193,9 @@ def estimate_memory(base: Base, recipe: Recipe, trainable: int, dtype: str) -> i
     # Gradients and temporaries while a layer goes backward, and its branches computed again in float32.
     activations += per_layer + tokens * 4 * 6 * heads
     # Float32 copies of a chunk's logits: logits, their softmax, gradient and the head's own; the teacher's and KL's.
-    copies = max({"ce": 4, "distill": 9, "transfer": 0}[stage.objective] for stage in recipe.stages)
+    copies = max(
+        {"ce": 4, "distill": 9, "transfer": 0, "transfer-heads": 0}[stage.objective] for stage in recipe.stages
+    )
     logits = copies * 4 * min(1 << 25, tokens * sizes.vocab_size)
     return round(weight_bytes(base, recipe, width) + 16 * trainable + activations + logits)
 

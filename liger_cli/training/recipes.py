@@ -9,13 +9,15 @@ from pathlib import Path
 from liger_cli.system.errors import UsageError
 from liger_cli.system.untrusted import read_bytes
 from liger_cli.system.wording import did_you_mean
+from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 
-OBJECTIVES = ("ce", "distill", "transfer")
+OBJECTIVES = ("ce", "distill", "transfer", "transfer-heads")
 TRAINED = ("lora", "extra", "both")
 ATTENTIONS = ("liger", "window")
 MAX_BYTES = 64 << 10  # of a recipe's file
 LIMIT = 1 << 20  # of every number that decides how much is computed or kept
 MAX_EPOCHS, MAX_SEED = 10_000, (1 << 32) - 1
+LOSS_MEANS = ("tokens", "rows")
 SCHEDULES = ("plateau", "constant", "cosine", "linear")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -26,7 +28,8 @@ class Stage:
 
     Attributes:
         objective: `ce` (next-token cross-entropy), `distill` (KL to the original model), `transfer` (each Liger
-            attention's output matched to the original attention's on the same input).
+            attention's output matched to the original attention's on the same input), `transfer-heads` (as LoLCATs
+            has it: each head's output, before the output projection, and 1000 times the mean squared error).
         share: of all steps; the shares are normalised.
         lr: peak learning rate.
         ce_weight: weight of cross-entropy added to `distill`.
@@ -75,6 +78,8 @@ class Recipe:
 
     Attributes:
         differs: sentences on where it departs from the publication it follows.
+        model: settings (fields of `LayerSpec`) that the Liger layers have to have, as `liger convert --recipe` makes
+            them; others are left open.
         calibrate: begin with a calibration (`liger convert --calibrate`) where the model has none and can have one.
         data: the default of `--data`.
         held_out: examples kept for evaluation, but never more than a tenth of them.
@@ -86,18 +91,24 @@ class Recipe:
         lora_rank, lora_alpha, lora_dropout, target_modules: of LoRA; by default on Liger layers only.
         train_softmax_layers: LoRA on the other layers, too.
         attention: `liger`, or `window`: the recurrent branch is off while training, and off (mix 0) once merged.
-        schedule: of the learning rate: `plateau` (ReduceLROnPlateau on the held-out loss), `constant`, `cosine`,
-            `linear`; within each stage. warmup: share of a stage's steps with a rising rate (not for `plateau`).
-        plateau_factor, plateau_patience, min_lr: of `plateau`; patience counts evaluations.
+        loss_mean: what cross-entropy is a mean over: the `tokens` of a global batch that are predicted, or its `rows`
+            of `seq_len` tokens, each of them the mean over its own predicted tokens.
+        adam_beta2: AdamW's second decay rate. max_grad_norm: 0 never clips.
+        schedule: of the learning rate: `plateau` (ReduceLROnPlateau on the held-out examples, by the stage's
+            objective), `constant`, `cosine`, `linear`; within each stage. warmup: share of a stage's steps with a
+            rising rate (not for `plateau`).
+        plateau_factor, plateau_patience, min_lr: of `plateau`; patience counts evaluations. min_lr also bounds `cosine`
+            and `linear`.
         eval_steps, save_steps: optimizer steps between evaluations and between checkpoints.
         early_stop: evaluations without improvement after which the run ends, and the best evaluation's adapter is
-            kept; 0 never ends early and keeps the last.
+            kept; 0 never ends early and keeps the last, or with keep_best the best.
         load_in_4bit: frozen weights in 4 bits (NF4, by bitsandbytes), on CUDA only.
     """
 
     name: str = "paper"
     description: str = ""
     differs: tuple[str, ...] = ()
+    model: dict = field(default_factory=dict)
     calibrate: bool = False
     data: str = "yahma/alpaca-cleaned"
     held_out: int = 200
@@ -114,7 +125,9 @@ class Recipe:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     train_softmax_layers: bool = False
     attention: str = "liger"
+    loss_mean: str = "tokens"
     weight_decay: float = 0.01
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     schedule: str = "plateau"
     warmup: float = 0.0
@@ -124,6 +137,7 @@ class Recipe:
     eval_steps: int = 200
     save_steps: int = 100
     early_stop: int = 0
+    keep_best: bool = False
     load_in_4bit: bool = False
     seed: int = 0
     gradient_checkpointing: bool = False
@@ -139,7 +153,14 @@ class Recipe:
             value = getattr(self, name)
             limit = MAX_SEED if name == "seed" else LIMIT
             _require(_whole(value, limit), name, value, f"a whole number from 0 to {limit:,}")
-        for name in ("calibrate", "packing", "train_softmax_layers", "load_in_4bit", "gradient_checkpointing"):
+        for name in (
+            "calibrate",
+            "packing",
+            "train_softmax_layers",
+            "load_in_4bit",
+            "gradient_checkpointing",
+            "keep_best",
+        ):
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         ok = self.streaming is None or type(self.streaming) is bool
         _require(ok, "streaming", self.streaming, "true, false, or null")
@@ -156,12 +177,13 @@ class Recipe:
         for name in ("weight_decay", "max_grad_norm", "min_lr"):
             value = getattr(self, name)
             _require(_number(value) and value >= 0, name, value, "a number, 0 or more")
-        for name in ("lora_dropout", "warmup", "plateau_factor"):
+        for name in ("lora_dropout", "warmup", "plateau_factor", "adam_beta2"):
             value = getattr(self, name)
             _require(_number(value) and 0 <= value < 1, name, value, "from 0 up to, not including, 1")
         _require(self.attention in ATTENTIONS, "attention", self.attention, f"one of {', '.join(ATTENTIONS)}")
         if any(stage.window_dropout for stage in self.stages):
             _require(self.attention == "liger", "window_dropout", "on", "0 with attention: window")
+        _require(self.loss_mean in LOSS_MEANS, "loss_mean", self.loss_mean, f"one of {', '.join(LOSS_MEANS)}")
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _require(bool(self.target_modules), "target_modules", self.target_modules, "one name or more")
         _require(bool(self.stages), "stages", self.stages, "one stage or more")
@@ -171,9 +193,11 @@ class Recipe:
             self.batch_size,
             f"a multiple of micro_batch_size ({self.micro_batch_size})",
         )
-        if self.schedule == "plateau":
-            ok = len({stage.lr for stage in self.stages}) == 1
-            _require(ok, "schedule", "plateau", "constant, cosine or linear where stages differ in lr")
+        _require(isinstance(self.model, dict), "model", self.model, "a mapping of a layer's settings")
+        try:
+            LayerSpec(**self.model)
+        except (LigerConfigError, TypeError) as error:
+            raise UsageError(f"a recipe's model: {error}") from None
 
     def to_dict(self) -> dict:
         """Plain lists and numbers, as in the YAML file."""
@@ -216,6 +240,14 @@ def load_recipe(name: str) -> Recipe:
             f"--recipe is {name!r}, but has to be one of {', '.join(recipe_names())} or a .yaml file{hint}"
         )
     return recipe_from(_load_yaml(text, name))
+
+
+def model_settings(name: str) -> dict:
+    """Settings of the Liger layers that a recipe is for. Raises UsageError where it is for any."""
+    recipe = load_recipe(name)
+    if not recipe.model:
+        raise UsageError(f"the recipe {recipe.name} is for models of any settings; leave --recipe out")
+    return recipe.model
 
 
 def _load_yaml(content: bytes, name: str):

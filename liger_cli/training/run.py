@@ -70,7 +70,8 @@ def train(
     adapted = adapted_model(base, recipe, modules, dtype)
     view = TrainView(schedule, start, quiet or not is_main_process())
     log = partial / LOG
-    stop = EarlyStop(recipe.early_stop) if recipe.early_stop and loaded.held_out else None
+    keeps_best = recipe.early_stop or recipe.keep_best
+    stop = EarlyStop(recipe.early_stop) if keeps_best and loaded.held_out else None
     callbacks = [Recorder(log, schedule, view, start), *([stop] if stop else [])]
     if report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(partial / "runs"))

@@ -18,7 +18,7 @@ from liger_cli.system.errors import LigerError, SetupError, write_errno
 from liger_cli.system.processes import is_main_process
 from liger_cli.training.data import Example
 from liger_cli.training.extras import set_trained
-from liger_cli.training.objectives import TrainedModel, counts, window_dropout
+from liger_cli.training.objectives import TrainedModel, counts, divisor, window_dropout
 from liger_cli.training.packing import Collator, Schedule, make_rows
 from liger_cli.training.recipes import Recipe, Stage
 from liger_cli.training.streaming import StreamSchedule
@@ -48,6 +48,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         learning_rate=max(stage.lr for stage in recipe.stages),
         weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,
         optim="adamw_torch",
         train_sampling_strategy="sequential",
@@ -59,7 +60,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=recipe.save_steps,
         save_total_limit=KEPT_CHECKPOINTS,
-        metric_for_best_model="loss",
+        metric_for_best_model="objective",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
         remove_unused_columns=False,
@@ -67,7 +68,7 @@ def training_arguments(
         log_level="error",
         seed=recipe.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=len(recipe.stages) > 1 or recipe.stages[0].objective == "transfer",
+        ddp_find_unused_parameters=len(recipe.stages) > 1 or recipe.stages[0].objective.startswith("transfer"),
         **extra,
     )
 
@@ -99,7 +100,7 @@ class LigerTrainer(Trainer):
     ):
         self.recipe, self.held_out = recipe, held_out
         self.ends = recipe.stage_ends(schedule.steps)
-        model.stage = recipe.stages[0]
+        model.stage, model.loss_mean = recipe.stages[0], recipe.loss_mean
         collator = Collator(pad_token_id)
         super().__init__(
             model=model,
@@ -121,9 +122,12 @@ class LigerTrainer(Trainer):
         return next((index for index, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, and their tokens over all processes: [predicted, all]."""
-        stage = self.recipe.stages[self.stage_index(self.state.global_step)]
+        """The micro-batches of one optimizer step, and their `counts` over all processes."""
+        index = self.stage_index(self.state.global_step)
+        stage = self.recipe.stages[index]
         self.model.stage, self._accumulated = stage, 0
+        if isinstance(self.lr_scheduler, StagePlateau):
+            self.lr_scheduler.enter(index, stage.lr)
         if self.model.train_extra:
             set_trained(self.model, stage.train)
         batches = list(islice(epoch_iterator, num_batches))
@@ -168,8 +172,7 @@ class LigerTrainer(Trainer):
         """The objective's sum over the micro-batch, over the tokens of the global batch."""
         loss = model(**inputs)["loss"]
         if num_items_in_batch is not None:
-            predicted, every = num_items_in_batch
-            loss = loss / (predicted if self.model.stage.objective == "ce" else every).clamp_min(1)
+            loss = loss / divisor(self.model, self.model.stage, num_items_in_batch).clamp_min(1)
             loss = loss * self.args.world_size  # data-parallel wrappers average the gradients
         if not torch.isfinite(loss):
             where = None
@@ -179,23 +182,19 @@ class LigerTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Cross-entropy and perplexity on the held-out examples, whatever the stage's objective."""
+        """Cross-entropy a token and perplexity on the held-out examples, and there, where a plateau or the best
+        checkpoint go by it, the objective as the recipe takes its mean; a stage of another objective has its own."""
         self.model.eval()
-        stage, self.model.stage = self.model.stage, Stage("ce")
-        sums = torch.zeros(2, dtype=torch.float64)
-        world, count = self.args.world_size, len(self.held_out_batches)
-        with torch.no_grad():
-            # Every process runs as often as the others, as gathering sharded weights needs: some the last batch again.
-            for first in range(self.args.process_index, -(-count // world) * world, world):
-                batch = self.held_out_batches[min(first, count - 1)]
-                total = self.model(**{name: tensor.to(self.args.device) for name, tensor in batch.items()})["loss"]
-                if first < count:
-                    sums += torch.tensor([total.double().item(), counts(batch["labels"], batch["lengths"])[0]])
-        self.model.stage = stage
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
-        loss = (sums[0] / sums[1]).item()
+        stage, means = self.model.stage, self.recipe.loss_mean
+        loss = criterion = self._held_out(Stage("ce"), "tokens")
+        if means != "tokens":
+            criterion = self._held_out(Stage("ce"), means)
+        objective = criterion
+        if stage.objective != "ce" and self.recipe.schedule == "plateau":
+            objective = self._held_out(stage, means)
+        self.model.stage, self.model.loss_mean = stage, means
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
+        metrics |= {f"{metric_key_prefix}_criterion": criterion, f"{metric_key_prefix}_objective": objective}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         stop = self.early_stop()
@@ -203,12 +202,28 @@ class LigerTrainer(Trainer):
             self.save_adapter(Path(self.args.output_dir, BEST))
         return metrics
 
+    def _held_out(self, stage: Stage, means: str) -> float:
+        """A stage's objective on the held-out examples."""
+        self.model.stage, self.model.loss_mean = stage, means
+        sums = torch.zeros(4, dtype=torch.float64)
+        world, count = self.args.world_size, len(self.held_out_batches)
+        with torch.no_grad():
+            # Every process runs as often as the others, as gathering sharded weights needs: some the last batch again.
+            for first in range(self.args.process_index, -(-count // world) * world, world):
+                batch = self.held_out_batches[min(first, count - 1)]
+                total = self.model(**{name: tensor.to(self.args.device) for name, tensor in batch.items()})["loss"]
+                if first < count:
+                    sums += torch.tensor([total.double().item(), *counts(batch["labels"], batch["lengths"])])
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        return (sums[0] / divisor(self.model, stage, sums[1:])).item()
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """ReduceLROnPlateau on the held-out loss, or a schedule within each stage."""
         if self.lr_scheduler is None:
             recipe, optimizer = self.recipe, optimizer or self.optimizer
             if recipe.schedule == "plateau":
-                self.lr_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                self.lr_scheduler = StagePlateau(
                     optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience, min_lr=recipe.min_lr
                 )
             else:
@@ -237,6 +252,24 @@ class LigerTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / COMPLETE).touch()
+
+
+class StagePlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """ReduceLROnPlateau that begins anew with each stage.
+
+    Attributes:
+        stage: index of the stage in force, -1 before the first; a checkpoint keeps it.
+    """
+
+    stage = -1
+
+    def enter(self, stage: int, lr: float) -> None:
+        """Go on in this stage; where it is a new one, from its learning rate."""
+        if stage == self.stage:
+            return
+        self.stage, self.best, self.num_bad_epochs, self.cooldown_counter = stage, math.inf, 0, 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
 
 def lr_factor(recipe: Recipe, ends: tuple[int, ...], step: int) -> float:
@@ -285,13 +318,13 @@ def assert_sharded(model) -> None:
 
 
 class EarlyStop(TrainerCallback, ExportableState):
-    """Ends the run when the held-out loss has not improved for `patience` evaluations.
+    """Ends the run when the held-out cross-entropy has not improved for `patience` evaluations.
 
     Args:
-        patience: evaluations without improvement.
+        patience: evaluations without improvement; 0 never ends the run.
     Attributes:
         best_step: optimizer step of the best evaluation, whose adapter is kept; 0 before the first.
-        best_loss: held-out loss there.
+        best_loss: held-out cross-entropy there, by the recipe's mean.
         worse: evaluations since.
     """
 
@@ -308,11 +341,12 @@ class EarlyStop(TrainerCallback, ExportableState):
         """Trainer's hook. The evaluation before the first step does not count."""
         if not state.global_step:
             return
-        if metrics["eval_loss"] < self.best_loss:
-            self.best_step, self.best_loss, self.worse = state.global_step, metrics["eval_loss"], 0
+        if metrics["eval_criterion"] < self.best_loss:
+            self.best_step, self.best_loss, self.worse = state.global_step, metrics["eval_criterion"], 0
         else:
             self.worse += 1
-            control.should_training_stop = control.should_training_stop or self.worse >= self.patience
+            if 0 < self.patience <= self.worse:
+                control.should_training_stop = True
 
 
 class Recorder(TrainerCallback):
