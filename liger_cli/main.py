@@ -165,12 +165,14 @@ def recipes(
 def evaluate(
     model: Measured = None,
     against: Annotated[str | None, typer.Option(help="Base to compare with; the folder's own by default.")] = None,
-    perplexity: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Perplexity of a text or .jsonl file (also for --agreement).")
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text or .jsonl file to read; shipped prose by default.")
     ] = None,
-    recall: Annotated[bool, typer.Option("--recall", help="Recall probes by distance.")] = False,
-    agreement: Annotated[
-        bool, typer.Option("--agreement", help="KL divergence from the base, same top token.")
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Perplexity and KL divergence from the base, by position.")
+    ] = False,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Needles by distance, and the second reading of a passage.")
     ] = False,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas; paper and long are suites.")
@@ -186,12 +188,17 @@ def evaluate(
     compare: Annotated[
         list[str] | None, typer.Option("--from", help="Results of a model to compare, a file or folder; repeat it.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens a row of the text.")] = 1024,
-    recall_distances: Annotated[str, typer.Option(help="Distances of the probes in tokens.")] = (
-        "16,32,64,128,256,512,768"
-    ),
-    recall_count: Annotated[int, typer.Option(help="Probes of each kind and distance.")] = 32,
-    seed: Annotated[int | None, typer.Option(help="Seed of the probes; a held-out one by default.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens a row of the text.")] = 2048,
+    rows: Annotated[int, typer.Option(help="Rows of the text that are read, at most.")] = 8,
+    recall_distances: Annotated[
+        str | None,
+        typer.Option(help="Tokens between needle and question, by commas. (default: 128, 512 ... up to --seq-len)"),
+    ] = None,
+    recall_count: Annotated[int, typer.Option(help="Needles of each distance.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of needles and passages.")] = 0,
+    beyond_context: Annotated[
+        bool, typer.Option("--beyond-context", help="Go beyond the context that the base was made for.")
+    ] = False,
     batch_size: Annotated[str, typer.Option(help="Sequences a pass, or auto: as many as fit.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -199,16 +206,16 @@ def evaluate(
     save: Save = True,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL beside its base and its window alone: perplexity, agreement, recall (all three by default)."""
+    """Measure MODEL beside its base and its window alone: --perplexity and --recall by default."""
     from liger_cli.commands import evaluate as module
     from liger_cli.evaluation.harness import parse_metadata
 
     module.run(
         model,
         against=against,
+        data=data,
         perplexity=perplexity,
         recall=recall,
-        agreement=agreement,
         tasks=tasks,
         num_fewshot=num_fewshot,
         limit=limit,
@@ -217,9 +224,11 @@ def evaluate(
         samples=samples,
         compare=tuple(compare or ()),
         seq_len=seq_len,
-        distances=module.parse_distances(recall_distances),
+        rows=rows,
+        distances=None if recall_distances is None else module.parse_distances(recall_distances),
         count=recall_count,
         seed=seed,
+        beyond_context=beyond_context,
         batch_size=module.parse_batch_size(batch_size),
         device=device,
         dtype=dtype,

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import sys
 
@@ -214,13 +215,13 @@ def test_merged_model_without_its_base(tiny, tmp_path, capsys):
     folder = _merged(tiny, tmp_path / "merged", {"digest": "another"})
     file = tmp_path / "text.txt"
     file.write_text(" ".join(f"w{i % 100 + 4}" for i in range(200)))
-    result = evaluate.run(str(folder), perplexity=str(file), seq_len=64)
+    result = evaluate.run(str(folder), data=str(file), perplexity=True, seq_len=64)
     assert result["model"]["base_column"]["label"] == TUNED
     assert result["perplexity"]["recovery"] is None
     out = capsys.readouterr().out
     assert TUNED in out and "--against" in out
     base = read_manifest(tiny)["base"]["path"]
-    against = evaluate.run(str(folder), perplexity=str(file), seq_len=64, against=base)
+    against = evaluate.run(str(folder), data=str(file), perplexity=True, seq_len=64, against=base)
     assert against["perplexity"]["recovery"] is not None
 
 
@@ -247,34 +248,132 @@ def test_changed_weights_are_no_base(tiny):
     assert open_subject(tiny).base_label == TUNED
 
 
-def test_run_keeps_results_and_card(tiny, tmp_path, capsys):
-    file = tmp_path / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": " ".join(f"w{i % 90 + 4}" for i in range(n))}) for n in (50, 90)))
+@pytest.fixture
+def words(tmp_path):
+    """A text file of 2,000 words that the tiny models' tokenizer knows."""
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"w{(7 * n * n + n) % 100 + 4}" for n in range(2000)))
+    return str(file)
+
+
+def test_run_keeps_results_and_card(tiny, words, capsys):
     card = (tiny / "README.md").read_text()
-    result = evaluate.run(str(tiny), perplexity=str(file), agreement=True, seq_len=32, output_format="json")
+    result = evaluate.run(str(tiny), data=words, perplexity=True, seq_len=96, output_format="json")
     assert json.loads(capsys.readouterr().out) == result
-    assert set(result) >= {"perplexity", "agreement", "model", "versions", "command", "seed"}
-    assert result["perplexity"]["recovery"]["token"] == pytest.approx(
-        result["perplexity"]["base"]["token"] / result["perplexity"]["model"]["token"]
-    )
+    assert set(result) >= {"perplexity", "agreement", "model", "versions", "command", "seed"} and "recall" not in result
+    nats = [math.log(result["perplexity"][column]["token"]) for column in COLUMNS]
+    closed = None if nats[2] - nats[0] <= 0.01 else pytest.approx((nats[2] - nats[1]) / (nats[2] - nats[0]))
+    assert result["perplexity"]["recovery"]["token"] == closed
+    kl = [result["agreement"][column]["by_position"]["65-96"] for column in COLUMNS]
+    assert kl[0] == 0 < kl[1]
     kept = json.loads((tiny / "results.json").read_text())
     assert kept["eval"]["perplexity"] == result["perplexity"]
     once = (tiny / "README.md").read_text()
     assert once.startswith(card.rstrip()) and once.count("## Results") == 1
-    evaluate.run(str(tiny), recall=True, distances=(24,), count=2)
+    recalled = evaluate.run(str(tiny), data=words, recall=True, count=2)
+    assert "second_reading" in recalled["recall"]["model"]
     capsys.readouterr()
     kept = json.loads((tiny / "results.json").read_text())
     assert kept["eval"]["perplexity"].pop("measured")["created"] == result["created"]
     assert kept["eval"]["perplexity"] == result["perplexity"] and "recall" in kept["eval"]
     twice = (tiny / "README.md").read_text()
-    assert twice.count("## Results") == 1 and "recall.png" in twice and (tiny / "recall.svg").stat().st_size > 1000
+    assert twice.count("## Results") == 1 and "evaluation.png" in twice
+    assert (tiny / "evaluation.svg").stat().st_size > 1000
+
+
+def test_a_base_that_fails_is_one_line(shipped, capsys, monkeypatch):
+    """The shipped base knows no such questions: it alone is asked for the nearest; a sentence stands for the rows."""
+    from liger_cli.evaluation import position
+
+    asked = []
+    real = position.needle
+
+    def needle(columns, **options):
+        asked.append((list(columns), options["distances"]))
+        return real(columns, **options)
+
+    monkeypatch.setattr(position, "needle", needle)
+    recall = evaluate.run(str(shipped), recall=True, count=2, save=False)["recall"]
+    assert asked == [(["base"], (128,))] and recall["base_fails"] == "128"
+    assert recall["model"]["needle"] == recall["window_only"]["needle"] == recall["recovery"]["needle"] == {}
+    out = capsys.readouterr().out
+    assert "the base itself answers 0 of 2 a mere 128 tokens back" in out and "a code stated" not in out
+
+
+def test_a_base_that_finds_its_needles(subject, monkeypatch):
+    """Every column is asked for every distance, and the recovery is that of the gap."""
+    from liger_cli.evaluation import position
+
+    shares = {"base": 1.0, "model": 0.5, "window_only": 0.0}
+
+    def needle(columns, *, distances, **_):
+        return {name: {str(one): {"exact": shares[name], "digits": 1.0} for one in distances} for name in columns}
+
+    monkeypatch.setattr(position, "needle", needle)
+    recall = evaluate.evaluate(subject, parts=("recall",), texts=TEXT, distances=(32, 64))["recall"]
+    assert recall["base_fails"] is None and recall["recovery"]["needle"] == {"32": 0.5, "64": 0.5}
+    assert all(list(recall[column]["needle"]) == ["32", "64"] for column in COLUMNS)
+
+
+def test_no_longer_than_the_bases_context(tiny, words, capsys):
+    """The tiny models are made for 512 tokens: rows and needles stay within, which is said, unless asked otherwise."""
+    options = {"data": words, "perplexity": True, "recall": True, "seq_len": 1000, "count": 1, "save": False}
+    result = evaluate.run(str(tiny), **options, distances=(64, 400))
+    err = capsys.readouterr().err
+    assert "the base's context is 512 tokens, so rows have 512; --beyond-context goes further" in err
+    assert "no needles 400 tokens back" in err
+    assert result["perplexity"]["text"]["seq_len"] == 512
+    assert result["recall"]["gap"] == 512 - 64 - 400
+    result = evaluate.run(str(tiny), **options, distances=(64, 400), beyond_context=True)
+    assert result["perplexity"]["text"]["seq_len"] == 1000 and "context" not in capsys.readouterr().err
+
+
+def test_default_distances():
+    assert evaluate.default_distances(2048) == (128, 512, 1700)
+    assert evaluate.default_distances(32768) == (128, 512, 2048, 8192, 32400)
+    assert evaluate.default_distances(512) == (128, 200)
+    assert evaluate.default_distances(256) == ()
+
+
+def test_some_rows_of_a_long_text(subject):
+    """At even distances, so that no part of the text decides; bytes are counted for what was read."""
+    rows = make_rows(subject.tokenizer, TEXT, 64)
+    some = make_rows(subject.tokenizer, TEXT, 64, most=3)
+    first = [index * len(rows.ids) // 3 for index in range(3)]
+    assert some.ids.tolist() == rows.ids[first].tolist() and some.tokens == 3 * 64 and some.stream == rows.stream
+    assert some.nbytes == pytest.approx(rows.nbytes * some.tokens / rows.tokens, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": list(range(100, 600))},
+        {"stop_strings": ["the"]},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0},
+    ],
+)
+def test_generation_is_greedy_whatever_the_folder_says(shipped, tmp_path, settings):
+    """generation_config.json neither changes nor ends a greedy generation, of the model or of a base of its own."""
+    from liger_cli.samples import write_samples
+
+    folder = shutil.copytree(shipped, tmp_path / "c", copy_function=os.link)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **settings}))
+    base = shutil.copytree(BASE_DIR, tmp_path / "b", copy_function=shutil.copyfile)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **settings}))
+    columns = ("base", "model")
+    plain = write_samples(open_subject(shipped), TEXT, 1, columns)
+    assert write_samples(open_subject(folder, against=str(base)), TEXT, 1, columns) == plain
 
 
 def test_what_is_refused(tiny, tmp_path):
     with pytest.raises(UsageError, match="--format is 'xml'"):
         evaluate.run(str(tiny), output_format="xml")
     with pytest.raises(UsageError, match="nowhere.txt is not a file"):
-        evaluate.run(str(tiny), perplexity=str(tmp_path / "nowhere.txt"))
+        evaluate.run(str(tiny), data=str(tmp_path / "nowhere.txt"))
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(LigerError, match="holds no text"):
         read_texts(tmp_path / "empty.txt")
@@ -386,7 +485,7 @@ def test_local_task_offline(shipped, pets, capsys, monkeypatch, tmp_path):
     assert json.loads(capsys.readouterr().out) == result
     values = result["tasks"]
     assert values["base"]["liger_pets"]["acc"]["value"] == 1
-    assert values["recovery"]["liger_pets"]["acc"] == values["model"]["liger_pets"]["acc"]["value"]
+    assert values["chance"]["liger_pets"]["acc"] == 0.5 and set(values["recovery"]["liger_pets"]) == {"acc"}
     assert values["base"]["liger_pets"]["acc"]["higher_is_better"] is True
     assert values["details"]["liger_pets"]["examples"] == 4 and values["harness"]["lm_eval"]
     one = evaluate.run(str(shipped), batch_size=1, **options)["tasks"]
@@ -465,19 +564,47 @@ def test_recovery_of_a_task_goes_by_what_is_better(subject, monkeypatch):
     def found(accuracy, perplexity):
         return {
             "t": {
-                "acc": {"value": accuracy, "stderr": None, "higher_is_better": True},
+                "acc": {"value": accuracy, "stderr": 0.01, "higher_is_better": True},
                 "word_perplexity": {"value": perplexity, "stderr": None, "higher_is_better": False},
             }
         }
 
-    columns = {"base": found(0.8, 4.0), "model": found(0.4, 5.0), "window_only": found(0.1, 8.0)}
-    monkeypatch.setattr(evaluate, "run_tasks", lambda *_, **__: {**columns, "details": {}, "harness": {}})
-    result = evaluate.evaluate(subject, parts=(), tasks=("t",))
-    assert result["tasks"]["recovery"] == {"t": {"acc": 0.5, "word_perplexity": 0.8}}
-    columns["model"], columns["base"] = found(0.4, None), found(0.0, 4.0)
-    assert evaluate.evaluate(subject, parts=(), tasks=("t",))["tasks"]["recovery"] == {
-        "t": {"acc": None, "word_perplexity": None}
-    }
+    columns = {"base": found(0.8, 4.0), "model": found(0.65, 8.0), "window_only": found(0.5, 16.0)}
+    about = {"chance": {"t": {"acc": 0.5, "word_perplexity": 0.0}}, "details": {}, "harness": {}}
+    monkeypatch.setattr(evaluate, "run_tasks", lambda *_, **__: {**columns, **about})
+    measured = lambda: evaluate.evaluate(subject, parts=(), tasks=("t",))["tasks"]["recovery"]["t"]  # noqa: E731
+    assert measured() == {"acc": pytest.approx(0.5), "word_perplexity": pytest.approx(0.5)}
+    columns["model"] = found(0.44, None)
+    assert measured() == {"acc": pytest.approx(-0.2), "word_perplexity": None}
+    columns["base"] = found(0.51, 4.0)  # within two standard errors of chance
+    assert measured()["acc"] is None
+
+
+def test_chance_of_a_task():
+    """1 / choices of the examples that ran, 0 where text is scored, unknown where a metric counts no right answers."""
+    from liger_cli.harness import _chance
+
+    sample = lambda choices: {"filtered_resps": [0] * choices}  # noqa: E731
+    results = {
+        "configs": {
+            "two": {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]},
+            "some": {"output_type": "multiple_choice"},
+            "twice": {"output_type": "multiple_choice", "metric_list": [{"metric": "acc_mutual_info"}]},
+            "own": {"output_type": "multiple_choice", "process_results": "a function"},
+            "words": {"output_type": "loglikelihood"},
+        },
+        "samples": {
+            "two": [sample(2)] * 3, "some": [sample(4), sample(5)], "twice": [sample(8)], "own": [sample(2)],
+        },
+        "group_subtasks": {"both": ["two", "some"], "mixed": ["two", "own"]},
+        "n-samples": {"two": {"effective": 3}, "some": {"effective": 2}, "own": {"effective": 1}},
+    }  # fmt: skip
+    assert _chance(results, "two", "acc") == 0.5 and _chance(results, "two", "f1") is None
+    assert _chance(results, "some", "acc_norm") == pytest.approx(0.225)
+    assert _chance(results, "twice", "acc") == 0.25 and _chance(results, "own", "acc") is None
+    assert _chance(results, "words", "acc") == 0.0
+    assert _chance(results, "both", "acc") == pytest.approx((3 * 0.5 + 2 * 0.225) / 5)
+    assert _chance(results, "mixed", "acc") is None
 
 
 def test_what_the_harness_says_of_a_task():

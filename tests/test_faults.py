@@ -346,7 +346,9 @@ def test_results_that_cannot_be_kept_are_still_printed(place, capsys):
     """The folder of the model is read-only: the figures come, and a sentence about the file that did not."""
     with mounted(place / "made", "--bind", str(place / "made")):
         subprocess.run(["mount", "-o", "remount,bind,ro", str(place / "made")], check=True)
-        evaluate.run(str(place / "made"), perplexity=str(place / "text.jsonl"), seq_len=32, output_format="json")
+        evaluate.run(
+            str(place / "made"), data=str(place / "text.jsonl"), perplexity=True, seq_len=32, output_format="json"
+        )
         out, err = capsys.readouterr()
         assert json.loads(out)["perplexity"]
         assert "could not be kept" in err
@@ -547,7 +549,7 @@ def test_a_shard_that_changes_while_it_is_measured(place, monkeypatch, command):
         return real(subject, **options)
 
     monkeypatch.setattr(module, name, slow)
-    options = {"eval": {"perplexity": str(place / "text.jsonl"), "seq_len": 32},
+    options = {"eval": {"data": str(place / "text.jsonl"), "perplexity": True, "seq_len": 32},
                "bench": {"seq_len": 16, "repetitions": 1, "new_tokens": 1}}[command]  # fmt: skip
     with pytest.raises(LigerError, match="was changed while it was read"):
         module.run(str(place / "made"), **options)

@@ -315,8 +315,8 @@ def test_no_command_runs_a_folders_code(tiny_base, tmp_path, monkeypatch, capsys
     canary(adapter, mark)
     edit(adapter / "adapter_config.json", auto_mapping={"base_model_class": "Evil", "parent_library": "evil"})
     for folder in ("model", "model-lora"):
-        result = evaluate.evaluate(open_subject(Path(folder)), parts=("recall",), distances=(16,), count=1)
-        assert result["recall"]
+        result = evaluate.evaluate(open_subject(Path(folder)), texts=["w5 w6 w7 w8 " * 400], samples=1)
+        assert result["recall"] and result["samples"]
     merge.run("model-lora", output="merged", quiet=True)
     assert not (tmp_path / "merged" / "evil.py").exists()
     assert "open(" not in (tmp_path / "merged" / "liger_model.py").read_text()[:200]

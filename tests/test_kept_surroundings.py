@@ -248,8 +248,8 @@ def test_columns(tiny_base, made, text, tmp_path):
                 cache = model(ids, use_cache=True).past_key_values
             assert all(layer.kept is None and layer.window_scores is None for layer in cache.layers)
         assert not torch.allclose(found["model"], found["window_only"], atol=1e-3)
-    again = evaluate.run(str(adapter), perplexity=str(text), seq_len=64, output_format="json", save=False)
-    alone = evaluate.run(str(made), perplexity=str(text), seq_len=64, output_format="json", save=False)
+    again = evaluate.run(str(adapter), data=str(text), perplexity=True, seq_len=64, output_format="json", save=False)
+    alone = evaluate.run(str(made), data=str(text), perplexity=True, seq_len=64, output_format="json", save=False)
     perplexities = [{name: each["perplexity"][name] for name in COLUMNS} for each in (again, alone)]
     assert perplexities[0]["base"] == perplexities[1]["base"]
     assert perplexities[0]["window_only"] != perplexities[1]["window_only"]

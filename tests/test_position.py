@@ -126,6 +126,14 @@ def test_needles_stand_at_their_distance(tokenizer):
         make_needles(tokenizer, text[:900], 900, 1, seed=0)
 
 
+def test_a_tokenizer_without_digits(tiny_base, opened):
+    """Codes that come out as unknown words would all look alike: nothing is asked."""
+    tokenizer = load_tokenizer(tiny_base(), None)
+    with pytest.raises(ValueError, match="does not spell"):
+        make_needles(tokenizer, [5] * 900, 128, 1, seed=0)
+    assert needle({"base": opened(None)}, tokenizer, [5] * 900, distances=(128,), count=1) == {"base": {}}
+
+
 def test_needles_found(tokenizer, opened):
     """One model knows all, one all but the answer's last token, one nothing; what does not fit is left out."""
     text = tokenizer("Lily walked to the old mill and found a small red box. " * 60)["input_ids"]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from liger_cli.commands import evaluate
+from liger_cli.evaluation.plots import position_plot
 from liger_cli.evaluation.published import BASES, published_figures
 from liger_cli.evaluation.report import Table, eval_notes, eval_tables, number, percent, print_tables
 from liger_cli.evaluation.results import BEGIN, END, keep, read_results, rewrite_card
@@ -15,15 +16,15 @@ from liger_cli.evaluation.results_card import refresh_card
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.outputs import write_whole
 
-
-def _column(ppl, recall):
-    return {"token": ppl, "byte": ppl / 2, "by_position": {"1-64": ppl}}, {"single": {"teacher_forced": {"64": recall}}}
+# perplexity, needles found, nats of the second reading
+COLUMN = {
+    "base": (2.0, 1.0, 0.2),
+    "model": (4.0, 0.25, 3.0),
+    "window_only": (3.0, 0.0, 4.0),
+}
 
 
 def _result(label="base", digest="a"):
-    perplexity, found = {}, {}
-    for name, ppl, share in (("base", 2.0, 1.0), ("model", 4.0, 0.25), ("window_only", 3.0, 0.0)):
-        perplexity[name], found[name] = _column(ppl, share)
     recovery = label == "base"
     return {
         "created": "2026-01-02T03:04:05+00:00",
@@ -31,53 +32,82 @@ def _result(label="base", digest="a"):
         "versions": {"liger": "0", "torch": None},
         "model": {"folder": "m", "fingerprint": {"digest": digest}, "base_column": {"label": label, "source": "s"}},
         "perplexity": {
-            **perplexity,
-            "recovery": {"token": 0.5, "byte": 0.5, "by_position": {"1-64": 0.5}} if recovery else None,
+            **{name: {"token": x, "byte": x / 2, "by_position": {"1-64": x}} for name, (x, _, _) in COLUMN.items()},
+            "recovery": {"token": -0.71, "by_position": {"1-64": None}} if recovery else None,
+            "text": {"name": "t", "tokens": 1000, "seq_len": 64},
+        },
+        "agreement": {
+            **{
+                name: {"kl": x - 2, "top1": 1 / x, "by_position": {"1-64": x - 2}} for name, (x, _, _) in COLUMN.items()
+            },
+            "recovery": {"kl": -1.0, "top1": 0.5, "by_position": {"1-64": -1.0}} if recovery else None,
             "text": {"name": "t", "tokens": 1000, "seq_len": 64},
         },
         "recall": {
-            **found,
-            "recovery": {"single": {"teacher_forced": {"64": 0.25}}} if recovery else None,
-            "count": {"teacher_forced": 8},
+            **{
+                name: {"needle": {"512": {"exact": share, "digits": share}}, "second_reading": nats}
+                for name, (_, share, nats) in COLUMN.items()
+            },
+            "recovery": {"needle": {"512": 0.25}, "second_reading": 0.26} if recovery else None,
+            "count": 8,
+            "gap": 300,
+            "base_fails": None,
+            "text": {"name": "t"},
         },
     }
 
 
 def test_eval_tables():
-    perplexity, recall = eval_tables(_result())
+    perplexity, agreement, recall = eval_tables(_result())
     assert perplexity.header == ["", "base", "model", "window only", "recovery"]
-    assert perplexity.rows[0] == ["a token", "2.000", "4.000", "3.000", "50.0 %"]
-    assert recall.rows == [["one fact", "64", "100.0 %", "25.0 %", "0.0 %", "25.0 %"]]
+    assert perplexity.rows == [
+        ["a token", "2.000", "4.000", "3.000", "-71.0 %"],
+        ["at tokens 1-64", "2.000", "4.000", "3.000", "no gap"],
+        ["a byte", "1.000", "2.000", "1.500", "-"],
+    ]
+    assert agreement.header == ["", "model", "window only", "recovery"]
+    assert agreement.rows[1] == ["at tokens 1-64", "2.000", "1.000", "-100.0 %"]
+    assert recall.rows == [
+        ["a code stated 512 tokens before", "100.0 %", "25.0 %", "0.0 %", "25.0 %"],
+        ["second reading, 300 tokens between: nats a token", "0.200", "3.000", "4.000", "26.0 %"],
+    ]
+    notes = eval_notes(_result())
+    assert any("share of the gap between window only and base" in note for note in notes)
+    assert any(note.startswith("no gap: window only is as good as the base") for note in notes)
 
 
-def test_a_base_that_scores_nothing():
-    """No percentage, and a sentence: there was nothing to recover."""
+def test_a_base_that_finds_nothing():
+    """One line says it; there are no rows of zeros, and nothing to plot."""
     result = _result()
-    result["recall"]["base"]["single"]["teacher_forced"]["64"] = 0.0
-    result["recall"]["recovery"]["single"]["teacher_forced"]["64"] = None
-    _, recall = eval_tables(result)
-    assert recall.rows == [["one fact", "64", "0.0 %", "25.0 %", "0.0 %", "base fails"]]
-    assert any("the base itself scores 0, or recalls less than 10 %" in note for note in eval_notes(result))
-    assert not any("scores 0" in note for note in eval_notes(_result()))
+    result["recall"] |= {name: {"needle": {}, "second_reading": 1.0} for name in COLUMN} | {"base_fails": "128"}
+    result["recall"]["base"]["needle"]["128"] = {"exact": 0.0, "digits": 0.1}
+    result["recall"]["recovery"] = {"needle": {}, "second_reading": None}
+    assert [row[0] for row in eval_tables(result)[2].rows] == ["second reading, 300 tokens between: nats a token"]
+    assert any("the base itself answers 0 of 8 a mere 128 tokens back" in note for note in eval_notes(result))
+    assert not any("a mere" in note for note in eval_notes(_result()))
 
 
-def test_a_base_that_recalls_by_chance():
-    """One probe of 32 is no recall: 100 % or 0 % of that would say nothing."""
+def test_plots(tmp_path):
+    """Only what was measured gets a panel, and nothing gets a file where nothing was."""
+    assert position_plot(_result(), tmp_path) == ["evaluation.png", "evaluation.svg"]
+    whole = (tmp_path / "evaluation.svg").stat().st_size
     result = _result()
-    for column in ("base", "model"):
-        result["recall"][column]["single"]["teacher_forced"]["64"] = 1 / 32
-    result["recall"]["recovery"]["single"]["teacher_forced"]["64"] = 1.0
-    assert eval_tables(result)[1].rows == [["one fact", "64", "3.1 %", "3.1 %", "0.0 %", "base fails"]]
+    for values in (result["recall"][name] for name in COLUMN):
+        values["needle"] = {}
+    assert position_plot(result, tmp_path) and (tmp_path / "evaluation.svg").stat().st_size < 0.8 * whole
+    del result["agreement"]
+    assert position_plot(result, tmp_path / "nowhere") == []
 
 
 def _with_tasks(published):
     figure = {"value": 0.5, "stderr": 0.01, "higher_is_better": True}
     result = _result()
-    del result["perplexity"], result["recall"]
+    del result["perplexity"], result["agreement"], result["recall"]
     columns = {column: {"piqa": {"acc": figure}} for column in ("base", "model", "window_only")}
     settings = {"num_fewshot": None, "limit": None, "metadata": None}
     recovery = {"piqa": {"acc": 1.0}}
-    found = {**columns, "recovery": recovery, "settings": settings, "published": published}
+    chance = {"piqa": {"acc": 0.5}}
+    found = {**columns, "recovery": recovery, "chance": chance, "settings": settings, "published": published}
     return {**result, "tasks": {**found, "details": {"piqa": {"num_fewshot": 5}}, "harness": {"lm_eval": "0.4.13"}}}
 
 
@@ -98,12 +128,27 @@ def test_published_figures_stand_apart():
 def test_a_perplexity_of_the_harness_is_no_percentage():
     result = _with_tasks(None)
     for column, value in (("base", 4.0), ("model", 5.0), ("window_only", 8.0)):
-        result["tasks"][column] = {"t": {"ppl": {"value": value, "stderr": None, "higher_is_better": False}}}
-    result["tasks"]["recovery"] = {"t": {"ppl": 0.8}}
-    assert eval_tables(result)[0].rows == [["t", "-", "ppl", "4.000", "5.000", "8.000", "80.0 %"]]
-    result["tasks"]["model"]["t"]["ppl"]["value"] = None
-    result["tasks"]["recovery"]["t"]["ppl"] = None
-    assert eval_tables(result)[0].rows == [["t", "-", "ppl", "4.000", "-", "8.000", "-"]]
+        result["tasks"][column] = {"t": {"perplexity": {"value": value, "stderr": None, "higher_is_better": False}}}
+    result["tasks"] |= {"recovery": {"t": {"perplexity": 0.8}}, "chance": {"t": {"perplexity": 0.0}}}
+    assert eval_tables(result)[0].rows == [["t", "-", "perplexity", "4.000", "5.000", "8.000", "80.0 %"]]
+    result["tasks"]["model"]["t"]["perplexity"]["value"] = None
+    result["tasks"]["recovery"]["t"]["perplexity"] = None
+    assert eval_tables(result)[0].rows == [["t", "-", "perplexity", "4.000", "-", "8.000", "-"]]
+
+
+def test_why_a_task_has_no_recovery():
+    """At chance the base fails; where window only is within its error, there is no gap; else a share is shown."""
+    result = _with_tasks(None)
+    for base, window, share, shown in (
+        (0.515, 0.40, None, "base fails"),
+        (0.60, 0.58, None, "no gap"),
+        (0.60, 0.50, 0.0, "0.0 %"),
+    ):
+        for column, value in (("base", base), ("model", 0.5), ("window_only", window)):
+            figure = {"value": value, "stderr": 0.01, "higher_is_better": True}
+            result["tasks"][column] = {"piqa": {"acc": figure}}
+        result["tasks"]["recovery"] = {"piqa": {"acc": share}}
+        assert eval_tables(result)[0].rows[0][-1] == shown
 
 
 def test_the_share_of_examples_that_ran():
@@ -133,7 +178,7 @@ def test_published_averages_are_those_of_the_scores(base):
 
 def test_no_recovery_without_the_base():
     tables = eval_tables(_result("softmax, tuned weights"))
-    assert tables[0].header[1] == "softmax, tuned weights"
+    assert len(tables) == 3 and tables[0].header[1] == "softmax, tuned weights"
     assert all(row[-1] == "-" for table in tables for row in table.rows)
     assert any("--against" in note for note in eval_notes(_result("softmax, tuned weights")))
 
@@ -155,7 +200,7 @@ def test_percent():
 
 def test_results_of_other_parts_stay(tmp_path):
     first = _result()
-    del first["recall"]
+    del first["recall"], first["agreement"]
     keep(tmp_path, "eval", first)
     keep(tmp_path, "bench", {"rows": []})
     second = _result()
@@ -167,7 +212,7 @@ def test_results_of_other_parts_stay(tmp_path):
 
 def test_what_an_earlier_run_measured_has_its_stamp(tmp_path):
     """A later run changes neither when and with what it was measured, nor the plots of it."""
-    first = {**_result(), "created": "2026-01-01T01:01:01+00:00", "seed": 7, "plots": ["recall.png"]}
+    first = {**_result(), "created": "2026-01-01T01:01:01+00:00", "seed": 7, "plots": ["evaluation.png"]}
     del first["perplexity"]
     keep(tmp_path, "eval", first)
     for _ in range(2):
@@ -175,11 +220,11 @@ def test_what_an_earlier_run_measured_has_its_stamp(tmp_path):
         del second["recall"]
         assert keep(tmp_path, "eval", second) == []
     found = read_results(tmp_path)["eval"]
-    assert found["seed"] == 8 and "measured" not in found["perplexity"] and found["plots"] == ["recall.png"]
+    assert found["seed"] == 8 and "measured" not in found["perplexity"] and found["plots"] == ["evaluation.png"]
     assert found["recall"]["measured"] == {name: first[name] for name in ("created", "command", "versions", "seed")}
     text = refresh_card(tmp_path).read_text()
     assert "Measured 2026-01-02 03:04 UTC" in text and "Recall: measured 2026-01-01 01:01 UTC" in text
-    assert "![Evaluation](recall.png)" in text
+    assert "![Evaluation](evaluation.png)" in text
 
 
 def test_results_of_other_weights_go(tmp_path):
@@ -253,8 +298,9 @@ def test_comparison(tmp_path, capsys):
     files = (str(tmp_path / "a"), str(tmp_path / "b" / "results.json"))
     evaluate.run(compare=files, output_format="md")
     out = capsys.readouterr().out
-    assert "**recall, teacher-forced, %: the model (its base; its window alone)**" in out
-    assert "| one fact | 64 | 25 (100; 0) | 25 (100; 0) |" in out and "results.json" not in out
+    assert "**recall: the model (its base; its window alone)**" in out
+    assert "| a code stated 512 tokens before, % | 25 (100; 0) | 25 (100; 0) |" in out and "results.json" not in out
+    assert "| at tokens 1-64 | 2.000 (0.000; 1.000) | 2" in out
     assert "**perplexity of t, rows of 64: the model" in out and "| a token | 4.000 (2.000; 3.000) | 4.000 (" in out
     evaluate.run(compare=files, output_format="json")
     assert set(json.loads(capsys.readouterr().out)) == set(files)

@@ -117,3 +117,15 @@ def load_model(folder, **kwargs):
             raise
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def generate_plainly(model):
+    """Take from a loaded model what its folder sets for `generate`, but for the special tokens, and return it.
+
+    What a caller leaves open is then transformers' default: greedy decoding of each sequence as it stands.
+    """
+    from transformers import GenerationConfig
+
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in tokens})
+    return model

@@ -147,6 +147,32 @@ class Geometry:
         return cls(layers, hidden, heads, kv_heads, head_dim, vocab)
 
 
+def context_length(config: dict) -> int | None:
+    """Tokens that a base was made for: max_position_embeddings, or what its rotary scaling makes of it.
+
+    Args:
+        config: of config.json, or `to_dict()` of a config of transformers.
+    Returns:
+        None where it does not say.
+    """
+    known = config.get("max_position_embeddings")
+    if not (isinstance(known, int) and known > 0):
+        return None
+    longest = known
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    for scaling in (rope, *(rope.values() if isinstance(rope, dict) else ())):
+        factor = scaling.get("factor") if isinstance(scaling, dict) else None
+        if not (isinstance(factor, (int, float)) and 1 <= factor < MAX_COUNT):
+            continue
+        kind = scaling.get("rope_type") or scaling.get("type")
+        original = scaling.get("original_max_position_embeddings")
+        if isinstance(original, int) and original > 0:
+            longest = max(longest, round(factor * original))
+        elif kind in ("linear", "dynamic"):
+            longest = max(longest, round(factor * known))
+    return longest
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder that was read and found whole.

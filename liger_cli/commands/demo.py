@@ -14,6 +14,7 @@ from liger_cli.evaluation.results import stamp
 from liger_cli.evaluation.results_card import keep_result
 from liger_cli.evaluation.subject import Subject, open_subject
 from liger_cli.shipped import BASE_DIR
+from liger_cli.shipped.probes import evaluate_recall, held_out_text
 from liger_cli.system.errors import UsageError
 from liger_cli.system.outputs import write_whole
 from liger_cli.system.wording import size
@@ -42,6 +43,7 @@ RECIPE = {
 STEPS = {NAME: 30, HYBRID: 15}
 DISTANCES = (32, 64, 128, 256, 512)
 COUNT = 32
+CHARACTERS = 60_000
 SEQ_LEN = 8192
 
 
@@ -153,19 +155,25 @@ def demo_notes(report: dict) -> list[str]:
 
 
 def _columns(subject: Subject, wanted: dict[str, str], keep: Path | None = None) -> dict[str, dict]:
-    """Perplexity and recall of the wanted columns, under the names they have in the demo."""
+    """Perplexity and recall of the wanted columns, under the names they have in the demo.
+
+    The base knows nothing but the texts it was trained on: it is read and asked by held-out ones of the same kind.
+    """
+    texts = held_out_text(CHARACTERS)
     result = evaluate.evaluate(
-        subject, distances=DISTANCES, count=COUNT, kinds=("key_value",), methods=("teacher_forced",)
+        subject, parts=("perplexity",), texts=texts, source="held-out stories", seq_len=1024, rows=len(texts)
     )
     if keep is not None:
         keep_result(keep, "eval", result)
-    return {
-        name: {
+    found = {}
+    for column, name in wanted.items():
+        with subject.column(column) as model:
+            recall = evaluate_recall(model, subject.tokenizer, DISTANCES, COUNT)
+        found[name] = {
             "perplexity": result["perplexity"][column]["token"],
-            "recall": result["recall"][column]["key_value"]["teacher_forced"],
+            "recall": {str(distance): share for distance, share in recall.items()},
         }
-        for column, name in wanted.items()
-    }
+    return found
 
 
 def _add_speed(column: dict, timed: dict, which: str) -> None:

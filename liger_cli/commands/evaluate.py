@@ -1,14 +1,17 @@
-"""`liger eval`: perplexity, agreement, recall and harness tasks of a model beside its base and its window alone."""
+"""`liger eval`: what a model still makes of a text, by position, and harness tasks, beside its base and its window."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 from liger_cli.checkpoint.folders import resolve_model
+from liger_cli.checkpoint.reader import context_length
 from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.evaluation.harness import check_tasks, parse_tasks, run_tasks
 from liger_cli.evaluation.published import TASKS as PUBLISHED_TASKS
 from liger_cli.evaluation.published import published_figures
-from liger_cli.evaluation.recall import KINDS, METHODS, generated_count, measure
+from liger_cli.evaluation.recovery import FAILS_BELOW, Gap, nats_gap, recall_gap, scale, task_gap
 from liger_cli.evaluation.report import (
     FORMATS,
     comparison_notes,
@@ -21,25 +24,30 @@ from liger_cli.evaluation.report import (
 )
 from liger_cli.evaluation.results import read_results, shown, stamp
 from liger_cli.evaluation.samples import write_samples
-from liger_cli.evaluation.scoring import batch_size_for, make_rows, read_texts, score
+from liger_cli.evaluation.scoring import Rows, batch_size_for, make_rows, read_texts, score
 from liger_cli.evaluation.subject import COLUMNS, Subject, open_subject
-from liger_cli.shipped.probes import DISTANCES, held_out_text
-from liger_cli.shipped.text import TEST_SEED
+from liger_cli.shipped import prose
+from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
 from liger_cli.system.progress import progress
 
-SEQ_LEN = 1024
-SHIPPED_CHARACTERS = 60_000
-COUNT = 32
+SHIPPED_TEXT = "shipped prose"
+SEQ_LEN = 2048
+ROWS = 8
+COUNT = 10
+SEED = 0
+DISTANCES = (128, 512)  # of needles in tokens, four times as far from one to the next
+NEEDLE_TOKENS = 300  # of a row, beside the distance: text before the needle, statement, question and answer
+PARTS = ("perplexity", "recall")
 
 
 def run(
     model: str | None = None,
     *,
     against: str | None = None,
-    perplexity: str | None = None,
+    data: str | None = None,
+    perplexity: bool = False,
     recall: bool = False,
-    agreement: bool = False,
     tasks: str | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
@@ -48,10 +56,12 @@ def run(
     samples: int = 0,
     compare: tuple[str, ...] = (),
     seq_len: int = SEQ_LEN,
-    distances: tuple[int, ...] = DISTANCES,
+    rows: int = ROWS,
+    distances: tuple[int, ...] | None = None,
     count: int = COUNT,
-    seed: int | None = None,
+    seed: int = SEED,
     batch_size: int | None = None,
+    beyond_context: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     output_format: str = "table",
@@ -61,8 +71,8 @@ def run(
 
     Args:
         model: a folder; the newest fitting one in the current folder by default.
-        perplexity: a file whose perplexity is measured, instead of the shipped held-out text.
-        recall, agreement: parts to run. Where no part is asked for, perplexity, agreement and recall are.
+        data: a file with the text that is read, instead of the shipped one.
+        perplexity, recall: parts to run. Where no part is asked for, both are.
         tasks: of the harness, see `harness.run_tasks`; num_fewshot, limit, include_path, metadata: for them.
         samples: generations to show.
         compare: results files, or folders that have one: show them beside one another and measure nothing.
@@ -74,24 +84,25 @@ def run(
     if compare:
         return _compare(compare, output_format)
     folder = resolve_model(model, "eval")
-    parts = {"perplexity": perplexity is not None, "recall": recall, "agreement": agreement}
-    if not (any(parts.values()) or tasks or samples):
-        parts = dict.fromkeys(parts, True)
+    asked = tuple(name for name, wanted in zip(PARTS, (perplexity, recall), strict=True) if wanted)
     for option, value in (
         ("--seq-len", seq_len),
+        ("--rows", rows),
         ("--batch-size", batch_size),
         ("--recall-count", count),
         ("--samples", samples or None),
     ):
         _check_positive(option, value)
+    texts = None if data is None else read_texts(Path(data))
     task_names = parse_tasks(tasks) if tasks else ()
     if task_names:
         check_tasks(task_names, num_fewshot, limit, include_path)
     subject = open_subject(folder, against=against, device=device, dtype=dtype)
     result = evaluate(
         subject,
-        parts=tuple(name for name, wanted in parts.items() if wanted),
-        text=perplexity,
+        parts=asked or (() if tasks or samples else PARTS),
+        texts=texts,
+        source=SHIPPED_TEXT if data is None else str(data),
         tasks=task_names,
         num_fewshot=num_fewshot,
         limit=limit,
@@ -99,10 +110,12 @@ def run(
         metadata=metadata,
         samples=samples,
         seq_len=seq_len,
+        rows=rows,
         distances=distances,
         count=count,
-        seed=TEST_SEED if seed is None else seed,
+        seed=seed,
         batch_size=batch_size,
+        beyond_context=beyond_context,
     )
     subject.check_unchanged()
     notes = eval_notes(result)
@@ -135,8 +148,9 @@ def _compare(files: tuple[str, ...], output_format: str) -> dict:
 def evaluate(
     subject: Subject,
     *,
-    parts: tuple[str, ...] = ("perplexity", "agreement", "recall"),
-    text: str | None = None,
+    parts: tuple[str, ...] = PARTS,
+    texts: list[str] | None = None,
+    source: str = SHIPPED_TEXT,
     tasks: tuple[str, ...] = (),
     num_fewshot: int | None = None,
     limit: float | None = None,
@@ -144,26 +158,29 @@ def evaluate(
     metadata: dict | None = None,
     samples: int = 0,
     seq_len: int = SEQ_LEN,
-    distances: tuple[int, ...] = DISTANCES,
+    rows: int = ROWS,
+    distances: tuple[int, ...] | None = None,
     count: int = COUNT,
-    kinds: tuple[str, ...] = KINDS,
-    methods: tuple[str, ...] = METHODS,
-    seed: int = TEST_SEED,
+    seed: int = SEED,
     batch_size: int | None = None,
+    beyond_context: bool = False,
 ) -> dict:
     """Measure the parts and return what `--json` prints.
 
     Args:
-        text: a file; the shipped held-out text by default.
+        parts: `perplexity` (of the text, and the KL divergence from the base), `recall` (needles in the text, and the
+            second reading of a passage).
+        texts: documents; the shipped prose by default. source: what they are called.
         tasks, num_fewshot, limit, include_path, metadata: see `harness.run_tasks`.
         samples: generations, of the beginnings of the text's documents.
-        seq_len: tokens a row of the text.
-        distances: of the recall probes, in tokens.
-        count: probes of each kind and distance.
+        seq_len: tokens of a row of the text. rows: how many are read, at most.
+        distances: of the needles, in tokens; by default 128, 512 ... and as far as a row of `seq_len` tokens reaches.
+        count: needles of each distance. seed: of needles and passages.
         batch_size: sequences a pass; as many as fit by default.
+        beyond_context: let rows and needles be longer than the base's context.
     """
     result = {**stamp(), "seed": seed, "model": subject.describe()}
-    given = None if text is None else read_texts(Path(text))
+    texts = texts or prose()
     if tasks:  # first: their data may be missing
         result["tasks"] = _tasks(
             subject,
@@ -174,38 +191,51 @@ def evaluate(
             include_path=include_path,
             metadata=metadata,
         )
-    if "perplexity" in parts or "agreement" in parts:
-        texts = given or held_out_text(SHIPPED_CHARACTERS)
-        result |= _score(subject, parts, text, texts, seq_len, batch_size)
-    if "recall" in parts:
-        steps = len(kinds) * len(distances) * len(COLUMNS) * len(methods)
-        with progress("recall", steps) as step:
-            found = measure(
-                subject,
-                distances,
-                count=count,
-                kinds=kinds,
-                methods=methods,
-                seed=seed,
-                batch_size=batch_size or 16,
-                step=step,
-            )
-        counts = {"teacher_forced": count, "generation": generated_count(count)}
-        result["recall"] = {**found, "recovery": _recovery(found, subject), "count": counts}
+    if parts:
+        context = None if beyond_context else context_length(subject.liger_model.config.to_dict())
+        seq_len, distances = _within(context, seq_len, distances)
+        text = make_rows(subject.tokenizer, texts, seq_len, rows)
+        check_ids(max(text.stream), subject.liger_model.config.vocab_size, subject.folder)
+        about = {"name": source, "tokens": text.tokens, "bytes": text.nbytes, "seq_len": seq_len}
+        if "perplexity" in parts:
+            result |= _score(subject, text, about, batch_size)
+        if "recall" in parts:
+            result["recall"] = {**_recall(subject, text.stream, distances, count, seed, context), "text": about}
     if samples:
-        result["samples"] = write_samples(subject, given or held_out_text(4000 * samples), samples)
+        result["samples"] = write_samples(subject, texts, samples)
     return result
+
+
+def _within(context: int | None, seq_len: int, distances: tuple[int, ...] | None) -> tuple[int, tuple[int, ...]]:
+    """Tokens of a row and distances of needles that the base's context has room for; what is left out is said."""
+    longest = seq_len if context is None else min(seq_len, context)
+    if longest < seq_len:
+        say(f"the base's context is {context:,} tokens, so rows have {longest:,}; --beyond-context goes further")
+    if distances is None:
+        return longest, default_distances(longest)
+    room = [distance for distance in distances if context is None or distance + NEEDLE_TOKENS <= context]
+    if left := [str(distance) for distance in distances if distance not in room]:
+        say(
+            f"no needles {', '.join(left)} tokens back: with text and question around them they do not fit into the "
+            f"base's context of {context:,} tokens; --beyond-context asks for them all the same"
+        )
+    return longest, tuple(room)
+
+
+def default_distances(seq_len: int) -> tuple[int, ...]:
+    """128, 512, 2,048 ... tokens, and the furthest that a row of `seq_len` tokens has room for."""
+    furthest = (seq_len - NEEDLE_TOKENS) // 100 * 100
+    distances = list(DISTANCES)
+    while distances[-1] < furthest:
+        distances.append(4 * distances[-1])
+    return (*(one for one in distances if one <= 3 * furthest // 4), *((furthest,) if furthest > 0 else ()))
 
 
 def _tasks(subject: Subject, tasks: tuple[str, ...], **settings) -> dict:
     found = run_tasks(subject, tasks, **settings)
-    recovery = {
-        task: {metric: _regained(found["base"][task][metric], figure) for metric, figure in metrics.items()}
-        for task, metrics in found["model"].items()
-    }
     result = {
         **found,
-        "recovery": recovery if subject.has_recovery else None,
+        "recovery": _task_recovery(found) if subject.has_recovery else None,
         "settings": {name: settings[name] for name in ("num_fewshot", "limit", "metadata")},
     }
     if set(tasks) & set(PUBLISHED_TASKS):
@@ -213,43 +243,99 @@ def _tasks(subject: Subject, tasks: tuple[str, ...], **settings) -> dict:
     return result
 
 
-def _regained(base: dict, model: dict) -> float | None:
-    """Of a task's figure: model over base, or base over model where lower is better; None where there is no ratio."""
-    over, under = model["value"], base["value"]
-    if model["higher_is_better"] is False:
-        over, under = under, over
-    return None if over is None or not under else over / under
+def _task_recovery(found: dict) -> dict:
+    recovery: dict[str, dict] = {}
+    for task, metrics in found["model"].items():
+        recovery[task] = {}
+        for metric, figure in metrics.items():
+            base, control = (found[column][task][metric] for column in ("base", "window_only"))
+            gap, model = task_gap(metric, base, control, found["chance"][task][metric]), scale(metric, figure)
+            recovery[task][metric] = None if gap is None or model is None else gap.closed_by(model)
+    return recovery
 
 
-def _score(subject: Subject, parts, text: str | None, texts: list[str], seq_len: int, batch_size: int | None) -> dict:
-    name = "the shipped held-out text" if text is None else str(text)
-    rows = make_rows(subject.tokenizer, texts, seq_len)
-    check_ids(int(rows.ids.max()), subject.liger_model.config.vocab_size, subject.folder)
+def _score(subject: Subject, rows: Rows, about: dict, batch_size: int | None) -> dict:
     size = batch_size_for(rows, subject.liger_model.config.vocab_size, batch_size)
     with progress("perplexity", -(-len(rows.ids) // size) * len(COLUMNS)) as step:
-        found = score(subject, rows, batch_size=batch_size, agreement="agreement" in parts, step=step)
-    scored = {"name": name, "tokens": rows.tokens, "bytes": rows.nbytes, "seq_len": seq_len}
-    if "perplexity" not in parts:
-        del found["perplexity"]
+        found = score(subject, rows, batch_size=batch_size, step=step)
+    recoveries = {"perplexity": _perplexity_recovery, "agreement": _agreement_recovery}
     for part, values in found.items():
-        values["recovery"] = None
-        values["text"] = scored
-        if part == "agreement":
-            values["recovery"] = values["model"]["top1"] if subject.has_recovery else None
-        elif subject.has_recovery:
-            values["recovery"] = _ratios(values["base"], values["model"])
+        values |= {"recovery": recoveries[part](values) if subject.has_recovery else None, "text": about}
     return found
 
 
-def _recovery(found: dict, subject: Subject):
-    return _ratios(found["model"], found["base"]) if subject.has_recovery else None
+def _perplexity_recovery(values: dict) -> dict:
+    """Of the nats a token."""
+
+    def closed(pick) -> float | None:
+        base, model, control = (math.log(pick(values[column])) for column in COLUMNS)
+        return nats_gap(base, control).closed_by(-model)
+
+    buckets = values["model"]["by_position"]
+    return {
+        "token": closed(lambda column: column["token"]),
+        "by_position": {name: closed(lambda column, name=name: column["by_position"][name]) for name in buckets},
+    }
 
 
-def _ratios(over, under):
-    """The same nested figures, divided; None where the divisor is 0."""
-    if isinstance(over, dict):
-        return {name: _ratios(over[name], under[name]) for name in over}
-    return over / under if under else None
+def _agreement_recovery(values: dict) -> dict:
+    base, model, control = (values[column] for column in COLUMNS)
+    return {
+        "kl": nats_gap(base["kl"], control["kl"]).closed_by(-model["kl"]),
+        "top1": Gap(base["top1"], control["top1"]).closed_by(model["top1"]),
+        "by_position": {
+            name: nats_gap(0.0, control["by_position"][name]).closed_by(-kl)
+            for name, kl in model["by_position"].items()
+        },
+    }
+
+
+def _recall(
+    subject: Subject, text: list[int], distances: tuple[int, ...], count: int, seed: int, context: int | None
+) -> dict:
+    """Needles and the second reading in every column; the base alone, and the nearest needles only, where it fails."""
+    from liger_cli.evaluation.position import BEFORE, GAP, PASSAGE, needle, second_reading
+
+    columns = {name: partial(subject.column, name) for name in COLUMNS}
+    found: dict = {name: {"needle": {}} for name in COLUMNS} | {"count": count, "base_fails": None}
+    ask = partial(needle, tokenizer=subject.tokenizer, text=text, count=count, seed=seed)
+    with progress("needles", max(1, len(distances)) * len(COLUMNS)) as step:
+        first = ask({"base": columns["base"]}, distances=distances[:1], step=step)["base"]
+        found["base"]["needle"] |= first
+        if first and max(one["exact"] for one in first.values()) <= FAILS_BELOW:
+            found["base_fails"] = next(iter(first))
+        else:
+            others = {name: opened for name, opened in columns.items() if name != "base"}
+            for these, those in ((others, distances[:1]), (columns, distances[1:])):
+                for name, shares in ask(these, distances=those, step=step).items():
+                    found[name]["needle"] |= shares
+    gap = GAP if context is None else min(GAP, context - BEFORE[0] - 2 * PASSAGE)
+    try:
+        if gap < 1:
+            raise ValueError(f"a row with a passage read twice does not fit into a context of {context} tokens")
+        for name, nats in second_reading(columns, text, gap=gap, seed=seed).items():
+            found[name]["second_reading"] = nats
+        found["gap"] = gap
+    except ValueError as error:
+        say(f"no second reading: {error}")
+    found["recovery"] = _recall_recovery(found) if subject.has_recovery else None
+    return found
+
+
+def _recall_recovery(found: dict) -> dict:
+    base, model, control = (found[column] for column in COLUMNS)
+    recovery = {
+        "needle": {
+            distance: recall_gap(base["needle"][distance]["exact"], share["exact"]).closed_by(
+                model["needle"][distance]["exact"]
+            )
+            for distance, share in control["needle"].items()
+        }
+    }
+    if "second_reading" in base:
+        gap = nats_gap(base["second_reading"], control["second_reading"])
+        recovery["second_reading"] = gap.closed_by(-model["second_reading"])
+    return recovery
 
 
 def _check_positive(option: str, value: int | None) -> None:

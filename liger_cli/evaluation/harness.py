@@ -24,6 +24,7 @@ OFFLINE = (
     "offline", "couldn't reach", "connection", "resolve", "timed out", "cannot find the requested files",
     "nltk downloader", "name or service not known",
 )  # fmt: skip
+COUNTING = ("acc", "acc_norm", "acc_bytes", "exact_match")  # metrics: shares of examples with the right choice
 TOKENS = 2048  # of a row, as far as the automatic batch size on a CPU looks
 
 
@@ -49,10 +50,10 @@ def run_tasks(
     seed: int = 0,
     columns: tuple[str, ...] = COLUMNS,
 ) -> dict:
-    """Run tasks and return `{column: {task: {metric: {value, stderr, higher_is_better}}}, "details", "harness"}`.
+    """Run tasks: `{column: {task: {metric: {value, stderr, higher_is_better}}}, "chance", "details", "harness"}`.
 
-    `details` has of each task the examples in its prompt, its version and how many of its examples were run, `harness`
-    the version of lm-eval and the seed.
+    `chance` has what guessing scores in each metric, None where that is not known; `details` of each task the examples
+    in its prompt, its version and how many of its examples were run; `harness` the version of lm-eval and the seed.
 
     Args:
         tasks: names or groups of the harness, or of YAML files under `include_path`.
@@ -74,7 +75,6 @@ def run_tasks(
         settings = {
             "limit": limit if limit is None or limit < 1 else int(limit),
             "task_manager": manager,
-            "log_samples": False,
             "random_seed": seed,
             "numpy_random_seed": seed,
             "torch_random_seed": seed,
@@ -82,6 +82,7 @@ def run_tasks(
         }
         found: dict[str, dict] = {column: {} for column in columns}
         details: dict[str, dict] = {}
+        chance: dict[str, dict] = {}
         for column in columns:
             for shots, names in _by_fewshot(tasks, num_fewshot).items():
                 # The harness prints to stdout, which is the results' own.
@@ -95,15 +96,24 @@ def run_tasks(
                     )
                     try:
                         results = lm_eval.simple_evaluate(
-                            model=wrapped, tasks=list(names), num_fewshot=shots, **settings
+                            model=wrapped,
+                            tasks=list(names),
+                            num_fewshot=shots,
+                            log_samples=column == columns[0],  # how many choices an example has
+                            **settings,
                         )
                     except Exception as error:
                         raise _as_sentence(error, names) from error
                 for name in names:
                     figures = _of_task(results, name)
                     found[column] |= figures
-                    details |= {task: _details(results, task) for task in figures}
-    return {**found, "details": details, "harness": {"lm_eval": version("lm_eval"), "seed": seed}}
+                    if column == columns[0]:
+                        details |= {task: _details(results, task) for task in figures}
+                        chance |= {
+                            task: {metric: _chance(results, task, metric) for metric in metrics}
+                            for task, metrics in figures.items()
+                        }
+    return {**found, "chance": chance, "details": details, "harness": {"lm_eval": version("lm_eval"), "seed": seed}}
 
 
 def check_tasks(
@@ -200,6 +210,28 @@ def _details(results: dict, name: str) -> dict:
         "version": results.get("versions", {}).get(name),
         "examples": (results.get("n-samples", {}).get(name) or {}).get("effective"),
     }
+
+
+def _chance(results: dict, name: str, metric: str) -> float | None:
+    """What guessing scores in a metric of a task, or of a group that averages its tasks: 1 / choices, else 0.
+
+    None where choices are scored by a metric that does not count right answers, or by a function of the task's own.
+    """
+    children = results.get("group_subtasks", {}).get(name, [])
+    if children:
+        shares = [(_chance(results, child, metric), _details(results, child)["examples"] or 1) for child in children]
+        if any(share is None for share, _ in shares):
+            return None
+        return sum(share * count for share, count in shares) / sum(count for _, count in shares)
+    config = results.get("configs", {}).get(name, {})
+    if config.get("output_type") != "multiple_choice":
+        return 0.0
+    if metric not in COUNTING or config.get("process_results"):
+        return None
+    # A task with acc_mutual_info asks for every choice twice, once without its question.
+    asked = 1 + any(one.get("metric") == "acc_mutual_info" for one in config.get("metric_list") or [])
+    choices = [len(sample["filtered_resps"]) // asked for sample in results.get("samples", {}).get(name, [])]
+    return sum(1 / count for count in choices) / len(choices) if choices else None
 
 
 def _metrics(results: dict, better: dict) -> dict:

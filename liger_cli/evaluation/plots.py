@@ -5,9 +5,13 @@ from pathlib import Path
 from liger_cli.evaluation.subject import TITLES
 from liger_cli.system.figures import new_figure, save_figure
 
-COLOURS = {"model": "#0072b2", "base": "#d55e00"}  # of Okabe and Ito's palette, told apart by colour-blind eyes
+COLOURS = {
+    "model": "#0072b2",
+    "base": "#d55e00",
+    "window_only": "#999999",
+}  # of Okabe and Ito's palette, told apart by colour-blind eyes
 LABELS = {"model": "Liger model", "base": "softmax base"}
-MARKERS = {"model": "o", "base": "s"}
+MARKERS = {"model": "o", "base": "s", "window_only": "x"}
 
 
 def bench_plot(result: dict, folder: Path) -> list[str]:
@@ -50,36 +54,40 @@ def bench_plot(result: dict, folder: Path) -> list[str]:
     return save_figure(figure, folder, "bench")
 
 
-def recall_plot(result: dict, folder: Path) -> list[str]:
-    """Heat map of recall: kinds and methods by distance, one panel a column. Returns the files' names."""
-    if "recall" not in result:
+def position_plot(result: dict, folder: Path) -> list[str]:
+    """KL divergence from the base by position, and needles found by distance, for each column. The files' names."""
+    agreement, recall = result.get("agreement"), result.get("recall")
+    found = {} if recall is None else recall["model"]["needle"]
+    panels = [panel for panel, there in ((_kl_panel, agreement), (_needle_panel, found)) if there]
+    if not panels:
         return []
-    from liger_cli.evaluation.report import METHOD_TITLES, RECALL_TITLES
+    figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.1))
+    for axis, panel in zip(axes[0], panels, strict=True):
+        panel(result, axis)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    return save_figure(figure, folder, "evaluation")
 
+
+def _kl_panel(result: dict, axis) -> None:
+    values = result["agreement"]
+    names = list(values["model"]["by_position"])
+    for column in ("model", "window_only"):
+        kl = [values[column]["by_position"][name] for name in names]
+        axis.plot(names, kl, label=TITLES[column], color=COLOURS[column], marker=MARKERS[column], markersize=4)
+    base = result["model"]["base_column"]["label"]
+    axis.set(xlabel="position, tokens", ylabel=f"KL from {base}, nats a token", yscale="log")
+    axis.tick_params(axis="x", labelsize=7)
+
+
+def _needle_panel(result: dict, axis) -> None:
     values = result["recall"]
-    lines = [(kind, method) for kind, methods in values["model"].items() for method, cells in methods.items() if cells]
-    distances = sorted({distance for kind, method in lines for distance in values["model"][kind][method]}, key=int)
-    columns = [name for name in TITLES if name in values]
-    figure, axes = new_figure(1, len(columns), (2.2 + 2.6 * len(columns), 0.9 + 0.32 * len(lines)), sharey=True)
-    for axis, column in zip(axes[0], columns, strict=True):
-        cells = [
-            [values[column][kind][method].get(distance, float("nan")) for distance in distances]
-            for kind, method in lines
-        ]
-        image = axis.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    distances = list(values["model"]["needle"])
+    for column in ("base", "model", "window_only"):
         title = result["model"]["base_column"]["label"] if column == "base" else TITLES[column]
-        axis.set(title=title, xlabel="distance, tokens")
-        axis.set_xticks(range(len(distances)), distances, rotation=45)
-        axis.set_yticks(
-            range(len(lines)), [f"{RECALL_TITLES[kind]}, {METHOD_TITLES[method]}" for kind, method in lines]
-        )
-        for y, row in enumerate(cells):
-            for x, cell in enumerate(row):
-                if cell == cell:
-                    shade = "white" if cell < 0.6 else "black"
-                    axis.text(x, y, f"{100 * cell:.0f}", ha="center", va="center", fontsize=7, color=shade)
-    figure.colorbar(image, ax=axes[0].tolist(), label="exact answers", format=lambda x, _: f"{100 * x:.0f} %")
-    return save_figure(figure, folder, "recall")
+        shares = [100 * values[column]["needle"][distance]["exact"] for distance in distances]
+        axis.plot(distances, shares, label=title, color=COLOURS[column], marker=MARKERS[column], markersize=4)
+    axis.set(xlabel="distance, tokens", ylabel="needles found, %", ylim=(-4, 104))
 
 
 def _tokens(count: int) -> str:

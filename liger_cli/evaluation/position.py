@@ -215,7 +215,8 @@ def make_needles(tokenizer, text: Sequence[int], distance: int, count: int, seed
         distance: tokens between the end of the stated code and the start of the answer, hit exactly.
         seed: also draws how much text stands before the needle, from `BEFORE`.
     Raises:
-        ValueError: the distance is too short for the question, or the text too short for a row.
+        ValueError: the distance is too short for the question, the text too short for a row, or the tokenizer knows no
+            digits.
     """
     rng = Random(f"{seed}/{distance}")
     start = tokenizer("a")["input_ids"][:1]
@@ -228,6 +229,8 @@ def make_needles(tokenizer, text: Sequence[int], distance: int, count: int, seed
         asked = encode(f"\nQuestion: What is the code of the {place} office? Answer: The code of the {place} office is")
         answer = encode(f" {code}")
         before, between = rng.randint(*BEFORE), distance - len(tail) - len(asked)
+        if tokenizer.decode(answer).strip() != code:
+            raise ValueError(f"the tokenizer does not spell {code}")
         if between < 0 or len(text) < before + between:
             raise ValueError(f"no needle {distance} tokens back fits")
         at = rng.randint(0, len(text) - before - between)
@@ -254,7 +257,8 @@ def needle(
         step: called after each distance of each column.
     Returns:
         `{column: {distance: {"exact": share, "digits": share}}}`: `exact` of the codes with every token right,
-        `digits` of their tokens that hold digits. A distance that does not fit into the text is left out.
+        `digits` of their tokens that hold digits. A distance that does not fit into the text is left out,
+        and all are where the tokenizer knows no digits.
     """
     found: dict[str, dict] = {name: {} for name in columns}
     for distance in distances:

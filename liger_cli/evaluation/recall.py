@@ -1,18 +1,14 @@
-"""Recall probes: what a model still finds of what it has read, by the distance in tokens. Likelihoods hide this."""
+"""Recall probes of the shipped base's own world, by the distance in tokens. Likelihoods hide what they show."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from liger_cli.evaluation.subject import COLUMNS, Subject
-from liger_cli.shipped.probes import DISTANCES, guessed_tokens, recall_probe
+from liger_cli.shipped.probes import guessed_tokens, recall_probe
 from liger_cli.shipped.text import NAMES, TEST_SEED, Story, sample_facts
 
 KINDS = ("single", "key_value", "multi", "copy")
-METHODS = ("teacher_forced", "generation")
 PAIRS = 4  # facts of the key_value and multi probes
 COPIED = 8  # tokens scored at the end of a copy
-GENERATED_SHARE = 4  # every fourth probe is answered by generation, too
 
 
 @dataclass(frozen=True)
@@ -92,54 +88,6 @@ def _encode(tokenizer, text: str) -> list[int]:
 
 def _start(tokenizer) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def measure(
-    subject: Subject,
-    distances: tuple[int, ...] = DISTANCES,
-    *,
-    count: int = 32,
-    kinds: tuple[str, ...] = KINDS,
-    methods: tuple[str, ...] = METHODS,
-    seed: int = TEST_SEED,
-    batch_size: int = 16,
-    columns: tuple[str, ...] = COLUMNS,
-    step: Callable[[], None] | None = None,
-) -> dict:
-    """Share of probes answered exactly, for every column, kind, method and distance.
-
-    Args:
-        methods: `teacher_forced` reads the argmax at the answer's tokens in one pass; `generation` decodes the last
-            answer greedily from a cache, token by token, for a quarter of the probes.
-        step: called after each kind, method and distance of each column.
-    Returns:
-        `{column: {kind: {method: {distance: share}}}}`; a distance too short for a kind is left out.
-    """
-    results = {column: {kind: {method: {} for method in methods} for kind in kinds} for column in columns}
-    ways = {"teacher_forced": teacher_forced, "generation": generated}
-    for kind in kinds:
-        for distance in distances:
-            try:
-                probes = make_probes(kind, subject.tokenizer, distance, count, seed)
-            except ValueError:
-                continue
-            for column in columns:
-                for method in methods:
-                    asked = probes if method == "teacher_forced" else probes[: generated_count(count)]
-                    with subject.column(column) as model:
-                        right = sum(
-                            ways[method](model, asked[first : first + batch_size], subject.tokenizer)
-                            for first in range(0, len(asked), batch_size)
-                        )
-                    results[column][kind][method][str(distance)] = right / len(asked)
-                    if step is not None:
-                        step()
-    return results
-
-
-def generated_count(count: int) -> int:
-    """How many of `count` probes are answered by generation."""
-    return -(-count // GENERATED_SHARE)
 
 
 def teacher_forced(model, probes: list[Probe], tokenizer) -> int:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from liger_cli.evaluation.recovery import BASE_FAILS, ERRORS, FAILS_BELOW, LEAST_NATS, NO_GAP, recall_gap, task_gap
 from liger_cli.evaluation.subject import BASE, TITLES
 from liger_cli.system.escape import csv_cell, markdown, printable
 from liger_cli.system.wording import counted, size
@@ -121,55 +122,66 @@ def _perplexity_tables(result: dict, columns: list[str], head: list[str]) -> lis
     recovery = values["recovery"]
     source = values["text"]
     table = Table(
-        f"perplexity of {source['name']} ({source['tokens']:,} tokens, rows of {source['seq_len']})",
+        f"perplexity of {source['name']} ({source['tokens']:,} tokens, rows of {source['seq_len']:,})",
         ["", *head, "recovery"],
     )
-    rows = [("a token", lambda column: column["token"]), ("a byte", lambda column: column["byte"])]
+    rows: list[tuple[str, Callable]] = [("a token", lambda column: column["token"])]
     for bucket in values["model"]["by_position"]:
         rows.append((f"at tokens {bucket}", lambda column, bucket=bucket: column["by_position"][bucket]))
     for name, pick in rows:
-        shown = "-" if recovery is None else percent(pick(recovery))
+        shown = "-" if recovery is None else recovered(pick(recovery))
         table.rows.append([name, *(number(pick(values[column])) for column in columns), shown])
+    table.rows.append(["a byte", *(number(values[column]["byte"]) for column in columns), "-"])
     return [table]
 
 
 def _agreement_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
     values = result["agreement"]
-    table = Table(f"agreement with the {head[0]} column on the same text", ["", *head, "recovery"])
-    table.rows.append(["KL divergence, nats a token", *(number(values[column]["kl"]) for column in columns), "-"])
-    shares = [percent(values[column]["top1"]) for column in columns]
-    table.rows.append(["same most likely token", *shares, percent(values["recovery"])])
+    recovery = values["recovery"]
+    others, titles = columns[1:], head[1:]  # the base agrees with itself
+    table = Table(f"agreement with the {head[0]} column on the same text", ["", *titles, "recovery"])
+    rows: list[tuple[str, Callable, Callable]] = [("KL divergence, nats a token", lambda column: column["kl"], number)]
+    for bucket in values["model"]["by_position"]:
+        rows.append((f"at tokens {bucket}", lambda column, bucket=bucket: column["by_position"][bucket], number))
+    rows.append(("same most likely token", lambda column: column["top1"], percent))
+    for name, pick, show in rows:
+        shown = "-" if recovery is None else recovered(pick(recovery))
+        table.rows.append([name, *(show(pick(values[column])) for column in others), shown])
     return [table]
-
-
-BASE_FAILS = "base fails"
-FAILS_BELOW = 0.1  # of recall probes: a base that answers fewer has not learned to
-RECALL_TITLES = {
-    "single": "one fact",
-    "key_value": "one of four facts",
-    "multi": "all of four facts",
-    "copy": "copying",
-}
-METHOD_TITLES = {"teacher_forced": "teacher-forced", "generation": "generated"}
 
 
 def _recall_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
     values = result["recall"]
-    tables = []
-    for method in values["count"]:
-        title = METHOD_TITLES[method]
-        table = Table(
-            f"recall, {title}: exact answers by distance in tokens ({counted(values['count'][method], 'probe')} each)",
-            ["probe", "distance", *head, "recovery"],
-        )
-        for kind, methods in values["model"].items():
-            for distance in methods.get(method, {}):
-                cells = [values[column][kind][method][distance] for column in columns]
-                recovered = _recovered(values, (kind, method, distance), fails_below=FAILS_BELOW)
-                table.rows.append([RECALL_TITLES[kind], distance, *map(percent, cells), recovered])
-        if table.rows:
-            tables.append(table)
-    return tables
+    recovery = values["recovery"]
+    table = Table(
+        f"recall in {values['text']['name']}: {counted(values['count'], 'needle')} a distance, answered exactly",
+        ["", *head, "recovery"],
+    )
+    for distance in values["model"]["needle"]:
+        cells = [values[column]["needle"][distance]["exact"] for column in columns]
+        shown = "-"
+        if recovery is not None:
+            ends = (values[column]["needle"][distance]["exact"] for column in ("base", "window_only"))
+            shown = recovered(recovery["needle"][distance], recall_gap(*ends).missing)
+        table.rows.append([f"a code stated {int(distance):,} tokens before", *map(percent, cells), shown])
+    if "second_reading" in values["model"]:
+        shown = "-" if recovery is None else recovered(recovery["second_reading"])
+        cells = [number(values[column]["second_reading"]) for column in columns]
+        table.rows.append([f"second reading, {values['gap']} tokens between: nats a token", *cells, shown])
+    return [table] if table.rows else []
+
+
+def base_fails_note(result: dict) -> str | None:
+    """A sentence where the base itself does not find what a text said, so that no needles were asked for."""
+    values = result.get("recall", {})
+    distance = values.get("base_fails")
+    if distance is None:
+        return None
+    right = round(values["base"]["needle"][distance]["exact"] * values["count"])
+    return (
+        f"Needles: the base itself answers {right} of {values['count']} a mere {distance} tokens back, so neither the "
+        "model nor longer distances were asked."
+    )
 
 
 def _task_tables(result: dict, columns: list[str], head: list[str]) -> list[Table]:
@@ -183,9 +195,13 @@ def _task_tables(result: dict, columns: list[str], head: list[str]) -> list[Tabl
             figures = [values[column][task][metric] for column in columns]
             share = _is_share(figures)
             cells = [_task_figure(figure, share) for figure in figures]
-            recovered = _recovered(values, (task, metric), lambda cell: cell["value"])
+            shown = "-"
+            if values["recovery"] is not None:
+                ends = (values[column][task][metric] for column in ("base", "window_only"))
+                gap = task_gap(metric, *ends, values["chance"][task][metric])
+                shown = recovered(values["recovery"][task][metric], gap and gap.missing)
             name = f"{metric}, %" if share else metric
-            table.rows.append([task, "-" if shots is None else f"{shots}", name, *cells, recovered])
+            table.rows.append([task, "-" if shots is None else f"{shots}", name, *cells, shown])
     published = values.get("published")
     return [table, _published_table(published)] if published else [table]
 
@@ -223,16 +239,9 @@ def _published_table(published: dict) -> Table:
     return table
 
 
-def _recovered(values: dict, path: tuple[str, ...], figure=lambda cell: cell, fails_below: float = 0.0) -> str:
-    """The recovery at `path`, or, where the base scores nothing or less than `fails_below`, words that say so."""
-    recovery, base = values["recovery"], values.get("base")
-    if recovery is None:
-        return "-"
-    for name in path:
-        recovery = recovery[name]
-        base = base[name]
-    share = figure(base)
-    return BASE_FAILS if share is not None and (share == 0 or share < fails_below) else percent(recovery)
+def recovered(share: float | None, missing: str | None = NO_GAP) -> str:
+    """The share of the gap that is closed, in percent, or in words why there is none."""
+    return (missing or "-") if share is None else percent(share)
 
 
 PARTS = {
@@ -243,6 +252,18 @@ PARTS = {
 }
 
 
+MISSING = {
+    BASE_FAILS: (
+        f"{BASE_FAILS}: the base itself answers no more than {100 * FAILS_BELOW:g} %, or is within {ERRORS} standard "
+        "errors of chance, so nothing can be concluded about the model."
+    ),
+    NO_GAP: (
+        f"{NO_GAP}: window only is as good as the base, within {LEAST_NATS} nats a token, {100 * FAILS_BELOW:g} % of "
+        f"the needles or {ERRORS} standard errors of a task, so this does not see what was linearized."
+    ),
+}
+
+
 def eval_notes(result: dict) -> list[str]:
     """Sentences that belong under the tables."""
     column = result["model"]["base_column"]
@@ -250,11 +271,16 @@ def eval_notes(result: dict) -> list[str]:
     notes = [f"{column['label']}: {column['source']}. {control}."]
     if column["label"] != BASE:
         notes.append("The original base is not at hand, so no recovery is shown; name it with --against.")
-    if any(BASE_FAILS in row for table in eval_tables(result) for row in table.rows):
+    else:
         notes.append(
-            f"{BASE_FAILS}: the base itself scores 0, or recalls less than {100 * FAILS_BELOW:g} %, so nothing can be "
-            "concluded about the model."
+            "recovery: the share of the gap between window only and base that the model closes, less than 0 where the "
+            "model is worse than window only; of perplexities in nats."
         )
+        tables = [table for table in eval_tables(result) if table.header[-1] == "recovery"]
+        shown = {row[-1] for table in tables for row in table.rows}
+        notes += [sentence for word, sentence in MISSING.items() if word in shown]
+    if failed := base_fails_note(result):
+        notes.append(failed)
     tasks = result.get("tasks", {})
     if "published" in tasks and tasks["published"] is None:
         notes.append("No figures are published for a base of these shapes.")
@@ -324,14 +350,16 @@ def _evaluated(found: dict) -> list[tuple[str, tuple[str, ...], tuple[str, ...],
     if "agreement" in evaluation:
         title = f"agreement with the base on {evaluation['agreement']['text']['name']}"
         add(title, ("",), ("KL, nats a token",), "agreement", ("kl",), number)
+        for bucket in evaluation["agreement"]["model"]["by_position"]:
+            add(title, ("",), (f"at tokens {bucket}",), "agreement", ("by_position", bucket), number)
         add(title, ("",), ("same top token, %",), "agreement", ("top1",), _points)
     recall = evaluation.get("recall", {})
-    for method in recall.get("count", {}):
-        for kind, methods in recall["model"].items():
-            for distance in methods.get(method, {}):
-                title = f"recall, {METHOD_TITLES[method]}, %"
-                labels = (RECALL_TITLES[kind], distance)
-                add(title, ("probe", "distance"), labels, "recall", (kind, method, distance), _points)
+    for distance in recall["model"]["needle"] if recall else ():
+        labels = (f"a code stated {int(distance):,} tokens before, %",)
+        add("recall", ("",), labels, "recall", ("needle", distance, "exact"), _points)
+    if "second_reading" in recall.get("model", {}):
+        labels = (f"second reading, {recall['gap']} tokens between: nats",)
+        add("recall", ("",), labels, "recall", ("second_reading",), number)
     for task, metrics in evaluation.get("tasks", {}).get("model", {}).items():
         for metric in metrics:
             share = _is_share([evaluation["tasks"][column][task][metric] for column in TITLES])

@@ -18,7 +18,7 @@ from liger_cli.system.untrusted import read_bytes, read_json
 T = TypeVar("T")
 
 RESULTS = "results.json"
-FORMAT = 1
+FORMAT = 2
 PARTS = ("eval", "bench")
 STAMP = ("created", "command", "versions")
 EVALUATED = ("perplexity", "agreement", "recall", "tasks")

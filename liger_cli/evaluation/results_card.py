@@ -4,14 +4,14 @@ import re
 import sys
 from pathlib import Path
 
-from liger_cli.evaluation.plots import bench_plot, recall_plot
+from liger_cli.evaluation.plots import bench_plot, position_plot
 from liger_cli.evaluation.report import bench_notes, bench_tables, eval_notes, eval_tables, sample_table
 from liger_cli.evaluation.results import EVALUATED, RESULTS, keep, read_results, rewrite_card, shown
 from liger_cli.system.errors import LigerError
 from liger_cli.system.escape import markdown, printable
 
 PLOT = re.compile(r"\w+\.png", re.ASCII)
-PLOTS = {"eval": recall_plot, "bench": bench_plot}
+PLOTS = {"eval": position_plot, "bench": bench_plot}
 
 
 def keep_result(folder: Path, part: str, result: dict) -> list[str]:

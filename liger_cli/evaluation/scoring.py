@@ -22,13 +22,15 @@ class Rows:
     Attributes:
         ids: [N, seq_len + 1] int64; the last row is padded on the right, where a causal model does not see it.
         lengths: predictions in each row, [N].
-        tokens, nbytes: predictions in all, and UTF-8 bytes of the text.
+        tokens, nbytes: predictions in all, and UTF-8 bytes of what was predicted.
+        stream: token ids of the whole text.
     """
 
     ids: object
     lengths: object
     tokens: int
     nbytes: int
+    stream: list[int]
 
 
 def read_texts(path: Path) -> list[str]:
@@ -58,10 +60,13 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def make_rows(tokenizer, texts: list[str], seq_len: int) -> Rows:
+def make_rows(tokenizer, texts: list[str], seq_len: int, most: int | None = None) -> Rows:
     """Join the texts, each after the tokenizer's BOS token (else its EOS token), and cut them into rows.
 
     Every token of the texts is predicted exactly once, the separating tokens never.
+
+    Args:
+        most: rows that are taken, at even distances; all by default.
     """
     import torch
 
@@ -73,13 +78,16 @@ def make_rows(tokenizer, texts: list[str], seq_len: int) -> Rows:
         stream += separator + tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(stream) < 2:
         raise LigerError("the text is too short to predict a single token")
-    for first in range(0, len(stream) - 1, seq_len):
+    starts = range(0, len(stream) - 1, seq_len)
+    taken = len(starts) if most is None else min(most, len(starts))
+    for first in (starts[index * len(starts) // taken] for index in range(taken)):
         row = stream[first : first + seq_len + 1]
         lengths.append(len(row) - 1)
         rows.append(row + [row[-1]] * (seq_len + 1 - len(row)))
-    return Rows(
-        torch.tensor(rows), torch.tensor(lengths), sum(lengths), sum(len(text.encode("utf-8")) for text in texts)
-    )
+    nbytes = sum(len(text.encode("utf-8")) for text in texts)
+    if sum(lengths) < len(stream) - 1:  # what was left out has no bytes of its own to count
+        nbytes = round(nbytes * sum(lengths) / (len(stream) - 1))
+    return Rows(torch.tensor(rows), torch.tensor(lengths), sum(lengths), nbytes, stream)
 
 
 def batch_size_for(rows: Rows, vocab_size: int, batch_size: int | None) -> int:

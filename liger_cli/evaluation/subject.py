@@ -237,9 +237,9 @@ def pick_dtype(device: str, dtype: str):
 
 
 def _load_liger(folder: Path, dtype, device: str):
-    from liger_cli.checkpoint.model_code import load_model
+    from liger_cli.checkpoint.model_code import generate_plainly, load_model
 
-    return load_model(folder, dtype=dtype).to(device).eval()
+    return generate_plainly(load_model(folder, dtype=dtype)).to(device).eval()
 
 
 def _load_original(folder: Path, dtype, device: str):
@@ -247,6 +247,7 @@ def _load_original(folder: Path, dtype, device: str):
     import transformers
 
     from liger_cli.checkpoint.converted import refuse_detours
+    from liger_cli.checkpoint.model_code import generate_plainly
 
     base = read_checkpoint(folder, experimental=True)
     refuse_detours(base.folder, folder, base.config)
@@ -259,7 +260,7 @@ def _load_original(folder: Path, dtype, device: str):
         raise
     except Exception as error:  # a value in config.json that the family's classes refuse
         raise ModelError(f"the base {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return model.to(device).eval()
+    return generate_plainly(model).to(device).eval()
 
 
 def _base_folder(name: str) -> Path:

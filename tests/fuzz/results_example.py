@@ -10,7 +10,8 @@ MODEL = {
 }  # fmt: skip
 STAMP = {"created": "2026-01-02T03:04:05+00:00", "command": ["liger"], "versions": {"liger": "0.1.0", "torch": None}}
 FIGURE = {"token": 2.0, "byte": 1.0, "by_position": {"1-64": 2.0}}
-RECALL = {"single": {"teacher_forced": {"64": 0.5}, "generation": {"64": 0.5}}}
+RECALL = {"needle": {"128": {"exact": 0.5, "digits": 0.7}}, "second_reading": 0.3}
+AGREEMENT = {"kl": 0.1, "top1": 0.9, "by_position": {"1-64": 0.1}}
 TASK = {"piqa": {"acc": {"value": 0.5, "stderr": 0.01, "higher_is_better": True}}}
 
 
@@ -30,19 +31,21 @@ RESULTS = {
             **dict.fromkeys(COLUMNS, FIGURE), "recovery": FIGURE,
             "text": {"name": "t", "tokens": 1000, "bytes": 4000, "seq_len": 64}, "measured": {**STAMP, "seed": 1},
         },
-        "agreement": {**dict.fromkeys(COLUMNS, {"kl": 0.1, "top1": 0.9}), "recovery": 0.9, "text": {"name": "t"}},
+        "agreement": {
+            **dict.fromkeys(COLUMNS, AGREEMENT), "recovery": AGREEMENT, "text": {"name": "t"},
+        },
         "recall": {
-            **dict.fromkeys(COLUMNS, RECALL), "recovery": RECALL,
-            "count": {"teacher_forced": 8, "generation": 4},
+            **dict.fromkeys(COLUMNS, RECALL), "recovery": {"needle": {"128": 0.5}, "second_reading": 0.9},
+            "count": 8, "gap": 300, "base_fails": None, "text": {"name": "t"},
         },
         "tasks": {
-            **dict.fromkeys(COLUMNS, TASK), "recovery": {"piqa": {"acc": 1.0}},
+            **dict.fromkeys(COLUMNS, TASK), "recovery": {"piqa": {"acc": 1.0}}, "chance": {"piqa": {"acc": 0.5}},
             "settings": {"num_fewshot": None, "limit": None, "metadata": None}, "published": None,
             "details": {"piqa": {"num_fewshot": 0, "version": 1.0, "examples": 10}},
             "harness": {"lm_eval": "0.4.9", "seed": 0},
         },
         "samples": [{"prompt": "p", "base": "b", "model": "m", "window_only": "w"}],
-        "plots": ["recall.png"],
+        "plots": ["evaluation.png"],
     },
     "bench": {
         **STAMP, "model": MODEL, "rows": [_row("model"), _row("base")],
