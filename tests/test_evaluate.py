@@ -357,7 +357,7 @@ def test_some_rows_of_a_long_text(subject):
 )
 def test_generation_is_greedy_whatever_the_folder_says(shipped, tmp_path, settings):
     """generation_config.json neither changes nor ends a greedy generation, of the model or of a base of its own."""
-    from liger_cli.samples import write_samples
+    from liger_cli.evaluation.samples import write_samples
 
     folder = shutil.copytree(shipped, tmp_path / "c", copy_function=os.link)
     (folder / "generation_config.json").unlink()
@@ -582,7 +582,7 @@ def test_recovery_of_a_task_goes_by_what_is_better(subject, monkeypatch):
 
 def test_chance_of_a_task():
     """1 / choices of the examples that ran, 0 where text is scored, unknown where a metric counts no right answers."""
-    from liger_cli.harness import _chance
+    from liger_cli.evaluation.harness import _chance
 
     sample = lambda choices: {"filtered_resps": [0] * choices}  # noqa: E731
     results = {

@@ -67,7 +67,7 @@ def words(command: str, *more) -> list[str]:
         "finetune": ("finetune", "made", "--data", "text.jsonl", "--output", "out", *SMALL,
                      "--max-steps", "12", "--save-steps", "2", "--eval-steps", "6"),
         "merge": ("merge", "lora", "--output", "out"),
-        "eval": ("eval", "made", "--perplexity", "text.jsonl", "--seq-len", "32"),
+        "eval": ("eval", "made", "--perplexity", "--data", "text.jsonl", "--seq-len", "32"),
         "bench": ("bench", "made", "--seq-len", "64", "--repetitions", "2", "--new-tokens", "2"),
     }  # fmt: skip
     return [sys.executable, "-m", "liger_cli", *lines[command], *map(str, more)]
@@ -191,11 +191,29 @@ def test_terminated_training_says_how_to_go_on(place):
     assert busy.returncode == 2 and "--resume" in one_sentence(busy.stderr)
 
 
+MEASURING = """
+import sys, time
+from liger_cli.commands import evaluate
+
+real = evaluate.evaluate
+
+def announced(*arguments, **options):
+    print("measuring", file=sys.stderr, flush=True)
+    real(*arguments, **options)
+    time.sleep(100)
+
+evaluate.evaluate = announced
+from liger_cli.main import main
+main()
+"""
+
+
 def test_ctrl_c_while_evaluating_leaves_nothing(place):
     base = digest(place / "base")
     before = digest(place / "made")
-    process = start(words("eval"), place)
-    time.sleep(random.Random(1).uniform(0.3, 1.5))
+    process = start([sys.executable, "-c", MEASURING, *words("eval")[3:]], place)
+    assert "measuring" in process.stderr.readline()
+    time.sleep(random.Random(1).uniform(0, 0.5))
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
