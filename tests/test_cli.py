@@ -14,6 +14,7 @@ from liger_cli.commands import convert
 from liger_cli.main import app
 from liger_cli.system import errors
 from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
+from liger_cli.training.recipes import load_recipe
 
 runner = CliRunner()
 
@@ -125,11 +126,28 @@ def test_json_is_one_object(sparse_base, tmp_path, monkeypatch):
     assert report["bytes"] == 2 * report["parameters"] > 0
 
 
+def test_models_of_a_recipe(sparse_base, tmp_path, monkeypatch):
+    """`convert --recipe` takes the settings that the recipe is for; what the command line says stands."""
+    monkeypatch.chdir(tmp_path)
+    base, layers = sparse_base(), []
+    for options in ([], ["--window", "16"], ["--mix", "0.5", "--sinks", "4"]):
+        result = runner.invoke(app, ["convert", str(base), "--dry-run", "--json", "--recipe", "lolcats", *options])
+        assert result.exit_code == 0, result.output
+        layers.append(json.loads(result.stdout)["layers"][0])
+    wanted = load_recipe("lolcats").model
+    assert wanted.items() <= layers[0].items() and layers[0]["sinks"] == 0
+    assert layers[1] == {**layers[0], "window": 16} and layers[2] == {**layers[0], "mix": 0.5, "sinks": 4}
+    for name, words in (("best", "models of any settings"), ("lolcat", "did you mean")):
+        result = runner.invoke(app, ["convert", str(base), "--recipe", name])
+        assert result.exit_code == 2 and words in result.output, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_plan_for_people(liger, sparse_base):
     done = liger("convert", sparse_base(), "--dry-run", "--gate", "gsa", "--softmax-layers", "every:4")
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
-    for words in ("0-2", "liger gsa", "softmax", "128K", "was not written", "slots 64"):
+    for words in ("0-2", "liger gsa", "softmax", "128K", "was not written", "slots 128"):
         assert words in done.stdout, done.stdout
 
 

@@ -100,15 +100,6 @@ class Unit:
         return f"{self.row.name}-{show_tokens(self.budget)}{other}-seed{self.seed}"
 
 
-LOLCATS = (
-    *("--gate", "none", "--feature-map", "hedgehog", "--feature-params", "learned", "--positions", "rope"),
-    *("--normalizer", "joint-max", "--delayed", "--mix", "0.9"),
-)
-SUPRA = (
-    *("--gate", "lightning", "--feature-map", "relu", "--feature-params", "dense", "--positions", "after"),
-    *("--normalizer", "group", "--window", "0"),
-)
-
 # The same number of kept tokens in every layer, where a calibration shares as many out.
 UNIFORM = ("--calibrate", "--kept", str(CALIBRATED_KEPT))
 
@@ -161,8 +152,8 @@ TRAINED = (
         "best-heads-auto1", ("--calibrate", "--softmax-heads", "auto:1"), "best", control="window-only-best",
         group="trained",
     ),
-    Row("lolcats", LOLCATS, "lolcats", control="window-only-trained", group="trained"),
-    Row("supra", SUPRA, "supra", control="window-only-trained", group="trained"),
+    Row("lolcats", ("--recipe", "lolcats"), "lolcats", control="window-only-trained", group="trained"),
+    Row("supra", ("--recipe", "supra"), "supra", control="window-only-trained", group="trained"),
     Row("distill", ("--gate", "gla"), "distill", control="window-only-kl", group="trained"),
     Row(
         "kl-running", ("--gate", "gla", "--normalizer", "running", "--branch-scales"), "distill", KL,
