@@ -8,17 +8,20 @@ import sys
 from contextlib import nullcontext
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Cache
 
 from .liger_branches import mixed_attention, packed_attention
-from .liger_cache import CACHE
 from .liger_config import LayerSpec
 from .liger_extras import NAMES, extra_tensors
 from .liger_gates import GATES, mapped
 from .liger_kept import keep_scores
 from .liger_rows import at_places, document_positions, tokens_last, unpack_rows
+from .liger_transformers import (
+    ALL_ATTENTION_FUNCTIONS,
+    CACHE,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 MODES = ("liger", "softmax", "window")
 # Elements of a layer's queries from which its branches are computed again in backward: below, they keep little.
@@ -39,7 +42,7 @@ def _across_heads(x, weight, bias):
 
 
 class LigerAttention:
-    """Mixed in before the family's attention class by `liger_model.linearize`.
+    """Mixed in before the family's attention class; `LigerDecoder.linearize` puts it in its place.
 
     Attributes:
         liger_spec: the layer's `LayerSpec`.
@@ -270,7 +273,10 @@ class LigerAttention:
         return self.output_projection(output)
 
     def _family_module(self):
-        return sys.modules[self.liger_family_attention.__module__]
+        """The module of transformers that the family's attention class is from."""
+        return next(
+            sys.modules[one.__module__] for one in type(self).__mro__ if one.__module__.startswith("transformers.")
+        )
 
     def _dropout(self) -> float:
         """Of the window's softmax weights, as the family has it: in training only."""

@@ -4,16 +4,11 @@ transformers builds its caches from the base's `layer_types`, which know nothing
 its own layers in on first touch, in a DynamicCache or StaticCache alike; the memory of a layer is constant.
 """
 
-from inspect import signature
-
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers import Cache, DynamicCache
 
 from .liger_rows import at_places, tokens_last
-
-# What transformers calls a cache that it passes on: `cache` since 5.24.
-CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+from .liger_transformers import CacheLayerMixin, DynamicLayer
 
 
 class LigerCacheLayer(CacheLayerMixin):
@@ -246,9 +241,9 @@ def adapt_cache(cache: Cache, attentions) -> None:
     Raises:
         ValueError: a layer was filled in the other attention mode.
     """
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) < len(attentions):
-            cache.layers.append(cache.layer_class_to_replicate())
+    make_layer = getattr(cache, "layer_class_to_replicate", None)
+    while make_layer is not None and len(cache.layers) < len(attentions):
+        cache.layers.append(make_layer())
     for index, attention in enumerate(attentions):
         layer = cache.layers[index]
         if isinstance(layer, LigerCacheLayer) == attention.keeps_state:

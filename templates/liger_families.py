@@ -1,4 +1,4 @@
-"""Where a family's attention differs from Llama's, as one short class each, chosen by the name of the family's class.
+"""Where a family's attention differs from Llama's, as one short class each; `families.FAMILIES` names it.
 
 Each is a `LigerAttention` that overrides how queries, keys and values are projected, normed and rotated, or how the
 output is projected. The identity test (mix 0, window >= T) holds every one of them to the family's own attention.
@@ -112,26 +112,3 @@ class OutputDropout(LigerAttention):
 def _clipped(config, *projected):
     limit = config.clip_qkv if hasattr(config, "clip_qkv") else None
     return projected if limit is None else tuple(x.clamp(min=-limit, max=limit) for x in projected)
-
-
-BY_FAMILY_CLASS = {
-    "Phi3Attention": FusedProjection,
-    "Olmo2Attention": FullWidthNorm,
-    "Olmo3Attention": FullWidthNorm,
-    "OlmoeAttention": FullWidthNorm,
-    "OlmoAttention": ClippedProjection,
-    "StableLmAttention": PartialRotary,
-    "PhiAttention": DenseOutput,
-    "SmolLM3Attention": RotaryWhereAsked,
-    "Cohere2Attention": RotaryInLocalLayers,
-    "Exaone4Attention": RotaryUnlessGlobal,
-    "HunYuanDenseV1Attention": NormAfterRotary,
-    "Ministral3Attention": PositionScaledQueries,
-    "Starcoder2Attention": OutputDropout,
-    "SeedOssAttention": OutputDropout,
-}
-
-
-def attention_mixin(family_attention: type) -> type:
-    """The class to put before a family's attention class: its own where it differs from Llama's."""
-    return BY_FAMILY_CLASS.get(family_attention.__name__, LigerAttention)

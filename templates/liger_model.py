@@ -1,40 +1,58 @@
-"""The model: the family's own, with its attention layers run by `LigerAttention` and a cache that fits them."""
+"""The model: the family's own, with its attention layers run by `LigerAttention` and a cache that fits them.
 
-from transformers.cache_utils import Cache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+The classes that a folder's `modeling_liger_*.py` names are these mixins before the family's own. transformers gives a
+family's model no say in the classes of its parts, so a part is built as the family's and its class changed afterwards.
+"""
+
+import torch
+from transformers import Cache
+from transformers.utils import logging
 
 from .liger_attention import MODES, LigerAttention
-from .liger_cache import CACHE, adapt_cache, cache_for
+from .liger_cache import adapt_cache, cache_for
 from .liger_config import check_heads, layer_specs
 from .liger_extras import NAMES
-from .liger_families import attention_mixin
 from .liger_rows import document_positions, pack_rows, row_layout, token_positions
+from .liger_transformers import CACHE, GenericForSequenceClassification, note_outputs
 
-try:
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-except ImportError:  # a transformers without this private table has no need of an entry in it
-    _CAN_RECORD_REGISTRY = {}
+logger = logging.get_logger(__name__)
 
-_CLASSES: dict[tuple[type, ...], type] = {}
-
-
-def _mixed(mixin: type, base: type) -> type:
-    """One class `Liger<Base>` for each pair, so that two models of a family share their classes."""
-    if (mixin, base) not in _CLASSES:
-        attributes = {"__module__": mixin.__module__, "liger_family_attention": base}
-        _CLASSES[mixin, base] = type(f"Liger{base.__name__}", (mixin, base), attributes)
-    return _CLASSES[mixin, base]
-
-
-def keep_weight_names(model_type: str, liger_model_type: str) -> None:
-    """Read and write weights under the names of the family's files, which for experts differ from those in memory."""
-    mapping = get_checkpoint_conversion_mapping(model_type)
-    if mapping is not None:
-        register_checkpoint_conversion_mapping(liger_model_type, mapping, overwrite=True)
+NO_CONTINUOUS_BATCHING = (
+    "continuous batching keeps keys and values in pages, which have no place for the recurrent state of a Liger layer: "
+    "use `generate` with padded batches"
+)
 
 
 class LigerDecoder:
-    """Mixed in before the family's decoder (`Qwen3Model`, ...): brings the padding mask and the cache to the layers."""
+    """Mixed in before the family's decoder (`Qwen3Model`, ...): brings the padding mask and the cache to the layers.
+
+    Attributes:
+        liger_attention: the class of its attention layers.
+    """
+
+    liger_attention: type[LigerAttention]
+    _is_stateful = True
+    _can_compile_fullgraph = False
+    # A server that puts its own attention into a model would run this one without its state.
+    _supports_attention_backend = False
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.linearize()
+
+    def linearize(self) -> None:
+        """Make the family's attention layers Liger's, as `config.liger` says; their weights stay where they are."""
+        config = self.config
+        specs = layer_specs(getattr(config, "liger", None), config.num_hidden_layers)
+        check_heads(specs, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        for layer, spec in zip(self.layers, specs, strict=True):
+            attention = layer.self_attn
+            attention.__class__ = self.liger_attention
+            attention.liger_spec = spec
+            attention.liger_mode = "liger"
+            attention.add_extra_parameters()
+        extras = {name.rpartition(".")[2] for name, _ in self.named_parameters()} & set(NAMES)
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | extras
 
     def forward(
         self,
@@ -55,6 +73,7 @@ class LigerDecoder:
             ValueError: a mask that is not [B, S], since a recurrence has no pairs of positions to mask; packed
                 documents and a cache, which goes on from one text a row.
         """
+        self._say_what_is_not_there(kwargs.get("output_attentions"))
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
             raise ValueError(
                 "a Liger model takes a padding mask of shape [batch, tokens], not a prepared attention mask"
@@ -87,6 +106,13 @@ class LigerDecoder:
             **kwargs,
         )
 
+    def _say_what_is_not_there(self, output_attentions: bool | None) -> None:
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if wanted and any(attention.keeps_state for attention in self.liger_attentions()):
+            logger.warning_once(
+                "output_attentions: Liger layers have no attention weights; `attentions` has those of other layers alone"
+            )
+
     def _turns_features(self) -> bool:
         """Whether a recurrence reads rotated queries and keys: a feature map of them depends on where a text begins."""
         attentions = (attention for attention in self.liger_attentions() if attention.keeps_state)
@@ -106,26 +132,28 @@ class LigerDecoder:
 
 
 class LigerForCausalLM:
-    """Mixed in before the family's causal language model (`Qwen3ForCausalLM`, ...)."""
+    """Mixed in before the family's causal language model (`Qwen3ForCausalLM`, ...).
 
+    Attributes:
+        liger_decoder: the class of its decoder.
+    """
+
+    liger_decoder: type[LigerDecoder]
     _is_stateful = True
     _can_compile_fullgraph = False
+    _supports_attention_backend = False
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         decoder = self.get_decoder()
-        decoder.__class__ = _mixed(LigerDecoder, type(decoder))
-        # transformers notes by class name, when a model is built, what it can record (hidden states, router logits).
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
-        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | set(NAMES)
-        specs = layer_specs(getattr(config, "liger", None), config.num_hidden_layers)
-        check_heads(specs, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        for layer, spec in zip(decoder.layers, specs, strict=True):
-            attention = layer.self_attn
-            attention.__class__ = _mixed(attention_mixin(type(attention)), type(attention))
-            attention.liger_spec = spec
-            attention.liger_mode = "liger"
-            attention.add_extra_parameters()
+        decoder.__class__ = self.liger_decoder
+        decoder.linearize()
+        note_outputs(decoder)
+        self._keep_in_fp32_modules_strict.update(decoder._keep_in_fp32_modules_strict)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises ValueError: `generate_batch` and servers' continuous batching have no place for a state."""
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds=None, attention_mask=None, *args, **kwargs):
@@ -150,3 +178,17 @@ class LigerForCausalLM:
             if not 0 <= index < len(attentions):
                 raise ValueError(f"there is no layer {index}; the model has {len(attentions)}")
             attentions[index].liger_mode = mode
+
+
+class LigerForSequenceClassification(GenericForSequenceClassification):
+    """Mixed in before the family's pretrained model: a decoder and one linear map of its last token's output."""
+
+    liger_decoder: type[LigerDecoder]
+    _supports_attention_backend = False
+
+    def __init__(self, config):
+        super(GenericForSequenceClassification, self).__init__(config)  # whose own asks AutoModel for the decoder
+        self.num_labels = config.num_labels
+        self.model = self.liger_decoder(config)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

@@ -37,7 +37,7 @@ class Side:
         """Seconds to read `tokens` random tokens, and the cache. Raises OutOfTime after `limit` seconds."""
         import torch
 
-        from liger_cli.templates.liger_cache import CACHE
+        from liger_cli.templates.liger_transformers import CACHE
 
         ids = self._random_ids(tokens)
         with self.activate() as model, torch.inference_mode(), _deadline(model, limit):
@@ -51,7 +51,7 @@ class Side:
         """Seconds of one decoding step, [B, 1] tokens, from the cache."""
         import torch
 
-        from liger_cli.templates.liger_cache import CACHE
+        from liger_cli.templates.liger_transformers import CACHE
 
         with self.activate() as model, torch.inference_mode():
             ids = self._random_ids(1)

@@ -29,7 +29,7 @@ from liger_cli.conversion.plan_edits import resized, without_recurrence
 from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.progress import progress
-from liger_cli.templates.liger_cache import CACHE
+from liger_cli.templates.liger_transformers import CACHE
 
 ROWS, SHARED_BY, HELD_OUT, ROW_TOKENS = 24, 8, 8, 512
 TEXT_KINDS = ("story", "facts", "recall", "drill", "chat")

@@ -18,6 +18,7 @@ from liger_cli.conversion.plan import Plan
 from liger_cli.conversion.plan_edits import constant_bytes, resized, without_recurrence
 from liger_cli.system.progress import progress
 from liger_cli.templates.liger_cache import CACHE
+from liger_cli.templates.liger_transformers import CACHE
 
 DRAWS = 2  # of the tokens that a likelihood is taken of
 LEAST = (0.0, 0.25, 0.5)  # of the mean that every layer keeps in a first try

@@ -7,8 +7,8 @@ import torch
 from liger_cli.calibration.choice import Kept
 from liger_cli.calibration.meter import Batch, Meter
 from liger_cli.conversion.requests import Head
-from liger_cli.templates.liger_cache import CACHE
 from liger_cli.templates.liger_heads import masked_attention
+from liger_cli.templates.liger_transformers import CACHE
 
 SAMPLE = 64  # tokens of a row that are looked at beside the hard ones
 

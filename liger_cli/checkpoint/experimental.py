@@ -20,7 +20,7 @@ def experimental_family(model_type: str, config: dict | None = None) -> Family:
     Raises:
         ModelError: transformers has no such model, or its config class refuses `config`.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     architecture = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type))
@@ -36,6 +36,8 @@ def experimental_family(model_type: str, config: dict | None = None) -> Family:
         ministral_local_layers,
         "experimental",
         config_prefix=config_name.removesuffix("Config"),
+        package=model_type_to_module_name(model_type),
+        renames_weights=True,
         qkv_bias=False,
         output_bias=False,
         feed_forward=family_tensors.anything,

@@ -80,10 +80,14 @@ class Family:
 
     Attributes:
         model_type: the base's `model_type`.
-        prefix: of the transformers classes: `<prefix>Config`, `<prefix>ForCausalLM`.
+        prefix: of the transformers classes: `<prefix>ForCausalLM`, `<prefix>Attention`, ...
         find_local: config.json -> for each layer, whether it is already local in the base.
         note: what is special about it, for `liger families`.
-        config_prefix: of the config class, where it is not `prefix`.
+        config_prefix: of `<prefix>Config` and `<prefix>Model`, where it is not `prefix`.
+        package: of `transformers.models`, where it is not `model_type`.
+        attention: the class of `liger_families` for the family's attention layers; `LigerAttention` where these are
+            Llama's, but for what their projections and norms are called.
+        renames_weights: tensors have other names in memory than in files: experts, and where nothing is known.
         defaults: what the config class takes for fields that config.json does not have.
         lora_targets: the projections of queries, keys and values, as PEFT's `target_modules`.
         output_projection: name of the attention's output projection.
@@ -102,6 +106,9 @@ class Family:
     find_local: Callable[[dict], list[bool]] = layer_types_or_full
     note: str = ""
     config_prefix: str = ""
+    package: str = ""
+    attention: str = "LigerAttention"
+    renames_weights: bool = False
     defaults: dict = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output_projection: str = "o_proj"
@@ -122,6 +129,11 @@ class Family:
     def config_class(self) -> str:
         """Name of the family's config class in transformers."""
         return f"{self.config_prefix or self.prefix}Config"
+
+    @property
+    def decoder_class(self) -> str:
+        """Name of the family's decoder in transformers, the model without a language-model head."""
+        return f"{self.config_prefix or self.prefix}Model"
 
     def with_defaults(self, config: dict) -> dict:
         """config.json with the config class's defaults for the fields that it does not have."""
@@ -163,10 +175,12 @@ FAMILIES = {
         Family(
             "ministral3", "Ministral3", all_local_if_sliding, "queries scaled by position beyond the trained length",
             defaults={"num_key_value_heads": 8, "head_dim": 128}, **NO_BIAS,
+            attention="PositionScaledQueries",
         ),
         Family(
             "mixtral", "Mixtral", all_local_if_sliding, "mixture of experts",
-            defaults={"num_key_value_heads": 8, "num_local_experts": 8}, feed_forward=tensors.mixtral, **NO_BIAS,
+            defaults={"num_key_value_heads": 8, "num_local_experts": 8}, feed_forward=tensors.mixtral,
+            renames_weights=True, **NO_BIAS,
         ),
         Family(
             "qwen2", "Qwen2", qwen_local_layers, "biases on q, k, v",
@@ -179,6 +193,7 @@ FAMILIES = {
                 "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1,
             },
             qkv_bias="qkv_bias", output_bias=False, feed_forward=tensors.experts_and_shared,
+            renames_weights=True,
         ),
         Family(
             "qwen3", "Qwen3", qwen_local_layers, "norms on q and k",
@@ -191,6 +206,7 @@ FAMILIES = {
                 "moe_intermediate_size": 768, "decoder_sparse_step": 1,
             },
             qk_norm=tensors.head_norm, feed_forward=tensors.experts,
+            renames_weights=True,
         ),
         Family(
             "gemma", "Gemma", no_local_layers, "heads wider than hidden size / heads; tied embeddings",
@@ -204,35 +220,44 @@ FAMILIES = {
         Family(
             "gemma3_text", "Gemma3", partial(pattern, 6),
             "5 of 6 layers local, with a rotary base of their own; norms on q and k; text models only",
-            config_prefix="Gemma3Text",
+            config_prefix="Gemma3Text", package="gemma3",
             defaults={"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, **TIED},
             qk_norm=tensors.head_norm, norms=ATTENTION_AND_MLP_NORMS,
         ),
         Family(
             "phi3", "Phi3", all_local_if_sliding, "Phi-3 and Phi-4; q, k, v in one matrix; Phi-4-mini: partial rotary",
             lora_targets=("qkv_proj",), fused_qkv=True, feed_forward=tensors.gated_fused, **NO_BIAS,
+            attention="FusedProjection",
         ),
-        Family("olmo", "Olmo", no_local_layers, "q, k, v clipped; norms without weights", norms=(), final_norm=""),
+        Family(
+            "olmo", "Olmo", no_local_layers, "q, k, v clipped; norms without weights", norms=(), final_norm="",
+            attention="ClippedProjection",
+        ),
         Family(
             "olmo2", "Olmo2", no_local_layers, "norms over all heads of q and k together; norms after the blocks",
             qk_norm=tensors.full_norm, norms=POST_NORMS,
+            attention="FullWidthNorm",
         ),
         Family(
             "olmo3", "Olmo3", partial(pattern, 4), "3 of 4 layers local; norms over all heads of q and k together",
             defaults={"sliding_window": 4096}, qk_norm=tensors.full_norm, norms=POST_NORMS,
+            attention="FullWidthNorm",
         ),
         Family(
             "olmoe", "Olmoe", no_local_layers, "mixture of experts; norms over all heads; q, k, v clipped",
             defaults={"num_experts": 64}, qk_norm=tensors.full_norm, feed_forward=tensors.experts,
+            renames_weights=True, attention="FullWidthNorm",
         ),
         Family("granite", "Granite", no_local_layers, "own score scale (attention_multiplier)"),
         Family(
             "granitemoe", "GraniteMoe", no_local_layers, "mixture of experts; own score scale (attention_multiplier)",
             defaults={"num_local_experts": 8}, feed_forward=tensors.granite_experts,
+            renames_weights=True,
         ),
         Family(
             "smollm3", "SmolLM3", smollm3_local_layers, "every fourth layer without rotary embedding",
             defaults={"num_key_value_heads": 4, "no_rope_layer_interval": 4, **TIED},
+            attention="RotaryWhereAsked",
         ),
         Family(
             "glm", "Glm", no_local_layers, "glm-4-9b; interleaved rotary on half of each head",
@@ -252,11 +277,13 @@ FAMILIES = {
         Family(
             "cohere2", "Cohere2", partial(pattern, 4), "3 of 4 layers local; global layers without rotary embedding",
             defaults={"sliding_window": 4096, **TIED}, norms=("input_layernorm",),
+            attention="RotaryInLocalLayers",
         ),
         Family(
             "starcoder2", "Starcoder2", all_local_if_sliding, "biases everywhere; sliding window of 4096 as published",
             defaults={"num_key_value_heads": 2, "use_bias": True, **TIED},
             qkv_bias="use_bias", output_bias="use_bias", feed_forward=tensors.starcoder2, norm_bias=True,
+            attention="OutputDropout",
         ),
         Family(
             "gpt_oss", "GptOss", partial(pattern, 2), "mixture of experts; every second layer local; sink logits",
@@ -275,6 +302,7 @@ FAMILIES = {
             "seed_oss", "SeedOss", no_local_layers, "biases on q, k, v",
             defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
             output_bias="attention_out_bias",
+            attention="OutputDropout",
         ),
         Family("arcee", "Arcee", no_local_layers, "squared ReLU without a gate", feed_forward=tensors.plain),
         Family(
@@ -290,22 +318,26 @@ FAMILIES = {
             "stablelm", "StableLm", no_local_layers, "rotary on a quarter of each head; a norm for each head in 12B",
             defaults={"num_key_value_heads": 32}, qkv_bias="use_qkv_bias", output_bias=False,
             qk_norm=tensors.stablelm_norm, norm_bias=True,
+            attention="PartialRotary",
         ),
         Family(
             "phi", "Phi", no_local_layers, "Phi-1 to Phi-2; rotary on a part of each head; biases everywhere",
             output_projection="dense", qkv_bias=True, output_bias=True, qk_norm=tensors.phi_norm,
             feed_forward=tensors.phi, norms=("input_layernorm",), final_norm="final_layernorm", norm_bias=True,
             head_bias=True,
+            attention="DenseOutput",
         ),
         Family(
             "exaone4", "Exaone4", partial(pattern, 4),
             "32B: 3 of 4 layers local, global layers without rotary embedding; norms on q and k",
             defaults={"num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4},
             qk_norm=tensors.head_norm, norms=POST_NORMS, **NO_BIAS,
+            attention="RotaryUnlessGlobal",
         ),
         Family(
             "hunyuan_v1_dense", "HunYuanDenseV1", no_local_layers, "norms on q and k after the rotary embedding",
             qk_norm=tensors.late_head_norm,
+            attention="NormAfterRotary",
         ),
     )
 }  # fmt: skip

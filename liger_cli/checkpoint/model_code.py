@@ -1,10 +1,11 @@
 """The model code: as files for a converted folder, and as the classes that liger itself runs. Both are one source."""
 
 import hashlib
-import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder, SourceLoader
 from importlib.resources import files
+from importlib.util import spec_from_loader
 from pathlib import Path
-from types import ModuleType
 
 from liger_cli.checkpoint.families import Family
 
@@ -25,6 +26,7 @@ MODULES = (
     "liger_recurrence",
     "liger_products",
     "liger_rows",
+    "liger_transformers",
     "liger_window",
 )
 
@@ -53,25 +55,39 @@ def _glue(family: Family) -> str:
     template = files("liger_cli.templates").joinpath("modeling_liger.py.jinja").read_text("utf-8")
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(
-        prefix=family.prefix, config_class=family.config_class, model_type=family.model_type
+        prefix=family.prefix,
+        config_class=family.config_class,
+        decoder_class=family.decoder_class,
+        model_type=family.model_type,
+        package=family.package or family.model_type,
+        attention=family.attention,
+        renames_weights=family.renames_weights,
     )
 
 
 def model_classes(family: Family) -> tuple[type, type]:
     """The config class and the causal-LM class of a family, from liger's installed model code."""
-    name = f"liger_cli.templates.{glue_name(family)}"
-    if name not in sys.modules:
-        module = ModuleType(name)
-        module.__package__ = "liger_cli.templates"
-        module.__file__ = f"{glue_name(family)}.py"
-        sys.modules[name] = module
-        try:
-            exec(compile(_glue(family), module.__file__, "exec"), module.__dict__)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    module = sys.modules[name]
+    module = import_module(f"liger_cli.templates.{glue_name(family)}")
     return getattr(module, f"Liger{family.prefix}Config"), getattr(module, f"Liger{family.prefix}ForCausalLM")
+
+
+class GlueImporter(MetaPathFinder, SourceLoader):
+    """Imports `liger_cli.templates.modeling_liger_<model type>`, which exists as a template only, as if it were a file:
+    models of liger's own classes can be pickled into other processes, and tracebacks show their lines."""
+
+    PREFIX = "liger_cli.templates.modeling_liger_"
+
+    def find_spec(self, fullname, path=None, target=None):
+        return spec_from_loader(fullname, self) if fullname.startswith(self.PREFIX) else None
+
+    def get_filename(self, fullname: str) -> str:
+        return f"{fullname.rpartition('.')[2]}.py"
+
+    def get_data(self, path) -> bytes:
+        from liger_cli.checkpoint.experimental import family_of
+
+        model_type = Path(path).stem.removeprefix(self.PREFIX.rpartition(".")[2])
+        return _glue(family_of(model_type)).encode()
 
 
 def load_config(folder, family: Family | None = None):

@@ -64,6 +64,14 @@ def write_converted(
     return how
 
 
+AUTO_CLASSES = {
+    "AutoConfig": "Config",
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+}
+
+
 def converted_config(plan: Plan) -> dict:
     """The base's config.json, every field kept, with the names of the Liger classes and the `liger` block."""
     family = plan.checkpoint.family
@@ -72,7 +80,7 @@ def converted_config(plan: Plan) -> dict:
         **plan.checkpoint.config,
         "architectures": [f"{model}ForCausalLM"],
         "model_type": f"liger_{family.model_type}",
-        "auto_map": {"AutoConfig": f"{module}.{model}Config", "AutoModelForCausalLM": f"{module}.{model}ForCausalLM"},
+        "auto_map": {auto: f"{module}.{model}{suffix}" for auto, suffix in AUTO_CLASSES.items()},
         "liger": liger_block(list(plan.specs)),
     }
 

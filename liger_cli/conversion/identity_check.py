@@ -77,7 +77,7 @@ def _measure(family: Family, config: dict) -> GateResult:
     import transformers
     from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
-    from liger_cli.templates.liger_cache import CACHE
+    from liger_cli.templates.liger_transformers import CACHE
 
     tiny = _tiny(family, config)
     torch.manual_seed(0)
