@@ -18,8 +18,8 @@ from .liger_transformers import CACHE, GenericForSequenceClassification, note_ou
 logger = logging.get_logger(__name__)
 
 NO_CONTINUOUS_BATCHING = (
-    "continuous batching keeps keys and values in pages, which have no place for the recurrent state of a Liger layer: "
-    "use `generate` with padded batches"
+    "continuous batching keeps keys and values in pages, which have no place for the recurrent state of a Liger "
+    "layer: use `generate` with padded batches"
 )
 
 

@@ -1,4 +1,4 @@
-"""The classes of a converted folder: plain ones, which pickle, map to the auto classes, and refuse what they cannot do."""
+"""The classes of a converted folder: plain ones, which pickle, map to auto classes, and refuse what they cannot do."""
 
 import ast
 import inspect
@@ -76,7 +76,7 @@ def test_auto_model(folder, tmp_path):
 
 
 def test_sequence_classification(folder, tmp_path):
-    """A head on the last token, as the base's: trains, saves, loads again, and has the base's logits in softmax mode."""
+    """A head on the last token, as the base has: it sees no padding, trains, saves and loads again."""
     model = load(folder, AutoModelForSequenceClassification, num_labels=3)
     assert type(model).__name__ == "LigerLlamaForSequenceClassification"
     ids, mask = tokens(20, batch=2), torch.ones(2, 20, dtype=torch.long)

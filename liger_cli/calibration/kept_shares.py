@@ -17,7 +17,6 @@ from liger_cli.calibration.meter import distances
 from liger_cli.conversion.plan import Plan
 from liger_cli.conversion.plan_edits import constant_bytes, resized, without_recurrence
 from liger_cli.system.progress import progress
-from liger_cli.templates.liger_cache import CACHE
 from liger_cli.templates.liger_transformers import CACHE
 
 DRAWS = 2  # of the tokens that a likelihood is taken of
