@@ -110,7 +110,7 @@ class LigerDecoder:
         wanted = self.config.output_attentions if output_attentions is None else output_attentions
         if wanted and any(attention.keeps_state for attention in self.liger_attentions()):
             logger.warning_once(
-                "output_attentions: Liger layers have no attention weights; `attentions` has those of other layers alone"
+                "output_attentions: Liger layers have no attention weights; `attentions` holds those of other layers"
             )
 
     def _turns_features(self) -> bool:
