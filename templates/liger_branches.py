@@ -11,7 +11,7 @@ from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
 from .liger_heads import with_softmax_heads
-from .liger_kept import add_kept, attend_kept, remember_heads
+from .liger_kept import add_kept, attend_kept, empty_memories, priorities
 from .liger_window import leaving, reach, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
@@ -54,20 +54,17 @@ def mixed_attention(
         )  # fmt: skip
     length = q.shape[2]
     past = 0 if cache is None else cache.get_seq_length()
-    sinks = memory = None
+    sinks = memory = priority = None
     counts = tuple(count + spec.sinks for count in spec.kept_by_head(k.shape[1]))
     if scores is not None:
         scores = scores.squeeze(-1)
-        if spec.sinks:
-            # Never beaten, so that the memory always holds them: one softmax with the kept tokens.
-            scores = scores.masked_fill((_places(valid, cache, scores) < spec.sinks)[:, None], torch.inf)
-        scores = scores if valid is None else scores.masked_fill(~valid[:, None], -torch.inf)
+        priority = priorities(scores, _places(valid, cache, scores), spec.sinks, valid)
         memory = None if cache is None else cache.kept
     elif spec.sinks and mix < 1:
         sinks = _sinks(rotated_k, v, valid, cache, spec.sinks)
     keys, values, seen = rotated_k, v, valid
     if cache is not None:
-        keys, values, seen, scores = cache.update(keys, values, seen, scores)
+        keys, values, seen, priority = cache.update(keys, values, seen, priority)
     states = None if cache is None else cache.states
     joint = spec.joint and mix > 0
     whole = past == 0 and length <= window and within_window is not None and (spec.delayed or not joint)
@@ -79,14 +76,8 @@ def mixed_attention(
     before = keys.shape[2] - length
     for start in range(0, max(length, 1), max(size, 1)):
         at = slice(start, start + size)
-        recurrent = local = total = lse = None
+        recurrent = local = total = lse = evicted = None
         rows = min(size, length - start)
-        remembers = not spec.delayed or states is not None or before + start + rows > window
-        if mix == 1 or (mix > 0 and remembers):
-            entering = (k[:, :, at], v[:, :, at], None if valid is None else valid[:, at])
-            if spec.delayed:
-                entering = leaving(keys, values, seen, before, start, rows, window, sinks)
-            recurrent, total, states = run(_recurrent, q[:, :, at], *entering, gate[:, :, at], key_map, spec, states)
         if whole:
             local = within_window(valid)
         elif window == 0 and mix < 1:
@@ -109,12 +100,21 @@ def mixed_attention(
                 backend=spec.backend,
             )
             if scores is not None:
-                kept, kept_lse, memory = run(
-                    attend_kept, rotated_q[:, :, at], keys, values, scores, before + start, memory, window,
-                    counts, scaling, softcap, dropout=dropout,
+                kept, kept_lse, memory, evicted = run(
+                    attend_kept, rotated_q[:, :, at], keys, values, priority, before + start, memory, window,
+                    counts, scaling, softcap, dropout=dropout, scores=None if past else scores,
+                    evict=spec.delayed and mix > 0,
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
                 lse = lse if joint else None
+        remembers = not spec.delayed or states is not None or before + start + rows > window
+        if mix == 1 or (mix > 0 and remembers):
+            entering = (k[:, :, at], v[:, :, at], None if valid is None else valid[:, at])
+            if evicted is not None:
+                entering = evicted
+            elif spec.delayed:
+                entering = leaving(keys, values, seen, before, start, rows, window, sinks)
+            recurrent, total, states = run(_recurrent, q[:, :, at], *entering, gate[:, :, at], key_map, spec, states)
         if output is None:
             output = _combine(recurrent, total, local, lse, mix, scales).to(v.dtype).transpose(1, 2)
         else:
@@ -122,7 +122,7 @@ def mixed_attention(
     if cache is not None:
         cache.states = states
         if scores is not None:
-            cache.kept = remember_heads(memory, keys, values, scores, counts, keys.shape[2] - window)
+            cache.kept = empty_memories(keys, values, counts) if memory is None else memory
     return output
 
 
@@ -216,7 +216,7 @@ def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states):
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     inputs = gate.inputs(q, k, v, gate_logits.float(), spec)
     if valid is not None:
-        inputs = inputs.masked(valid)
+        inputs = inputs.masked(valid if valid.ndim == 2 else _for_heads(valid, inputs.k.shape[1]))
     arguments = [inputs.q, inputs.k, inputs.v, inputs.log_decay]
     if gate.rule != "decay":
         arguments.append(inputs.beta if gate.rule == "delta" else inputs.write)
@@ -239,7 +239,7 @@ def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states):
 
 
 def _for_heads(x, heads: int):
-    """[B, H, T, D] -> [B, heads, T, D]: what a group shares, for each of its heads."""
+    """[B, H, T, ...] -> [B, heads, T, ...]: what a group shares, for each of its heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 

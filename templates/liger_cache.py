@@ -12,19 +12,20 @@ from .liger_transformers import CacheLayerMixin, DynamicLayer
 
 
 class LigerCacheLayer(CacheLayerMixin):
-    """The last `window - 1` keys and values, the first `sinks` ones, and the recurrent states of one layer.
+    """The last keys and values, the first `sinks` ones, those kept by score, and the recurrent states of one layer.
 
     Softmax heads inside the layer are apart from these: all their keys and values. Hkv counts the other heads.
 
     Attributes:
-        keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first.
+        keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first. `window` is that of the layer, or one more
+            where a token that leaves it is still needed: it may be kept, or enter the recurrence.
         valid: [B, <= window - 1] bool, false at padding; None while no padding was seen.
         sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, which token each is, EMPTY where
             none. None where tokens are kept: then the sinks are among those.
-        kept: keys, values [B, Hkv, sinks + kept, D] and scores [B, Hkv, sinks + kept] of the sinks and kept tokens,
-            oldest first; three such tensors for each group of heads where they keep different numbers (see
+        kept: keys, values [B, Hkv, sinks + kept, D] and priorities [B, Hkv, sinks + kept] int64 of the sinks and kept
+            tokens; three such tensors for each group of heads where they keep different numbers (see
             `liger_kept.head_groups`). None before the first update.
-        window_scores: [B, Hkv, <= window - 1], scores of the tokens of `keys`, or None.
+        window_priority: [B, Hkv, <= window - 1] int64, of the tokens of `keys`, or None.
         tokens: [B] int64, tokens seen but for padding; None where nothing asks for it.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
         softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
@@ -40,7 +41,7 @@ class LigerCacheLayer(CacheLayerMixin):
     TENSORS = (
         *("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions"),
         *("softmax_keys", "softmax_values", "softmax_valid"),
-        *("window_scores", "tokens"),
+        *("window_priority", "tokens"),
     )
 
     def __init__(self, window: int, sinks: int = 0, local_window: int | None = None):
@@ -56,7 +57,7 @@ class LigerCacheLayer(CacheLayerMixin):
         self.keys = self.values = self.valid = None
         self.softmax_keys = self.softmax_values = self.softmax_valid = None
         self.sink_keys = self.sink_values = self.sink_positions = None
-        self.states = self.kept = self.window_scores = self.tokens = None
+        self.states = self.kept = self.window_priority = self.tokens = None
         self.cumulative_length = 0
         self.is_initialized = False
 
@@ -71,28 +72,28 @@ class LigerCacheLayer(CacheLayerMixin):
             self.sink_positions = torch.full((batch, self.sinks), self.EMPTY, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, valid=None, scores=None):
+    def update(self, key_states, value_states, valid=None, priority=None):
         """Append T tokens to the window.
 
         Args:
             key_states, value_states: [B, Hkv, T, D].
             valid: [B, T] bool, false at padding, or None.
-            scores: [B, Hkv, T], or None where no tokens are kept by their score.
+            priority: [B, Hkv, T], or None where no tokens are kept by their score.
         Returns:
-            keys and values [B, Hkv, P + T, D], valid [B, P + T] or None and scores [B, Hkv, P + T] or None: the P
-            tokens kept so far, then the new; where there is new padding, all padding first.
+            keys and values [B, Hkv, P + T, D], valid [B, P + T] or None and priority [B, Hkv, P + T] or None: the P
+            tokens held so far, then the new; where there is new padding, all padding first.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before = (self.keys, self.values, None if scores is None else self.window_scores)
-        (keys, values, scores), valid = _appended(before, (key_states, value_states, scores), self.valid, valid)
+        before = (self.keys, self.values, None if priority is None else self.window_priority)
+        (keys, values, priority), valid = _appended(before, (key_states, value_states, priority), self.valid, valid)
         self.cumulative_length += key_states.shape[2]
         first = max(keys.shape[2] - max(self.window - 1, 0), 0)
         # A slice would keep the whole text's keys alive.
         self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
         self.valid = None if valid is None else valid[:, first:].clone()
-        self.window_scores = None if scores is None else scores[:, :, first:].clone()
-        return keys, values, valid, scores
+        self.window_priority = None if priority is None else priority[:, :, first:].clone()
+        return keys, values, valid, priority
 
     def update_sinks(self, key_states, value_states, places):
         """Fill free sink slots with the first tokens that are not padding. Call before `update`.
@@ -251,7 +252,7 @@ def adapt_cache(cache: Cache, attentions) -> None:
         if int(layer.get_seq_length()) > 0:
             raise ValueError("this cache was filled in another attention mode; start with an empty one")
         spec = attention.liger_spec
-        # A token that leaves the window is still needed: then it enters the recurrence.
-        window, local_window = attention.liger_window + spec.delayed, attention.local_window
-        sinks = 0 if attention.liger_kept else spec.sinks
+        keeps = bool(attention.liger_kept)
+        window, local_window = attention.liger_window + (spec.delayed or keeps), attention.local_window
+        sinks = 0 if keeps else spec.sinks
         cache.layers[index] = LigerCacheLayer(window, sinks, local_window) if attention.keeps_state else DynamicLayer()

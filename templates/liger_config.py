@@ -55,7 +55,8 @@ class LayerSpec:
         feature_dim: outputs of a `learned` map; None takes the head dimension.
         positions: `none` gives the recurrence queries and keys before the rotary embedding, `rope` after it, `after`
             turns them once they went through phi (SUPRA).
-        delayed: a token enters the recurrence when it leaves the window, so that none counts twice (LoLCATs).
+        delayed: a token enters the recurrence once it is in neither the window nor among the sinks and kept tokens, so
+            that none counts twice (LoLCATs, and LoLA, arXiv 2505.23666).
         gate_params: `pooled` (no parameters), or `learned`: a low-rank projection of the hidden state as well.
         gate_init: `pooled` adds the learned projection, from zero, to the pooled gate; `random` puts a random one in
             its place (the paper's ablation).
@@ -159,9 +160,6 @@ class LayerSpec:
         _require(isinstance(self.delayed, bool), "delayed", self.delayed, "true or false")
         if self.delayed:
             _require(self.joint, "delayed", True, "false without a denominator that the window shares")
-            _require(
-                self.kept == 0, "kept", self.kept, "0 where tokens enter the recurrence when they leave the window"
-            )
             _require(GATES[self.gate].fixed, "delayed", True, f"false with `{self.gate}`, whose decay the text decides")
             ok = self.positions == "rope" and self.feature_params != "dense"
             _require(ok, "delayed", True, "false where the recurrence does not read the keys of the window")

@@ -34,8 +34,8 @@ class RecurrenceInputs:
     write: object = None
 
     def masked(self, valid) -> "RecurrenceInputs":
-        """Positions where `valid` ([B, T] bool) is false neither write nor decay, so the state passes through them."""
-        keep = valid[:, None, :, None]
+        """Positions where `valid` ([B, T] or [B, H, T] bool) is false neither write nor decay: the state stays."""
+        keep = (valid[:, None] if valid.ndim == 2 else valid).unsqueeze(-1)
         zero = lambda x: None if x is None else x.masked_fill(~keep, 0.0)  # noqa: E731
         return replace(
             self,

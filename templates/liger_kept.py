@@ -3,10 +3,13 @@
 A constant number of keys and values for each key/value head, chosen by a linear score of the key before its rotary
 embedding. A token is kept at time t if it left the window by then and fewer than `count` of the others that did have a
 higher score, or the same and a later place. So the choice depends on the text alone, not on how it is fed or padded.
+Sinks, the first tokens of a text, come before every score, so that they are always among the kept ones.
+
+Score and place are one int64, the token's priority: no two are equal, and a place never has to be looked up. Once the
+memory is full, every step evicts one token: the one that leaves the window, or the kept one that it beats.
 """
 
 import heapq
-import math
 from functools import lru_cache
 
 import torch
@@ -19,12 +22,30 @@ BLOCK = 64
 SPAN = 1024  # the most queries multiplied at once on a CPU: bounds their scores
 NEVER = 2**31 - 1
 STEPS = 1024  # scores are rounded to 1 / STEPS: equal keys have to get equal scores in sums of any order
+HIGHEST = 2**30  # of a score, in steps
+EMPTY = torch.iinfo(torch.int64).min  # priority of padding, and of a place where nothing is kept
 
 
 def keep_scores(k, weight):
     """Scores of keys. k [B, Hkv, T, D] before RoPE, weight [Hkv, D] -> [B, Hkv, T, 1] float32, with gradients."""
     scores = k.float() @ weight.float().unsqueeze(-1)
     return scores + ((scores.detach() * STEPS).round() / STEPS - scores.detach())
+
+
+def priorities(scores, places, sinks: int = 0, valid=None):
+    """By which tokens are kept: the highest are.
+
+    Args:
+        scores: [B, Hkv, T]. places: [B, T] int64, which tokens of the text they are.
+        sinks: the first tokens, which come before all others.
+        valid: [B, T] bool, false at padding; None where there is none.
+    Returns:
+        [B, Hkv, T] int64, EMPTY at padding.
+    """
+    places = places.unsqueeze(1)
+    steps = (scores.detach() * STEPS).round().clamp(-HIGHEST, HIGHEST).to(torch.int64)
+    found = (steps.masked_fill(places < sinks, HIGHEST + 1) << 32) + places
+    return found if valid is None else found.masked_fill(~valid.unsqueeze(1), EMPTY)
 
 
 @lru_cache(maxsize=256)
@@ -46,8 +67,8 @@ def head_groups(counts: tuple[int, ...], groups: int, device):
 
 
 def attend_kept(
-    q, keys, values, scores, first: int, memory, window: int, counts: tuple[int, ...], scaling: float, softcap=None,
-    dropout: float = 0.0,
+    q, keys, values, priority, first: int, memory, window: int, counts: tuple[int, ...], scaling: float, softcap=None,
+    dropout: float = 0.0, scores=None, evict: bool = False,
 ):  # fmt: skip
     """`kept_attention` of heads that may keep different numbers of tokens.
 
@@ -56,67 +77,76 @@ def attend_kept(
         memory: three tensors for each of `head_groups`, one group behind the other, or None.
     """
     groups, order = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
-    outputs, denominators, found = [], [], ()
+    found = []
     for index, (count, heads, queries) in enumerate(groups):
-        before = None if memory is None else memory[3 * index : 3 * index + 3]
-        part = (q, keys, values, scores)
+        part = (q, keys, values, priority, scores)
         if heads is not None:
-            part = (q[:, queries], *(x[:, heads] for x in part[1:]))
-        if count:
-            output, lse, after = kept_attention(*part, first, before, window, count, scaling, softcap, dropout)
-        else:
-            output = torch.zeros_like(part[0], dtype=torch.float32)
-            lse = torch.full_like(output[..., 0], torch.finfo(torch.float32).min)
-            after = empty_memory(*part[1:3], 0)
-        outputs.append(output)
-        denominators.append(lse)
-        found += after
+            part = (q[:, queries], *(None if x is None else x[:, heads] for x in part[1:]))
+        before = None if memory is None else memory[3 * index : 3 * index + 3]
+        settings = (first, before, window, count, scaling, softcap, dropout)
+        found.append(kept_attention(*part[:4], *settings, part[4], evict))
+    outputs, denominators, memories, evicted = zip(*found, strict=True)
+    memory = tuple(x for one in memories for x in one)
     if order is None:
-        return output, lse, found
-    return torch.cat(outputs, dim=1)[:, order], torch.cat(denominators, dim=1)[:, order], found
+        return outputs[0], denominators[0], memory, evicted[0]
+    if evict:
+        back = torch.cat([heads for _, heads, _ in groups]).argsort()
+        evicted = tuple(torch.cat(parts, dim=1)[:, back] for parts in zip(*evicted, strict=True))
+    else:
+        evicted = None
+    return torch.cat(outputs, dim=1)[:, order], torch.cat(denominators, dim=1)[:, order], memory, evicted
 
 
 def kept_attention(
-    q, keys, values, scores, first: int, memory, window: int, count: int, scaling: float, softcap=None,
-    dropout: float = 0.0,
+    q, keys, values, priority, first: int, memory, window: int, count: int, scaling: float, softcap=None,
+    dropout: float = 0.0, scores=None, evict: bool = False,
 ):  # fmt: skip
     """Softmax attention over the kept tokens alone.
 
     Args:
         q: [B, Hq, T, D], the queries at `first`, `first + 1`, ... of the S tokens.
-        keys, values: [B, Hkv, S, D], after RoPE. scores: [B, Hkv, S], -inf at padding, inf for what is always kept.
-        memory: keys, values and scores [B, Hkv, count, ...] of what was kept before, oldest first; None at the start.
+        keys, values: [B, Hkv, S, D], after RoPE. priority: [B, Hkv, S] int64, see `priorities`.
+        memory: keys, values and priorities [B, Hkv, count, ...] of what the query before could see; None at the start.
+            Without gradients it is written to.
         window: a token leaves when it is `window` tokens old.
+        scores: [B, Hkv, S], whose gradients are those of logits that they were added to; or None.
+        evict: return the stream of what is evicted, too.
     Returns:
-        o [B, Hq, T, D] float32, lse [B, Hq, T] (the lowest number where nothing is visible), and the new memory, which
-        holds what the last of these queries could see.
+        o [B, Hq, T, D] float32, lse [B, Hq, T] (the lowest number where nothing is visible), the new memory, which
+        holds what the last of these queries could see, and keys and values [B, Hkv, T, D] of the token that is in
+        neither the window nor the memory from each query on, with [B, Hkv, T] bool, false where there is none; or None.
     """
-    batch, kv_heads, _, dim = keys.shape
-    length = q.shape[2]
-    if length == 1 and memory is not None and first < window:
-        return *_step(q, memory, scaling, softcap, dropout), memory
-    if length > BLOCK and by_heads(q):
-        return _attend_by_spans(q, keys, values, scores, first, memory, window, count, scaling, softcap, dropout)
-    rows = min(length, BLOCK)
-    blocks = -(-length // rows)
-    entering = [_entering(x, first - window, length, blocks * rows) for x in (keys, values)]
-    entering_scores = _entering(scores.unsqueeze(-1), first - window, length, blocks * rows, -torch.inf).squeeze(-1)
+    length, start = q.shape[2], first - window
     if memory is None:
         memory = empty_memory(keys, values, count)
-    pool = [torch.cat(pair, dim=2) for pair in zip(memory, (*entering, entering_scores), strict=True)]
-    before, index = _scan(pool[2].detach(), count, blocks, rows)
+    if count == 0:
+        output = torch.zeros_like(q, dtype=torch.float32)
+        lse = torch.full_like(output[..., 0], torch.finfo(torch.float32).min)
+        gone = [_entering(x, start, length, length) for x in (keys, values)] if evict else None
+        there = _entering(priority, start, length, length, EMPTY) > EMPTY
+        return output, lse, memory, (*gone, there) if evict else None
+    if length == 1:
+        return _step(q, keys, values, priority, start, memory, scaling, softcap, dropout, evict)
+    attend = _by_spans if length > BLOCK and by_heads(q) else _by_blocks
+    return attend(q, keys, values, priority, start, memory, count, scaling, softcap, dropout, scores, evict)
+
+
+def _by_blocks(q, keys, values, priority, start, memory, count, scaling, softcap, dropout, scores, evict):
+    kv_heads, length = keys.shape[1], q.shape[2]
+    rows = min(length, BLOCK)
+    blocks = -(-length // rows)
+    entering = [_entering(x, start, length, blocks * rows) for x in (keys, values)]
+    entering.append(_entering(priority, start, length, blocks * rows, EMPTY))
+    pool = [torch.cat(pair, dim=2) for pair in zip(memory, entering, strict=True)]
+    before, index = _scan(pool[2], count, blocks, rows)
 
     kept = before.flatten(2)
-    gather = lambda x: x.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))  # noqa: E731
     candidates = [
-        torch.cat([gather(x).unflatten(2, (blocks, count)), new.unflatten(2, (blocks, rows))], dim=3)
-        for x, new in zip(pool[:2], entering, strict=True)
+        torch.cat([_at(x, kept).unflatten(2, (blocks, count)), new.unflatten(2, (blocks, rows))], dim=3)
+        for x, new in zip(pool[:2], entering, strict=False)
     ]
-    kept_scores = pool[2].gather(2, kept).unflatten(2, (blocks, count))
-    new_scores = entering_scores.unflatten(2, (blocks, rows))
-    visible = _visible(kept_scores.detach(), new_scores.detach(), count)  # [B, Hkv, N, c, count + c]
-    bias = torch.cat([kept_scores, new_scores], dim=-1).unsqueeze(3)
-    bias = torch.where(bias.isfinite(), bias - bias.detach(), 0.0) if bias.requires_grad else None
+    new = entering[2].unflatten(2, (blocks, rows))
+    alive, left = _visible(_at(pool[2], kept).unflatten(2, (blocks, count)), new, count)  # [B, Hkv, N, c, count + c]
 
     groups = q.shape[1] // kv_heads
     q = torch.nn.functional.pad(q, (0, 0, 0, blocks * rows - length)).float()
@@ -124,15 +154,26 @@ def kept_attention(
     logits = (q.flatten(3, 4) @ candidates[0].float().mT).unflatten(3, (groups, rows)) * scaling
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
-    if bias is not None:
+    if scores is not None and scores.requires_grad:
         # Zero in value: it lets the score of a kept token learn how much the token is looked at.
-        logits = logits + bias.unsqueeze(3)
-    weights, lse, nothing = _softmax(logits, visible.unsqueeze(3))
+        old = torch.nn.functional.pad(_entering(scores, start, length, blocks * rows), (count, 0))
+        bias = [_at(old, kept).unflatten(2, (blocks, count)), old[:, :, count:].unflatten(2, (blocks, rows))]
+        bias = torch.cat(bias, dim=3)
+        logits = logits + (bias - bias.detach())[:, :, :, None, None]
+    weights, lse, nothing = _softmax(logits, alive.unsqueeze(3))
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     output = (weights.flatten(3, 4) @ candidates[1].float()).unflatten(3, (groups, rows))
     output = output.masked_fill(nothing.unsqueeze(-1), 0.0)
     output, lse = (x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length] for x in (output, lse.unsqueeze(-1)))
-    return output, lse.squeeze(-1), tuple(_at(x, index.flip(2)) for x in pool)
+    evicted = None
+    if evict:
+        gone = left & ~alive
+        first = gone & ~torch.nn.functional.pad(gone, (0, 0, 1, 0))[..., :-1, :]
+        places = torch.arange(count, count + blocks * rows, device=q.device).view(blocks, rows)
+        places = torch.cat([before, places.expand(*before.shape[:3], -1)], dim=3)
+        found = places.gather(3, first.to(torch.uint8).argmax(-1))
+        evicted = _evicted(pool, found.masked_fill(~first.any(-1), -1).flatten(2)[:, :, :length])
+    return output, lse.squeeze(-1), tuple(_at(x, index) for x in pool), evicted
 
 
 def _softmax(logits, visible):
@@ -147,63 +188,64 @@ def _softmax(logits, visible):
     return weights, log_denominator(logits, weights).masked_fill(nothing, lowest), nothing
 
 
-def _attend_by_spans(q, keys, values, scores, first, memory, window, count, scaling, softcap, dropout):
-    """`kept_attention` on a CPU without gradients. Few tokens are ever kept, so long spans of queries share theirs: a
-    span is multiplied at once with all that is kept at some time during it."""
+def _by_spans(q, keys, values, priority, start, memory, count, scaling, softcap, dropout, scores, evict):
+    """On a CPU without gradients. Few tokens are ever kept, so long spans of queries share theirs: a span is multiplied
+    at once with all that is kept at some time during it."""
     length, lowest = q.shape[2], torch.finfo(torch.float32).min
-    new = [_entering(x, first - window, length, length) for x in (keys, values)]
-    new.append(_entering(scores.unsqueeze(-1), first - window, length, length, -torch.inf).squeeze(-1))
-    memory = empty_memory(keys, values, count) if memory is None else memory
+    new = [_entering(x, start, length, length) for x in (keys, values)]
+    new.append(_entering(priority, start, length, length, EMPTY))
     pool = [torch.cat(pair, dim=2) for pair in zip(memory, new, strict=True)]
     since, until = lifetimes(pool[2], count)
     output, lse = q.new_zeros(*q.shape[:3], values.shape[-1], dtype=torch.float32), torch.full(q.shape[:3], lowest)
-    for start, stop in _spans(since, count):
-        index = _alive(since, until, start, stop)
+    for begin, end in _spans(since, count):
+        index = _alive(since, until, begin, end)
         if index.shape[2] == 0:
             continue
         k, v = (_at(x, index).float().unsqueeze(2) for x in pool[:2])
-        time = torch.arange(start, stop, dtype=since.dtype).unsqueeze(1)
+        time = torch.arange(begin, end, dtype=since.dtype).unsqueeze(1)
         visible = (time >= _at(since, index).unsqueeze(2)) & (time < _at(until, index).unsqueeze(2))
         bias = (~visible).float().mul_(lowest).unsqueeze(2)  # [B, Hkv, 1, t, P]
-        logits = product(q[:, :, start:stop].float().unsqueeze(2), k.mT).squeeze(2)
+        logits = product(q[:, :, begin:end].float().unsqueeze(2), k.mT).squeeze(2)
         grouped = logits.unflatten(1, (bias.shape[1], -1))
         if softcap is None:
             torch.add(bias, grouped, alpha=scaling, out=grouped)
         else:
             logits = soft_capped(grouped, bias, scaling, softcap).flatten(1, 2)
         weights = logits.softmax(-1)
-        lse[:, :, start:stop] = log_denominator(logits, weights)
+        lse[:, :, begin:end] = log_denominator(logits, weights)
         weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
-        output[:, :, start:stop] = product(weights.unsqueeze(2), v).squeeze(2)
+        output[:, :, begin:end] = product(weights.unsqueeze(2), v).squeeze(2)
         nothing = ~visible.any(-1)
         if nothing.any():
             nothing = nothing.repeat_interleave(q.shape[1] // nothing.shape[1], dim=1)
-            output[:, :, start:stop].masked_fill_(nothing.unsqueeze(-1), 0.0)
-            lse[:, :, start:stop].masked_fill_(nothing, lowest)
-    return output, lse, _remembered(pool, since, until, count)
+            output[:, :, begin:end].masked_fill_(nothing.unsqueeze(-1), 0.0)
+            lse[:, :, begin:end].masked_fill_(nothing, lowest)
+    evicted = _evicted(pool, departures(pool[2], since, until, count)) if evict else None
+    memory = tuple(_at(x, pool[2].topk(count, dim=2).indices) for x in pool)
+    return output, lse, memory, evicted
 
 
-def lifetimes(scores, count: int):
+def lifetimes(priority, count: int):
     """When each token of a stream is kept, if the `count` best so far are: since and until which row.
 
     Args:
-        scores: [B, H, count + T]: what was kept, oldest first, then one token a row; -inf is never kept.
+        priority: [B, H, count + T]: of what was kept, then of one token a row; EMPTY is never kept.
     Returns:
         since, until: [B, H, count + T] int32; NEVER for both where a token is not kept, until where it still is.
     """
-    since = torch.full(scores.shape, NEVER, dtype=torch.int32)
+    since = torch.full(priority.shape, NEVER, dtype=torch.int32)
     until = since.clone()
-    rows = zip(*(x.flatten(0, 1).numpy() for x in (scores.detach(), since, until)), strict=True)
+    rows = zip(*(x.flatten(0, 1).numpy() for x in (priority, since, until)), strict=True)
     for stream, begins, ends in rows:
-        heap = [(score, place) for place, score in enumerate(stream[:count].tolist()) if score > -math.inf]
+        heap = [(value, place) for place, value in enumerate(stream[:count].tolist()) if value > EMPTY]
         heapq.heapify(heap)
         begins[[place for _, place in heap]] = 0
         for start in range(count, len(stream), BLOCK):
             part = stream[start : start + BLOCK]
             # A token that is no better than the worst one kept by now never will be.
-            better = part >= heap[0][0] if len(heap) == count else part > -math.inf
+            better = part > (heap[0][0] if len(heap) == count else EMPTY)
             for offset in better.nonzero()[0].tolist():
-                entry = (float(part[offset]), start + offset)
+                entry = (int(part[offset]), start + offset)
                 row = start + offset - count
                 if len(heap) < count:
                     heapq.heappush(heap, entry)
@@ -213,6 +255,22 @@ def lifetimes(scores, count: int):
                     continue
                 begins[start + offset] = row
     return since, until
+
+
+def departures(priority, since, until, count: int):
+    """Which token of the stream of `lifetimes` is evicted at each row, -1 for none. [B, H, T]"""
+    places = torch.arange(priority.shape[2])
+    length = priority.shape[2] - count
+    never_kept = (since == NEVER) & (priority > EMPTY)
+    rows = torch.where(never_kept, places - count, until.long()).clamp_max(length)
+    found = torch.full((*priority.shape[:2], length + 1), -1)
+    return found.scatter_(2, rows, places.expand(rows.shape))[:, :, :length]
+
+
+def _evicted(pool, index):
+    """Keys and values of a pool at index [B, H, T], and where there is one: where the index is not -1."""
+    there = index >= 0
+    return *(_at(x, index.clamp_min(0)) for x in pool[:2]), there
 
 
 def _spans(since, count: int):
@@ -235,25 +293,34 @@ def _alive(since, until, start: int, stop: int):
     return alive.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[:, :, :most]
 
 
-def _remembered(pool, since, until, count: int):
-    """The memory after all rows: what is still kept, oldest first, behind empty places."""
-    kept = (since != NEVER) & (until == NEVER)
-    index = kept.to(torch.uint8).sort(dim=2, stable=True).indices[:, :, -count:]
-    keys, values, scores = (_at(x, index) for x in pool)
-    return keys, values, scores.masked_fill(~_at(kept, index), -torch.inf)
-
-
-def _step(q, memory, scaling: float, softcap, dropout: float):
-    """One query where no token leaves the window: it sees what is kept, and nothing has to be chosen."""
-    keys, values, scores = memory
-    visible = (scores > -torch.inf)[:, :, None]
+def _step(q, keys, values, priority, start: int, memory, scaling: float, softcap, dropout: float, evict: bool):
+    """One query: the token that leaves the window takes the place of the lowest kept one, where it is higher."""
+    evicted = None
+    if start >= 0:
+        new = [x[:, :, start : start + 1] for x in (keys, values, priority)]
+        lowest, place = memory[2].min(dim=2, keepdim=True)
+        better = new[2] > lowest
+        places = [place if x.ndim == 3 else place.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]) for x in memory]
+        old = [x.gather(2, index) for x, index in zip(memory, places, strict=True)]
+        choose = lambda a, b: [torch.where(better if x.ndim == 3 else better.unsqueeze(-1), x, y)  # noqa: E731
+                               for x, y in zip(a, b, strict=True)]  # fmt: skip
+        put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
+        memory = tuple(put(x, 2, at, y) for x, at, y in zip(memory, places, choose(new, old), strict=True))
+        if evict:
+            *gone, which = choose(old, new)
+            evicted = (*gone, which > EMPTY)
+    elif evict:
+        gone = [x.new_zeros(*x.shape[:2], 1, x.shape[-1]) for x in (keys, values)]
+        evicted = (*gone, torch.zeros_like(priority[:, :, :1], dtype=torch.bool))
+    keys, values, priority = memory
+    visible = (priority > EMPTY).unsqueeze(2)
     logits = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() @ keys.float().mT * scaling  # [B, Hkv, G, count]
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     weights, lse, nothing = _softmax(logits, visible)
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     output = (weights @ values.float()).masked_fill(nothing.unsqueeze(-1), 0.0)
-    return output.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
+    return output.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2), memory, evicted
 
 
 def add_kept(local, lse, kept, kept_lse):
@@ -265,74 +332,61 @@ def add_kept(local, lse, kept, kept_lse):
 def empty_memory(keys, values, count: int):
     """Nothing kept yet: zeros that are never visible."""
     batch, heads = keys.shape[:2]
-    nothing = torch.full((batch, heads, count), -torch.inf, device=keys.device)
     return (
         keys.new_zeros(batch, heads, count, keys.shape[-1]),
         values.new_zeros(batch, heads, count, values.shape[-1]),
-        nothing,
+        torch.full((batch, heads, count), EMPTY, device=keys.device),
     )
 
 
-def remember_heads(memory, keys, values, scores, counts: tuple[int, ...], place: int):
-    """The memory of every group of heads after the token at `place` has left the window, too. memory: None for none."""
-    found = ()
-    for index, (count, heads, _) in enumerate(head_groups(counts, 1, keys.device)[0]):
-        part = (keys, values, scores) if heads is None else tuple(x[:, heads] for x in (keys, values, scores))
-        before = empty_memory(*part[:2], count) if memory is None else memory[3 * index : 3 * index + 3]
-        found += remember(before, *part, place) if count else before
-    return found
-
-
-def remember(memory, keys, values, scores, place: int):
-    """The memory after the token at `place` has left the window, too; as it is where there is no such token."""
-    if place < 0:
-        return memory
-    new = (keys[:, :, place : place + 1], values[:, :, place : place + 1], scores[:, :, place : place + 1])
-    pool = [torch.cat(pair, dim=2) for pair in zip(memory, new, strict=True)]
-    # The lowest goes, of equal ones the oldest; the others keep their order.
-    lowest = pool[2].sort(dim=2, stable=True).indices[:, :, :1]
-    place = torch.arange(memory[2].shape[2], device=lowest.device)
-    index = place + (place >= lowest)
-    return tuple(_at(x, index) for x in pool)
+def empty_memories(keys, values, counts: tuple[int, ...]):
+    """`empty_memory` for each of `head_groups`, one group behind the other."""
+    groups, _ = head_groups(counts, 1, keys.device)
+    parts = [(keys, values, count) if heads is None else (keys[:, heads], values[:, heads], count)
+             for count, heads, _ in groups]  # fmt: skip
+    return tuple(x for part in parts for x in empty_memory(*part))
 
 
 def _entering(x, start: int, length: int, padded: int, fill: float = 0.0):
     """The tokens that leave the window before each query: those from `start` on, `fill` where there is none."""
     inside = x[:, :, max(start, 0) : max(start + length, 0)]
     missing = min(max(-start, 0), length)
-    return torch.nn.functional.pad(inside, (0, 0, missing, padded - length), value=fill)
+    behind = [0, 0] * (x.ndim - 3)
+    return torch.nn.functional.pad(inside, (*behind, missing, padded - length), value=fill)
 
 
-def _scan(scores, count: int, blocks: int, rows: int):
-    """What is kept before each block and after the last: places in the pool, newest first.
+def _scan(priority, count: int, blocks: int, rows: int):
+    """What is kept before each block and after the last: places in the pool, the highest first.
 
     Returns [B, H, N, count] and [B, H, count].
-    scores: [B, H, count + N * rows]: what was kept, oldest first, then what enters.
+    priority: [B, H, count + N * rows]: of what was kept, then of what enters.
     """
-    index = torch.arange(count - 1, -1, -1, device=scores.device).expand(*scores.shape[:2], count)
+    index = priority[:, :, :count].topk(count, dim=2).indices
     before = []
     for block in range(blocks):
         before.append(index)
-        last = count + (block + 1) * rows
-        new = torch.arange(last - 1, last - 1 - rows, -1, device=scores.device).expand(*scores.shape[:2], rows)
-        candidates = torch.cat([new, index], dim=2)
-        order = scores.gather(2, candidates).sort(dim=2, descending=True, stable=True).indices
-        index = candidates.gather(2, order[:, :, :count]).sort(dim=2, descending=True).values
+        first = count + block * rows
+        new = torch.arange(first, first + rows, device=priority.device).expand(*priority.shape[:2], rows)
+        candidates = torch.cat([index, new], dim=2)
+        index = candidates.gather(2, priority.gather(2, candidates).topk(count, dim=2).indices)
     return torch.stack(before, dim=2), index
 
 
 def _visible(kept, new, count: int):
-    """Which candidates each query of a block sees. kept [.., count], newest first, new [.., c] -> [.., c, count + c]"""
-    order = kept.sort(dim=-1, descending=True, stable=True).indices
-    beaten_before = torch.cat([order.argsort(-1), (kept.unsqueeze(-2) > new.unsqueeze(-1)).sum(-1)], dim=-1)
+    """Which candidates of a block each of its queries sees, and which it could see if all were kept.
+
+    kept: priorities [.., count], the highest first; new: [.., c]. Both of [.., c, count + c].
+    """
+    place = torch.arange(count, device=new.device).expand(kept.shape)
+    beaten_before = torch.cat([place, (kept.unsqueeze(-2) > new.unsqueeze(-1)).sum(-1)], dim=-1)
     rows = new.shape[-1]
-    later = torch.ones(rows, rows, dtype=torch.bool, device=new.device).tril(-1)
-    newer, older = new.unsqueeze(-1), new.unsqueeze(-2)
-    beats = torch.cat([newer >= kept.unsqueeze(-2), (newer > older) | ((newer == older) & later)], dim=-1)
+    left = torch.ones(rows, rows, dtype=torch.bool, device=new.device).tril()
+    newer = new.unsqueeze(-1)
+    beats = torch.cat([newer > kept.unsqueeze(-2), newer > new.unsqueeze(-2)], dim=-1)
     beaten = beaten_before.unsqueeze(-2) + beats.to(torch.int32).cumsum(-2)
-    left = torch.nn.functional.pad(later | later.new_ones(rows).diag(), (count, 0), value=True)
-    there = (torch.cat([kept, new], dim=-1) > -torch.inf).unsqueeze(-2)
-    return (beaten < count) & left & there
+    left = torch.nn.functional.pad(left, (count, 0), value=True)
+    left = left & (torch.cat([kept, new], dim=-1) > EMPTY).unsqueeze(-2)
+    return (beaten < count) & left, left
 
 
 def _at(x, index):

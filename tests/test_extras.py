@@ -48,6 +48,10 @@ LEARNED = {
     "kept, joint": {"kept": 5, "normalizer": "joint", "branch_scales": True},
     "kept, sinks": {"kept": 6, "sinks": 3},
     "kept by head": {"kept": [8, 0]},
+    "rest": {
+        **{"kept": [6, 0], "sinks": 2, "gate": "retnet", "delayed": True},
+        **{"normalizer": "joint", "positions": "rope"},
+    },
     "kept by head, sinks, joint": {"kept": [3, 11], "sinks": 2, "normalizer": "joint"},
     "kept, sinks, joint, softmax head": {
         **{"kept": 5, "sinks": 2, "normalizer": "joint", "branch_scales": True, "softmax_kv_heads": [0]},

@@ -15,7 +15,15 @@ from liger_cli.checkpoint.model_code import load_model
 from liger_cli.commands.convert import convert
 from liger_cli.templates import liger_kept
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, check_heads, layer_specs, liger_block
-from liger_cli.templates.liger_kept import add_kept, keep_scores, kept_attention, lifetimes
+from liger_cli.templates.liger_kept import (
+    EMPTY,
+    add_kept,
+    departures,
+    keep_scores,
+    kept_attention,
+    lifetimes,
+    priorities,
+)
 from liger_cli.templates.liger_window import window_attention
 
 WINDOW, COUNT, SCALING = 16, 8, 0.3
@@ -25,14 +33,14 @@ def example(length=200, dim=8, dtype=torch.float32):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, dim, dtype=dtype) for heads in (4, 2, 2))
     scores = (torch.randn(2, 2, length) * 4).round() / 4  # many equal ones
-    scores[0, :, :30] = -torch.inf  # padding
-    return q, k, v, scores
+    valid = torch.arange(length) >= torch.tensor([[30], [0]])
+    return q, k, v, priorities(scores, torch.arange(length).expand(2, -1), valid=valid)
 
 
-def kept_at(scores, time: int) -> list[int]:
-    """The definition: places of the tokens kept for the query at `time`. scores [S]."""
-    left = [place for place in range(time - WINDOW + 1) if scores[place] > -torch.inf]
-    return sorted(left, key=lambda place: (-scores[place].item(), -place))[:COUNT]
+def kept_at(priority, time: int) -> list[int]:
+    """The definition: places of the tokens kept for the query at `time`. priority [S]."""
+    left = [place for place in range(time - WINDOW + 1) if priority[place] > EMPTY]
+    return sorted(left, key=lambda place: -priority[place].item())[:COUNT]
 
 
 @pytest.fixture(params=["gradients", "inference"])
@@ -48,8 +56,9 @@ def test_definition(ways, order, monkeypatch):
     q, k, v, scores = example()
     if order != "random":
         step = {"rising": 1.0, "falling": -1.0, "equal": 0.0}[order]
-        scores = torch.where(scores.isfinite(), torch.arange(200.0) * step, scores)
-    output, lse, _ = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
+        ordered = priorities(torch.arange(200.0).expand(2, 2, -1) * step, torch.arange(200).expand(2, -1))
+        scores = torch.where(scores > EMPTY, ordered, scores)
+    output, lse, *_ = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
     for row, head, time in [(r, h, t) for r in (0, 1) for h in range(4) for t in range(0, 200, 3)]:
         places = kept_at(scores[row, head // 2], time)
         if not places:
@@ -64,14 +73,48 @@ def test_definition(ways, order, monkeypatch):
 def test_pieces(piece, ways):
     """However the queries are cut, each sees the same tokens."""
     q, k, v, scores = example()
-    whole, _, memory = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
+    whole, _, memory, _ = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
     parts, carried = [], None
     for start in range(0, 200, piece):
         part = q[:, :, start : start + piece]
-        output, _, carried = kept_attention(part, k, v, scores, start, carried, WINDOW, COUNT, SCALING)
+        output, _, carried, _ = kept_attention(part, k, v, scores, start, carried, WINDOW, COUNT, SCALING)
         parts.append(output)
     close(torch.cat(parts, dim=2), whole, 1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(carried, memory, strict=True))
+    orders = [memory[2].argsort(dim=2) for memory in (carried, memory)]
+    for a, b in zip(carried, memory, strict=True):
+        index = orders if a.ndim == 3 else [order.unsqueeze(-1).expand_as(a) for order in orders]
+        assert torch.equal(a.gather(2, index[0]), b.gather(2, index[1]))
+
+
+@pytest.mark.parametrize("piece", [1, 37, 64, 200])
+def test_evicted_tokens(piece, ways, monkeypatch):
+    """From each query on the token that is in neither the window nor the memory, and was before: all of them once."""
+    monkeypatch.setattr(liger_kept, "SPAN", 100)
+    q, k, v, priority = example()
+    found, carried = [], None
+    for start in range(0, 200, piece):
+        part = q[:, :, start : start + piece]
+        *_, carried, evicted = kept_attention(part, k, v, priority, start, carried, WINDOW, COUNT, SCALING, evict=True)
+        found.append(evicted)
+    keys, values, there = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+    for row, head in [(r, h) for r in (0, 1) for h in (0, 1)]:
+        gone: set[int] = set()
+        for time in range(200):
+            left = {place for place in range(time - WINDOW + 1) if priority[row, head, place] > EMPTY}
+            new = left - set(kept_at(priority[row, head], time)) - gone
+            assert len(new) == int(there[row, head, time])
+            for place in new:
+                assert torch.equal(keys[row, head, time], k[row, head, place])
+                assert torch.equal(values[row, head, time], v[row, head, place])
+            gone |= new
+        assert len(gone) == 200 - 30 * (row == 0) - WINDOW - COUNT
+
+
+def test_nothing_kept_evicts_what_leaves_the_window():
+    q, k, v, priority = example(40)
+    _, lse, memory, (keys, _, there) = kept_attention(q, k, v, priority, 0, None, WINDOW, 0, SCALING, evict=True)
+    assert (lse < -1e30).all() and memory[0].shape[2] == 0
+    assert there.sum() == 2 * (40 - WINDOW) and torch.equal(keys[1, :, WINDOW:], k[1, :, : 40 - WINDOW])
 
 
 def test_both_ways():
@@ -145,12 +188,23 @@ def test_numbers_of_kept_tokens_in_json():
 
 
 def test_lifetimes():
-    """Two are kept; of equal scores the later one; what has no score never is."""
-    scores = torch.tensor([[[-torch.inf, 1.0, 3.0, 2.0, -torch.inf, 3.0, 0.0, 3.0]]])
-    since, until = lifetimes(scores, 2)
+    """Two are kept; of equal scores the later one; what is not there never is; one is evicted a row, once two are."""
+    scores = torch.tensor([[[0.0, 1.0, 3.0, 2.0, 0.0, 3.0, 0.0, 3.0]]])
+    valid = torch.tensor([[False, True, True, True, False, True, True, True]])
+    priority = priorities(scores, torch.arange(8)[None], valid=valid)
+    since, until = lifetimes(priority, 2)
     never = 2**31 - 1
     assert since.tolist() == [[[never, 0, 0, 1, never, 3, never, 5]]]
     assert until.tolist() == [[[never, 1, 5, 3, never, never, never, never]]]
+    assert departures(priority, since, until, 2).tolist() == [[[-1, 1, -1, 3, 6, 2]]]
+
+
+def test_priorities():
+    """Sinks before every score, a higher score before a later place, padding never."""
+    scores = torch.tensor([[[-2000.0, 0.5, 0.5, 0.5 - 1 / 1024, 1e30, -1e30, 7.0]]])
+    valid = torch.tensor([[True, True, True, True, True, True, False]])
+    found = priorities(scores, torch.arange(7)[None], sinks=1, valid=valid)[0, 0]
+    assert found.argsort().tolist() == [6, 5, 3, 1, 2, 4, 0] and found[6] == EMPTY
 
 
 def test_one_softmax_over_window_and_kept_tokens(ways):
@@ -158,7 +212,8 @@ def test_one_softmax_over_window_and_kept_tokens(ways):
     q, k, v, _ = example(length=100)
     scores = torch.randn(2, 2, 100)
     local, lse = window_attention(q, k, v, WINDOW, SCALING, need_lse=True)
-    kept, kept_lse, _ = kept_attention(q, k, v, scores, 0, None, WINDOW, 100, SCALING)
+    priority = priorities(scores, torch.arange(100).expand(2, -1))
+    kept, kept_lse, *_ = kept_attention(q, k, v, priority, 0, None, WINDOW, 100, SCALING)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALING, is_causal=True, enable_gqa=True)
     close(add_kept(local, lse, kept, kept_lse)[0], wanted, 1e-5)
 
@@ -172,7 +227,8 @@ def test_gradients():
     assert torch.autograd.gradcheck(run, (q, k, v), eps=1e-3, atol=1e-2, rtol=1e-2, fast_mode=True)
     weight = torch.zeros(2, 3, requires_grad=True)
     score = keep_scores(k[:, :, :, :3].float().detach(), weight).squeeze(-1)
-    output, lse, _ = kept_attention(q, k, v, score, 0, None, WINDOW, COUNT, SCALING)
+    priority = priorities(score, torch.arange(40)[None])
+    output, lse, *_ = kept_attention(q, k, v, priority, 0, None, WINDOW, COUNT, SCALING, scores=score)
     output.square().sum().backward()
     assert weight.grad.abs().sum() > 0 and weight.grad.isfinite().all()
     assert all(x.grad.isfinite().all() for x in (q, k, v))

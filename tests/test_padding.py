@@ -19,6 +19,9 @@ SETTINGS = {
     "delayed": {
         **{"gate": "none", "delayed": True, "sinks": 2, "normalizer": "joint", "positions": "rope"},
     },
+    "rest": {
+        **{"gate": "retnet", "delayed": True, "kept": [5, 8], "sinks": 2, "normalizer": "joint", "positions": "rope"},
+    },
     "softmax": {},
 }
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from liger_cli.templates.liger_cache import LigerCacheLayer
+from liger_cli.templates.liger_kept import EMPTY
 
 WARM_TOKENS = 128  # tokens read to get a cache whose layers all exist
 PREFILL_CHUNK = 2048  # tokens a forward pass, where the layers carry a state
@@ -75,13 +76,12 @@ class Side:
         What holds tokens, growing, up to a window or kept by score, is filled with random keys, values and scores;
         states are those after a short text, as large as after any other.
         """
-        import torch
 
         cache = self._short_cache(self.batch_size)
         for layer, name, limit in token_tensors(cache):
             x = getattr(layer, name)
             shape = _with(x, _held(tokens, limit))
-            setattr(layer, name, torch.randn(shape, dtype=x.dtype, device=x.device))
+            setattr(layer, name, _random(shape, x))
         for layer in cache.layers:
             _fill_kept(layer, tokens)
         _set_length(cache, tokens)
@@ -141,7 +141,7 @@ def token_tensors(cache) -> list[tuple[object, str, int | None]]:
         names = dict.fromkeys(("keys", "values"))
         if isinstance(layer, LigerCacheLayer):
             local = getattr(layer, "local_window", None)
-            names = dict.fromkeys((*names, "window_scores"), max(layer.window - 1, 0))
+            names = dict.fromkeys((*names, "window_priority"), max(layer.window - 1, 0))
             names |= dict.fromkeys(("softmax_keys", "softmax_values"), None if local is None else local - 1)
         elif getattr(layer, "is_sliding", False):
             names = dict.fromkeys(names, layer.sliding_window - 1)
@@ -156,15 +156,21 @@ def growing(cache) -> list[tuple[object, str]]:
 
 def _fill_kept(layer, tokens: int) -> None:
     """Random kept tokens where the layer keeps any: as many as have left the window of a text so long."""
-    import torch
-
     if getattr(layer, "kept", None) is None:
         return
-    kept = tuple(torch.randn_like(x) for x in layer.kept)
+    layer.kept = tuple(_random(x.shape, x) for x in layer.kept)
     left = max(tokens - layer.window + 1, 0)
-    for scores in kept[2::3]:
-        scores[:, :, : max(scores.shape[2] - left, 0)] = -torch.inf
-    layer.kept = kept
+    for priority in layer.kept[2::3]:
+        priority[:, :, left:] = EMPTY
+
+
+def _random(shape, like):
+    """Random values of a tensor's dtype: keys and values, or priorities of tokens."""
+    import torch
+
+    if like.dtype == torch.int64:
+        return torch.randint(2**40, tuple(shape), device=like.device)
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
 
 
 def _with(x, tokens: int) -> tuple[int, ...]:

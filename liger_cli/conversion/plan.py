@@ -13,8 +13,8 @@ from liger_cli.templates.liger_gates import GATES, state_heads
 
 CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
 OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
-STATE_BYTES = SCORE_BYTES = 4  # the recurrent state and the scores of kept tokens are float32
-POSITION_BYTES = 8
+STATE_BYTES = 4  # float32
+POSITION_BYTES = PRIORITY_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ class Plan:
         groups = sizes.num_attention_heads // sizes.num_key_value_heads
         states = state_heads(spec, heads * groups, heads)
         state = sum(math.prod(shape) for shape in shapes) * states * STATE_BYTES if spec.mix else 0
-        window = min(spec.window, self.local_window(index) or spec.window) + spec.delayed
         local = self.local_window(index) is not None
+        scored = bool(spec.kept) and not local
+        window = min(spec.window, self.local_window(index) or spec.window) + (spec.delayed or scored)
         kept = sum(spec.kept_by_head(sizes.num_key_value_heads)) if not local else 0
         in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
         # Room for sinks and kept tokens is there from the first token on.
         cached = (in_window + spec.sinks) * heads + kept
-        scored = bool(spec.kept) and not local
-        places = (0 if scored else spec.sinks) + bool(spec.sinks)  # of each sink, and how many tokens came by
-        other = cached * SCORE_BYTES * scored + places * POSITION_BYTES
+        places = 1 if scored else spec.sinks + bool(spec.sinks)  # of each sink, and how many tokens came by
+        other = cached * PRIORITY_BYTES * scored + places * POSITION_BYTES
         return state + cached * self._token_bytes() // sizes.num_key_value_heads + other
 
     def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
