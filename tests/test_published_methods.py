@@ -14,7 +14,6 @@ How the values were made: q, k and v of the layer, after its rotary embedding wh
 All in float32, on a CPU, with torch 2.13.
 """
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -28,7 +27,6 @@ from liger_cli.checkpoint.model_code import model_classes
 from liger_cli.templates.liger_config import LayerSpec, liger_block
 from liger_cli.templates.liger_extras import NAMES
 from liger_cli.templates.liger_gates import GATES
-from liger_cli.templates.liger_recurrence import naive_decay, naive_slots
 
 STORED = json.loads(Path(__file__).with_name("data").joinpath("published_methods.json").read_text())
 HEADS, KV_HEADS, DIM, TOKENS, WINDOW = 4, 2, 8, 20, 6
@@ -218,36 +216,3 @@ def test_feature_maps_start_as_published():
     assert attention.feature_q.abs().max().item() == pytest.approx(published.abs().max().item(), rel=0.01)
     torch.testing.assert_close(attention.window_factor.sigmoid(), torch.full((HEADS,), 0.1))
     assert attention.window_factor[0].item() == pytest.approx(-2.1972245773362196)
-
-
-def fla_naive(operation: str, function: str):
-    """One of fla's naive functions, by its file: importing fla needs Triton."""
-    found = importlib.util.find_spec("fla")
-    if found is None:
-        pytest.skip("flash-linear-attention is not installed")
-    path = Path(found.submodule_search_locations[0], "ops", operation, "naive.py")
-    spec = importlib.util.spec_from_file_location(f"naive_{operation}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)
-
-
-def test_recurrences_are_flas():
-    """The definitions that every other form is held to, with query heads that share a state."""
-    q, k, v = waves(2, 4, 30, 16), waves(2, 2, 30, 16, phase=1), waves(2, 2, 30, 16, phase=2)
-    log_decay = -waves(2, 2, 30, 16, phase=3).square()
-    shared = lambda x: x.repeat_interleave(2, dim=1).transpose(1, 2)  # noqa: E731
-    found, state = naive_decay(4 * q, k, v, log_decay)  # fla's divides queries by sqrt(K)
-    wanted, wanted_state = fla_naive("gla", "naive_recurrent_gla")(
-        (16 * q).transpose(1, 2), shared(k), shared(v), shared(log_decay), output_final_state=True
-    )
-    torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state, wanted_state[:, ::2], rtol=1e-5, atol=1e-5)
-    write = -log_decay.expm1()
-    found, states = naive_slots(q, k, v, log_decay, write)
-    wanted, wanted_states = fla_naive("gsa", "naive_recurrent_gsa")(
-        *(x.transpose(1, 2) for x in (q, k, v, write, log_decay)), scale=1.0, output_final_state=True
-    )
-    torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
-    for one, other in zip(states, wanted_states, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
