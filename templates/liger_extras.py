@@ -62,8 +62,9 @@ def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: i
     if spec.branch_scales:
         found["grm_scale"] = Extra((num_heads,), float(spec.mix))
         found["swa_scale"] = Extra((num_heads,), float(1 - spec.mix))
-    if spec.normalizer == "joint-max" and 0 < spec.mix < 1:
-        found["window_factor"] = Extra((num_heads,), math.log((1 - spec.mix) / spec.mix))
+    if spec.normalizer == "joint-max":
+        mix = min(max(spec.mix, 1e-6), 1 - 1e-6)  # a branch that is off needs no factor, but keeps the tensor
+        found["window_factor"] = Extra((num_heads,), math.log((1 - mix) / mix))
     if spec.kept:
         found["keep_score"] = Extra((num_key_value_heads, head_dim))
     if spec.feature_params == "learned":

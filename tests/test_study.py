@@ -13,16 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from liger_cli.checkpoint.reader import read_checkpoint
+from liger_cli.commands import finetune
+from liger_cli.conversion.plan import make_plan
+from liger_cli.conversion.plan_edits import constant_bytes
 from liger_cli.shipped import BASE_DIR
 from liger_cli.system.errors import UsageError
-from liger_cli.training.recipes import recipe_names
+from liger_cli.training.recipes import load_recipe, recipe_names
 from study import report, runner
 from study.__main__ import main
 from study.rows import (
     DOCUMENTS,
     FIRST,
     INSTRUCTIONS,
+    RATED,
+    RATES,
     TRAINED,
     WINDOW_ONLY,
     Effort,
@@ -32,8 +39,8 @@ from study.rows import (
     show_tokens,
 )
 from study.subjects import study_base
-from study.summary import summary
-from study.unit import calibration_data
+from study.summary import best_rates, summary
+from study.unit import calibration_data, train
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +97,80 @@ def test_controls_differ_by_the_window_alone():
     assert rows["window-only-kl"].recipe == rows["kl"].recipe and rows["window-only-kl"].convert == ()
 
 
+def test_published_methods_are_compared_fairly(base):
+    """The same sinks in every row that can have some, a window of equal bytes beside each method, other rates than the
+    published ones; each with a control."""
+    found = study_base(base)
+    units = planned([found], [1000], 1, sinks=4)
+    rows = {unit.row.name: unit.row for unit in units}
+    without = {name for name, row in rows.items() if row.convert[-2:] != ("--sinks", "4")}
+    assert without == {"base", "supra", *(f"supra-lr{factor:g}x" for factor in RATES)}
+    checkpoint = read_checkpoint(found.folder)
+    for name, model in (("gla", {"sinks": 4}), ("lolcats", load_recipe("lolcats").model | {"sinks": 4}),
+                        ("supra", load_recipe("supra").model)):  # fmt: skip
+        trained = rows[f"window-only-as-{name}-trained"]
+        assert trained.recipe == "window-only" and rows[f"window-only-as-{name}"].convert[2:] == trained.convert
+        window = int(trained.convert[1])
+        wanted = constant_bytes(make_plan(checkpoint, model))
+        sizes = [
+            constant_bytes(make_plan(checkpoint, {"window": window + more, "mix": 0.0, "sinks": 4})) for more in (0, 1)
+        ]
+        assert sizes[0] <= wanted < sizes[1] or window == 1, name
+    for name in RATED:
+        published = load_recipe(rows[name].recipe).stages
+        for factor in RATES:
+            other = rows[f"{name}-lr{factor:g}x"]
+            assert other.convert == rows[name].convert and other.control == rows[name].control
+            rates = [stage["lr"] for stage in other.changes["stages"]]
+            assert rates == pytest.approx([factor * stage.lr for stage in published])
+
+
+def test_the_best_rate_is_chosen_by_the_held_out_loss():
+    """On each base by itself, not by the table's own figures; nothing where no other rate was tried."""
+    tried = [("lolcats", 0.3, 9.0, "b"), ("lolcats-lr3x", 0.4, 8.0, "b"), ("lolcats-lr10x", 0.2, 9.5, "b"),
+             ("lolcats", 0.5, 7.0, "c"), ("lolcats-lr3x", 0.6, 7.5, "c"), ("supra", 0.9, 5.0, "b")]  # fmt: skip
+    results = [
+        {
+            **_result(name, kl, budget=1000),
+            "base": where,
+            "group": "rates" if "-lr" in name else "trained",
+            "training": {"parameters": 1, "tokens": 1000, "minutes": 1.0, "held_out_perplexity": held_out},
+        }
+        for name, kl, held_out, where in tried
+    ]
+    rows = best_rates(report.summarize(results))
+    assert [(row["row"], row["base"], row["kl"]["mean"]) for row in rows] == [
+        ("lolcats, best rate", "b", 0.4), ("lolcats, best rate", "c", 0.5),
+    ]  # fmt: skip
+    lines = summary(report.summarize(results)).splitlines()
+    assert "| lolcats, best rate | 1k | 0.400; 50 % | 0.500; 50 % | 2 KiB |" in lines
+
+
+def test_calibration_is_paid_from_the_budget(base, tmp_path, monkeypatch):
+    """What a calibration has read is not trained on."""
+    found, steps = study_base(base), []
+    report_of = dict.fromkeys(("tokens", "steps_done", "trainable_parameters", "first_loss", "last_loss"), 1)
+
+    def run(converted, *, recipe, **options):
+        steps.append(yaml.safe_load(Path(recipe).read_text())["max_steps"])
+        return report_of | {"held_out_perplexity": 2.0}
+
+    monkeypatch.setattr(finetune, "run", run)
+    row = next(row for row in TRAINED if row.name == "best")
+    for read in (0, 20_480):
+        train(Unit(row, found.name, 100_000), found, tmp_path / "model", tmp_path / "adapter", tmp_path, read)
+    assert steps == [24, 19]
+
+
 def test_the_readme_names_the_rows_commands():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     lines = text.partition("### The rows as commands")[2].partition("\n## ")[0].splitlines()
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     rows = {row.name: row for row in (*FIRST, *TRAINED)}
-    for name, convert, finetune in told:
+    for name, convert, training in told:
         row = rows[re.match(r"`([^`]+)`", name)[1]]
         assert tuple(shlex.split(convert.strip("`"))) == row.convert, name
-        recipe, _, changed = finetune.partition(" with ")
+        recipe, _, changed = training.partition(" with ")
         assert recipe.strip("`") == (row.recipe or ""), name
         beside = {} if row.recipe in (None, "window-only") else row.changes
         assert all(f"{key}: {value}" in changed for key, value in beside.items()), name

@@ -57,4 +57,6 @@ def constant_bytes(plan: Plan) -> int:
 
 def without_recurrence(spec: LayerSpec) -> LayerSpec:
     """The layer without its recurrence."""
-    return replace(spec, mix=0.0, normalizer="none", branch_scales=False) if spec.kind == "liger" else spec
+    return (
+        replace(spec, mix=0.0, normalizer="none", delayed=False, branch_scales=False) if spec.kind == "liger" else spec
+    )

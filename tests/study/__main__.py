@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", default="0.1M,0.5M", help="training tokens, by commas (0.1M,0.5M)")
     parser.add_argument("--large", default="2M", help="training tokens of one more run of a few rows, or none (2M)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of a trained row (3)")
+    parser.add_argument("--sinks", type=int, default=0, help="first tokens that stay visible, in every row (0)")
     parser.add_argument("--bases", help=f"by commas ({','.join(present())}); any other as FOLDER@TEXT")
     parser.add_argument("--hours", type=float, help="begin no row after that long")
     parser.add_argument(
@@ -48,11 +49,14 @@ def _run(options: argparse.Namespace) -> None:
     for name in ("seeds", "workers", "probes", "characters"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} is {getattr(options, name)}, but has to be 1 or more")
+    if options.sinks < 0:
+        raise UsageError(f"--sinks is {options.sinks}, but has to be 0 or more")
     names = _listed(options.bases) if options.bases else present()
     bases = {base.name: base for base in map(study_base, names)}
     large = None if options.large == "none" else parse_tokens(options.large)
     budgets = [parse_tokens(text) for text in _listed(options.budgets)]
-    units = planned(list(bases.values()), budgets, options.seeds, tuple(_listed(options.only)), large)
+    only = tuple(_listed(options.only))
+    units = planned(list(bases.values()), budgets, options.seeds, only, large, options.sinks)
     if options.plan:
         for unit in units:
             print(f"{unit.base}/{unit.name}")

@@ -82,6 +82,7 @@ def summarize(results: list[dict]) -> list[dict]:
                 "parameters": _training(members, "parameters"),
                 "tokens": _training(members, "tokens"),
                 "minutes": _training(members, "minutes"),
+                "held_out": _training(members, "held_out_perplexity"),
             }
         )
     return rows
@@ -116,7 +117,7 @@ def _recall(result: dict, where: str) -> float:
 
 
 def _training(members: list[dict], name: str) -> dict | None:
-    return spread([x["training"][name] if x["training"] else None for x in members])
+    return spread([x["training"].get(name) if x["training"] else None for x in members])
 
 
 def markdown(rows: list[dict], results: list[dict]) -> str:

@@ -1,7 +1,7 @@
 """The rows of the study's table, as data: what is converted how, trained by what, and held against which control."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
 from liger_cli.checkpoint.reader import read_checkpoint
@@ -9,6 +9,7 @@ from liger_cli.conversion.plan import make_plan, with_defaults
 from liger_cli.conversion.plan_edits import constant_bytes
 from liger_cli.system.errors import UsageError
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.training.recipes import load_recipe
 from study.base_folders import StudyBase
 from study.subjects import layers
 
@@ -58,7 +59,7 @@ class Row:
         changes: fields of the recipe that differ from the shipped one's.
         column: what is measured: `base`, `model` or `window_only` (see `columns`).
         control: the row that is trained identically but for its recurrent branch, which is off; None for controls.
-        group: what the row is about.
+        group: what the row is about. Rows of the group `rates` are trained as the row that they vary, at other rates.
     """
 
     name: str
@@ -154,6 +155,7 @@ TRAINED = (
     ),
     Row("lolcats", ("--recipe", "lolcats"), "lolcats", control="window-only-trained", group="trained"),
     Row("supra", ("--recipe", "supra"), "supra", control="window-only-trained", group="trained"),
+    Row("paper-code", ("--recipe", "paper-code"), "paper-code", control="window-only-trained", group="trained"),
     Row("distill", ("--gate", "gla"), "distill", control="window-only-kl", group="trained"),
     Row(
         "kl-running", ("--gate", "gla", "--normalizer", "running", "--branch-scales"), "distill", KL,
@@ -185,6 +187,21 @@ TRAINED_GATES = tuple(
     for gate in GATES
     if gate not in ("gla", "lightning")
 )
+# The published methods at other learning rates than theirs, all stages alike. The best of a row and its own is found by
+# the held-out loss of training, so that no figure of the table is chosen by.
+RATED = ("paper", "lolcats", "supra")
+RATES = (0.3, 3.0, 10.0)
+EQUAL = ("gla", "lolcats", "supra")  # methods beside which a window alone of as many bytes stands
+
+
+def _at_rate(row: Row, factor: float) -> Row:
+    stages = [{**stage, "lr": stage["lr"] * factor} for stage in load_recipe(row.recipe).to_dict()["stages"]]
+    return replace(row, name=f"{row.name}-lr{factor:g}x", changes={**row.changes, "stages": stages}, group="rates")
+
+
+SWEEP = tuple(_at_rate(row, factor) for row in TRAINED if row.name in RATED for factor in RATES)
+
+
 # Rows between which a difference is claimed.
 REPEATED = ("window-only-trained", "paper", "window-only-kl", "window-only-best", "best", "lolcats", "supra")
 REPEATED_UNTRAINED = (
@@ -218,13 +235,40 @@ def base_rows(base: StudyBase) -> tuple[Row, ...]:
     )
 
 
+def windows_of_equal_bytes(base: StudyBase, sinks: int) -> tuple[Row, ...]:
+    """For every published method the window alone with as many bytes (and sinks), untrained and trained."""
+    rows = []
+    for name in EQUAL:
+        settings = {} if name == "gla" else load_recipe(name).model
+        kept = 0 if settings.get("window") == 0 else sinks
+        whole = _cache_bytes(base, {**settings, "sinks": kept})
+        alone = [_cache_bytes(base, {"window": window, "mix": 0.0, "sinks": sinks}) for window in (1, 2)]
+        window = 1 + max(0, whole - alone[0]) // (alone[1] - alone[0])
+        options = ("--window", str(window))
+        rows.append(Row(f"window-only-as-{name}", ("--mix", "0", *options), control=None, group="control"))
+        rows.append(_window("window-only", f"window-only-as-{name}-trained", convert=options))
+    return tuple(rows)
+
+
+def with_sinks(row: Row, sinks: int) -> Row:
+    """The row with as many sinks as every other, where it has a window that sees them."""
+    if not sinks or row.column == "base" or "--sinks" in row.convert or row.recipe == "supra":
+        return row
+    return replace(row, convert=(*row.convert, "--sinks", str(sinks)))
+
+
 def _cache_bytes(base: StudyBase, settings: dict) -> int:
     """Bytes of one sequence's constant cache where every layer has these settings."""
     return constant_bytes(make_plan(read_checkpoint(base.folder), settings))
 
 
 def planned(
-    bases: list[StudyBase], budgets: list[int], seeds: int, only: tuple[str, ...] = (), large: int | None = None
+    bases: list[StudyBase],
+    budgets: list[int],
+    seeds: int,
+    only: tuple[str, ...] = (),
+    large: int | None = None,
+    sinks: int = 0,
 ) -> list[Unit]:
     """Every unit of the study, the most telling first.
 
@@ -233,10 +277,11 @@ def planned(
         seeds: repetitions of a trained row.
         only: patterns of row names or groups; their controls come with them.
         large: training tokens of one more run of `FEW`.
+        sinks: first tokens that stay visible to the window, in every row.
     Raises:
         UsageError: `only` fits no row.
     """
-    units = list(_ordered(bases, budgets, seeds, large))
+    units = [replace(unit, row=with_sinks(unit.row, sinks)) for unit in _ordered(bases, budgets, seeds, large, sinks)]
     if not only:
         return units
     wanted = {unit.row.name for unit in units if any(fnmatch(text, one) for one in only for text in _texts(unit.row))}
@@ -251,7 +296,7 @@ def _texts(row: Row) -> tuple[str, str]:
     return row.name, row.group
 
 
-def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int | None) -> Iterator[Unit]:
+def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int | None, sinks: int) -> Iterator[Unit]:
     yield from (Unit(row, base.name) for row in FIRST for base in bases)
     for seed in range(seeds):
         for budget in budgets:
@@ -260,6 +305,11 @@ def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int 
         more = {base.name: (*GATE_ROWS, *base_rows(base)) for base in bases}
         if seed == 0:
             yield from (Unit(row, base.name) for base in bases for row in more[base.name])
+            equal = {base.name: windows_of_equal_bytes(base, sinks) for base in bases}
+            yield from (Unit(row, base.name) for base in bases for row in equal[base.name] if row.recipe is None)
+            for budget in budgets:
+                rows = {base.name: (*SWEEP, *(row for row in equal[base.name] if row.recipe)) for base in bases}
+                yield from (Unit(row, base.name, budget) for base in bases for row in rows[base.name])
             if budgets:
                 rows = (*VARIANTS, *TRAINED_GATES)
                 yield from (Unit(row, base.name, min(budgets), 0) for row in rows for base in bases)

@@ -24,7 +24,7 @@ from study.rows import Unit
 from study.subjects import designation
 from study.unit import MISSING
 
-FORMAT = 1  # raised when what is measured changes
+FORMAT = 2  # raised when what is measured changes
 DONE, SKIPPED, LATER, BUSY, FAILED, NOT_THERE = "done", "kept", "later", "busy", "failed", "missing"
 
 

@@ -1,12 +1,13 @@
 """The study's summary, which is what the README shows: a column for each base, and what single changes do."""
 
 from liger_cli.evaluation.report import Table
-from study.rows import DOCUMENTS, WINDOW_ONLY, show_tokens
+from study.rows import DOCUMENTS, EQUAL, RATED, WINDOW_ONLY, show_tokens
 
 ROWS = (
     "base", WINDOW_ONLY, "window-only-192", "gla", "gla-running", "calibrated-kept0", "calibrated-uniform",
     "calibrated", "kept-alone", "heads-auto1", "layers-auto1", "calibrated-heads-auto1", "window-only-trained", "paper",
-    "lolcats", "supra", "window-only-best", "best",
+    "lolcats", "supra", *(f"{name}, best rate" for name in RATED), *(f"window-only-as-{name}" for name in EQUAL),
+    *(f"window-only-as-{name}-trained" for name in EQUAL), "window-only-best", "best",
 )  # fmt: skip
 # For each group of single runs the row that they vary.
 VARIED = {"variants": "best", "gates": "paper"}
@@ -16,7 +17,7 @@ def summary(rows: list[dict]) -> str:
     """The rows that tell most, a column for each base; then what one change at a time does, on one seed."""
     rows = [row for row in rows if row["mixture"] == DOCUMENTS]
     bases = list(dict.fromkeys(row["base"] for row in rows))
-    places = {(row["row"], row["budget"], row["base"]): row for row in rows}
+    places = {(row["row"], row["budget"], row["base"]): row for row in (*rows, *best_rates(rows))}
     table = Table("KL to the base; recall beyond the window; state", ["row", "tokens", *bases, "state"])
     budgets = sorted({row["budget"] for row in rows})
     for name, budget in ((name, budget) for name in ROWS for budget in budgets):
@@ -28,6 +29,19 @@ def summary(rows: list[dict]) -> str:
             table.rows.append([name, tokens, *shown, f"{' / '.join(states)} KiB"])
     varied = [pair for pair in VARIED.items() if any(row["group"] == pair[0] for row in rows)]
     return "\n\n".join([table.markdown(), *(_varied(rows, *pair) for pair in varied)]) + "\n"
+
+
+def best_rates(rows: list[dict]) -> list[dict]:
+    """Of every published method the best of its row and of those at other learning rates, by the held-out perplexity of
+    training, on each base with each budget; none where no other rate was tried."""
+    found = []
+    for name in RATED:
+        tried = [row for row in rows if row["row"] == name or row["row"].startswith(f"{name}-lr")]
+        for place in dict.fromkeys((row["base"], row["budget"]) for row in tried if row["group"] == "rates"):
+            here = [row for row in tried if (row["base"], row["budget"]) == place and row["held_out"]]
+            best = min(here, key=lambda row: row["held_out"]["values"][0])
+            found.append({**best, "row": f"{name}, best rate"})
+    return found
 
 
 def _varied(rows: list[dict], group: str, reference: str) -> str:

@@ -47,12 +47,15 @@ def compute(home: Path, base: StudyBase, unit: Unit, effort: dict, key: str) -> 
     commands.append(liger("convert", str(base.folder), str(converted), *unit.row.convert, *measured_on))
     converted_in = time.perf_counter() - began
     training, folder = None, converted
+    made = json.loads((converted / "liger.json").read_text(encoding="utf-8"))
+    fitted = made.get("calibration") or {}
+    read = sum(fitted.get(name) or 0 for name in ("tokens", "held_out_tokens"))
     if unit.budget:
         folder = work / "adapter"
-        training = train(unit, base, converted, folder, home)
+        training = train(unit, base, converted, folder, home, read)
         commands.append(training.pop("command"))
     measured = measured_figures(home, base, unit, folder, effort)
-    selection = json.loads((converted / "liger.json").read_text(encoding="utf-8")).get("selection") or {}
+    selection = made.get("selection") or {}
     result = {
         "key": key,
         "status": "done",
@@ -65,6 +68,7 @@ def compute(home: Path, base: StudyBase, unit: Unit, effort: dict, key: str) -> 
         "mixture": unit.mixture,
         "commands": [[_portable(part, base, home, work) for part in command] for command in commands],
         "convert_seconds": converted_in,
+        "calibration_tokens": read,
         "chosen": selection.get("chosen"),
         "training": training,
         **measured,
@@ -104,8 +108,11 @@ def measured_figures(home: Path, base: StudyBase, unit: Unit, folder: Path, effo
     return measure(folder, base.source, unit.row.column, chosen, losses, text)
 
 
-def train(unit: Unit, base: StudyBase, converted: Path, adapter: Path, home: Path) -> dict:
-    """Fine-tune by the row's recipe on `budget` tokens; what the report says of it, and the command."""
+def train(unit: Unit, base: StudyBase, converted: Path, adapter: Path, home: Path, read: int = 0) -> dict:
+    """Fine-tune by the row's recipe; what the report says of it, and the command.
+
+    read: tokens of the budget that the calibration has read; what is left is trained on.
+    """
     import yaml
 
     from liger_cli.training.recipes import load_recipe, recipe_from, recipe_names
@@ -115,7 +122,7 @@ def train(unit: Unit, base: StudyBase, converted: Path, adapter: Path, home: Pat
         raise SystemExit(MISSING)
     rows = COMMON["batch_size"] * COMMON["seq_len"]
     recipe = load_recipe(unit.row.recipe)
-    changes = {**COMMON, **unit.row.changes, "max_steps": max(1, round(unit.budget / rows)), "seed": unit.seed}
+    changes = {**COMMON, **unit.row.changes, "max_steps": max(1, round((unit.budget - read) / rows)), "seed": unit.seed}
     recipe = recipe_from({**replace(recipe, name=unit.row.name).to_dict(), **changes})
     file = adapter.with_name("recipe.yaml")
     file.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
@@ -135,6 +142,7 @@ def train(unit: Unit, base: StudyBase, converted: Path, adapter: Path, home: Pat
         "minutes": (time.perf_counter() - began) / 60,
         "first_loss": report["first_loss"],
         "last_loss": report["last_loss"],
+        "held_out_perplexity": report["held_out_perplexity"],
     }
 
 
