@@ -138,7 +138,7 @@ def liger(tmp_path):
             env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **(env or {})},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,  # against hanging alone: a busy machine takes minutes to import torch
             **options,
         )
 

@@ -4,11 +4,10 @@ import csv
 import io
 import json
 import statistics
-import time
 
 import pytest
 
-from liger_cli.benchmark import bench
+from liger_cli.benchmark import bench, contest
 from liger_cli.benchmark.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, growing
 from liger_cli.commands import convert
 from liger_cli.evaluation.report import bench_notes, bench_tables
@@ -30,8 +29,8 @@ def subject(tiny):
     return open_subject(tiny)
 
 
-def _side(subject, which, chunk=None, batch_size=1):
-    return Side(which, lambda: subject.column(which), chunk, 128, "cpu", batch_size)
+def _side(subject, which, batch_size=1, masked=False):
+    return Side(which, lambda: subject.column(which), 128, "cpu", batch_size, masked)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_cache_bytes_are_the_shapes_bytes(result):
 
 def test_memory_of_a_pure_model_is_constant(tiny_base, tmp_path):
     convert.convert(str(tiny_base()), str(tmp_path / "pure"), settings={"window": 8})
-    side = _side(open_subject(tmp_path / "pure"), "model", chunk=512)
+    side = _side(open_subject(tmp_path / "pure"), "model")
     short, long = (side.prefill(tokens, float("inf"))[1] for tokens in (64, 2500))
     assert cache_bytes(short) == cache_bytes(long) and cache_shapes(short) == cache_shapes(long)
     assert not growing(long) and long.get_seq_length() == 2500
@@ -160,17 +159,29 @@ def test_batch(subject):
     assert four == 4 * one
 
 
-def test_prefill_in_pieces_is_prefill(subject):
+@pytest.mark.parametrize("which", ["model", "base"])
+def test_runs_what_generate_runs(subject, which):
+    """Reading and stepping hand the model what `generate` does: positions, one position's logits, the text in one
+    piece, and a mask where this release of transformers gives one."""
     import torch
 
-    side = _side(subject, "model", chunk=None)
-    torch.manual_seed(0)
-    _, whole = side.prefill(700, float("inf"))
-    side.chunk = 64
-    torch.manual_seed(0)
-    _, pieces = side.prefill(700, float("inf"))
-    for a, b in zip(whole.layers, pieces.layers, strict=True):
-        assert torch.allclose(a.keys, b.keys, atol=1e-4)
+    side, calls = _side(subject, which, 2, contest.mask_is_given(subject.liger_model)), []
+
+    def note(module, args, given):
+        mask, places = given.get("attention_mask"), given["position_ids"].expand(2, -1).tolist()
+        calls.append((given["input_ids"].shape, None if mask is None else mask.shape, places, given["logits_to_keep"]))
+
+    hook = subject.liger_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with side.activate() as model:
+            ids = torch.randint(4, 120, (2, 20))
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
+        generated, calls[:] = list(calls), []
+        _, cache = side.prefill(20, float("inf"))
+        side.step(cache, 20)
+    finally:
+        hook.remove()
+    assert calls == generated and len(calls) == 2
 
 
 def test_stops_what_takes_too_long(subject, monkeypatch):
@@ -185,24 +196,25 @@ def test_stops_what_takes_too_long(subject, monkeypatch):
         return prefill(self, tokens, limit)
 
     monkeypatch.setattr(Side, "prefill", slow_base)
-    result = bench.bench(subject, seq_len=4096, new_tokens=1, repetitions=1, base_limit=7)
+    result = bench.bench(subject, seq_len=4096, new_tokens=1, repetitions=1, base_limit=70)
     rows = {(row["which"], row["position"]): row for row in result["rows"]}
     assert rows["base", 1024]["prefill_s"] and rows["model", 4096]["prefill_s"]
-    assert rows["base", 2048]["prefill_s"] is None and rows["base", 2048]["prefill_note"] == "stopped after 7 s"
+    assert rows["base", 2048]["prefill_s"] is None and rows["base", 2048]["prefill_note"] == "stopped after 70 s"
     assert rows["base", 4096]["prefill_note"].startswith("not tried")
     assert rows["base", 4096]["latency_ms"]["mean"] > 0 and rows["base", 4096]["peak_bytes"] is None
     shown = "\n".join(table.markdown() for table in bench_tables(result))
-    assert "stopped after 7 s" in shown and "not tried" in shown
+    assert "stopped after 70 s" in shown and "not tried" in shown
     assert any("base at 4096 tokens: prefill not tried" in note for note in bench_notes(result))
 
 
-def test_stops_within_a_layer(subject):
+def test_stops_within_a_layer(subject, monkeypatch):
     """The time is looked at before every module, not only between layers."""
-    reached = []
+    reached, now = [], [0.0]
+    monkeypatch.setattr(contest.time, "perf_counter", lambda: now[0])
 
     def slow(*_):
         reached.append("q_proj")
-        time.sleep(1.1)
+        now[0] += 1.1
 
     attention = subject.liger_model.get_decoder().layers[0].self_attn
     hooks = [
@@ -226,14 +238,14 @@ def test_refuses_what_would_take_too_long(subject, monkeypatch):
     def slow_base(self, tokens, limit):
         if self.which == "base" and tokens >= 1024:
             begun.append(tokens)
-            return 4.0, prefill(self, tokens, limit)[1]
+            return 40.0, prefill(self, tokens, limit)[1]
         return prefill(self, tokens, limit)
 
     monkeypatch.setattr(Side, "prefill", slow_base)
-    result = bench.bench(subject, seq_len=4096, new_tokens=1, repetitions=1, base_limit=7)
+    result = bench.bench(subject, seq_len=4096, new_tokens=1, repetitions=1, base_limit=70)
     rows = {(row["which"], row["position"]): row for row in result["rows"]}
     assert set(begun) == {1024}
-    assert rows["base", 2048]["prefill_note"] == "not tried: 1024 tokens took 4 s, so 2048 take more than 7 s"
+    assert rows["base", 2048]["prefill_note"] == "not tried: 1024 tokens took 40 s, so 2048 take more than 70 s"
     assert rows["base", 4096]["prefill_s"] is None and rows["base", 4096]["prefill_note"].startswith("not tried")
     assert result["prefill_speedup"]["position"] == 1024
 
@@ -423,7 +435,7 @@ def test_plot_marks_what_was_stopped(result, tmp_path):
     bench_plot(result, tmp_path)
     whole = (tmp_path / "bench.svg").read_text()
     cut = deepcopy(result)
-    cut["rows"][-1] |= {"prefill_s": None, "prefill_note": "stopped after 7 s"}
+    cut["rows"][-1] |= {"prefill_s": None, "prefill_note": "stopped after 70 s"}
     bench_plot(cut, tmp_path)
     stopped = (tmp_path / "bench.svg").read_text()
     assert "softmax base: stopped" in stopped and "softmax base: stopped" not in whole

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from liger_cli.benchmark.backends import model_backends
-from liger_cli.benchmark.contest import PREFILL_CHUNK, Decoding, OutOfTime, Side, cache_bytes, cache_shapes
+from liger_cli.benchmark.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, mask_is_given
 from liger_cli.benchmark.roofline import limit_ms, measure_machine, processor_name, step_cost
 from liger_cli.benchmark.shapes import shapes_subject
 from liger_cli.checkpoint.folders import resolve_model
@@ -93,7 +93,7 @@ def bench(
     sides: tuple[str, ...] = SIDES,
     batch_sweep: bool = False,
 ) -> dict:
-    """Measure the model and, with the same weights, its softmax base.
+    """Measure the model and, with the same weights, its softmax base, both as `generate` runs them.
 
     Args:
         seq_len: the longest position; the others are 1024, 2048, 4096 ... below it.
@@ -124,10 +124,9 @@ def bench(
     device = str(model.device)
     backend = model_backends(model)
     weights = sum(x.numel() * x.element_size() for x in subject.model.parameters())
-    chunks = {"model": PREFILL_CHUNK, "base": None}
+    masked = mask_is_given(model)
     contestants = [
-        Side(which, _activation(subject, which), chunks[which], model.config.vocab_size, device, batch_size)
-        for which in sides
+        Side(which, _activation(subject, which), model.config.vocab_size, device, batch_size, masked) for which in sides
     ]
     positions = grown_positions(seq_len)
     rows: dict[tuple[str, int], dict] = {}
@@ -152,7 +151,6 @@ def bench(
             "new_tokens": new_tokens,
             "repetitions": repetitions,
             "base_limit_s": base_limit,
-            "prefill_chunk": {side.which: side.chunk for side in contestants},
         },
         "machine": {**machine(device), **speeds},
         "backend": backend,
@@ -219,7 +217,7 @@ def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, 
                 taken, row["cache"] = side.prefill(position, limit)
                 seconds.append(taken)
                 row["cache_bytes"], row["cache_shapes"] = cache_bytes(row["cache"]), cache_shapes(row["cache"])
-                side.step(row["cache"])
+                side.step(row["cache"], position)
                 peaks.append(peak.stop())
         except OutOfTime:
             row["prefill_note"] = f"stopped after {limit:g} s"

@@ -10,11 +10,25 @@ from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_kept import EMPTY
 
 WARM_TOKENS = 128  # tokens read to get a cache whose layers all exist
-PREFILL_CHUNK = 2048  # tokens a forward pass, where the layers carry a state
 
 
 class OutOfTime(Exception):
     """A forward pass took longer than it was given."""
+
+
+def mask_is_given(model) -> bool:
+    """Whether `generate` hands a model a mask where nothing is padded: releases of transformers differ in that."""
+    import torch
+
+    found, ids = [], torch.ones(1, 2, dtype=torch.long, device=model.device)
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: found.append(given.get("attention_mask") is not None), with_kwargs=True
+    )
+    try:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0)
+    finally:
+        hook.remove()
+    return any(found)
 
 
 @dataclass
@@ -24,15 +38,15 @@ class Side:
     Attributes:
         which: `model` or `base`.
         activate: context that yields the model to run, with its attention mode set.
-        chunk: tokens a prefill pass; None reads the whole text in one.
+        masked: whether it is given a mask of ones; see `mask_is_given`.
     """
 
     which: str
     activate: Callable[[], AbstractContextManager]
-    chunk: int | None
     vocab_size: int
     device: str
     batch_size: int
+    masked: bool
 
     def prefill(self, tokens: int, limit: float) -> tuple[float, object]:
         """Seconds to read `tokens` random tokens, and the cache. Raises OutOfTime after `limit` seconds."""
@@ -42,14 +56,12 @@ class Side:
 
         ids = self._random_ids(tokens)
         with self.activate() as model, torch.inference_mode(), _deadline(model, limit):
-            cache, start = None, _now(self.device)
-            for part in ids.split(self.chunk or tokens, dim=1):
-                output = model(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-                cache = output[CACHE]
-            return _now(self.device) - start, cache
+            start = _now(self.device)
+            output = model(**self._inputs(ids, tokens))
+            return _now(self.device) - start, output[CACHE]
 
-    def step(self, cache) -> float:
-        """Seconds of one decoding step, [B, 1] tokens, from the cache."""
+    def step(self, cache, position: int) -> float:
+        """Seconds of one decoding step, [B, 1] tokens, from a cache of `position` tokens."""
         import torch
 
         from liger_cli.templates.liger_transformers import CACHE
@@ -57,9 +69,19 @@ class Side:
         with self.activate() as model, torch.inference_mode():
             ids = self._random_ids(1)
             start = _now(self.device)
-            logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
+            logits = model(**self._inputs(ids, position + 1), **{CACHE: cache}).logits
             logits[:, -1].argmax(-1)
             return _now(self.device) - start
+
+    def _inputs(self, ids, tokens: int) -> dict:
+        """What `generate` gives a model, beside the cache, to read `ids` [B, T] as the last of `tokens` tokens."""
+        import torch
+
+        places = torch.arange(tokens - ids.shape[1], tokens, device=self.device).expand(len(ids), -1)
+        given = {"input_ids": ids, "position_ids": places, "use_cache": True, "logits_to_keep": 1}
+        if self.masked:
+            given["attention_mask"] = torch.ones(len(ids), tokens, dtype=torch.long, device=self.device)
+        return given
 
     def needed_bytes(self, tokens: int) -> int:
         """Bytes of this side's cache after `tokens` tokens, without making it."""
@@ -127,7 +149,7 @@ class Decoding:
 
     def step(self) -> float:
         """Seconds of one step."""
-        seconds = self.side.step(self.cache)
+        seconds = self.side.step(self.cache, self.position)
         for layer, name, x in self.held:
             setattr(layer, name, x)
         _set_length(self.cache, self.position)

@@ -127,7 +127,7 @@ def _recall(subject: Subject, source: Source, column: str, distance: int, count:
 def state_bytes(subject: Subject, column: str) -> int:
     """Bytes of the cache of one sequence after `STATE_TOKENS` tokens; a window alone needs no recurrent state."""
     device = str(subject.liger_model.device)
-    side = Side(column, lambda: subject.column(column), None, subject.liger_model.config.vocab_size, device, 1)
+    side = Side(column, lambda: subject.column(column), subject.liger_model.config.vocab_size, device, 1, False)
     return sum(
         x.numel() * x.element_size()
         for layer in cache_tensors(side.filled_cache(STATE_TOKENS))
