@@ -19,19 +19,25 @@ The rooms, from the ground up; a module imports only from its own and from lower
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "convert": "commands.convert.convert",
-    "finetune": "commands.finetune.run",
-    "merge": "commands.merge.run",
-    "evaluate": "commands.evaluate.run",
-    "bench": "benchmark.bench.run",
+    "convert": ("ConvertOptions", "convert"),
+    "finetune": ("FinetuneOptions", "finetune"),
+    "merge": ("MergeOptions", "merge"),
+    "evaluate": ("EvaluateOptions", "evaluate"),
+    "bench": ("BenchOptions", "bench"),
 }
 
 
 def __getattr__(name: str):
-    """The functions that are the product, imported when they are asked for."""
+    """The functions that are the product; what they need is imported when they are asked for, and run."""
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module, _, function = PUBLIC[name].rpartition(".")
-    return getattr(import_module(f"{__name__}.{module}"), function)
+    options, module = PUBLIC[name]
+    home = f"{__name__}.commands"
+    described = getattr(import_module(f"{home}.{module}_options"), options)
+    made = import_module(f"{home}.options").function(described, f"{home}.{module}")
+    made.__name__ = made.__qualname__ = name
+    made.__module__ = __name__
+    globals()[name] = made
+    return made

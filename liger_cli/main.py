@@ -1,6 +1,6 @@
 """The `liger` command line: options and help text. Each command hands over to its module at once.
 
-The two commands with the most options have them in `convert_options` and `finetune_options`.
+Commands with many options have them in `commands.*_options`.
 Heavy packages are imported inside those modules' functions, never here: `liger --help` has to answer at once.
 """
 
@@ -10,9 +10,11 @@ import typer
 import typer.core
 
 from liger_cli import __version__
-from liger_cli.commands.convert_options import convert
-from liger_cli.commands.finetune_options import finetune
-from liger_cli.commands.options import Device, Dtype, Format, Json, Measured, Push, Save
+from liger_cli.commands.bench_options import BenchOptions
+from liger_cli.commands.convert_options import ConvertOptions
+from liger_cli.commands.finetune_options import FinetuneOptions
+from liger_cli.commands.merge_options import MergeOptions
+from liger_cli.commands.options import Device, Dtype, Format, Json, Measured, Save, command
 from liger_cli.system import interrupts
 from liger_cli.system.errors import flush_stdout, guarded
 
@@ -39,7 +41,6 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -64,7 +65,7 @@ def root(
     """Turn a pretrained softmax-attention language model into a gated linear recurrent one (arXiv 2503.01496)."""
 
 
-app.command()(convert)
+app.command("convert")(command(ConvertOptions, "liger_cli.commands.convert"))
 
 
 @app.command()
@@ -113,41 +114,8 @@ def doctor(
     doctor.run(as_json)
 
 
-app.command()(finetune)
-
-
-@app.command()
-def merge(
-    adapters: Annotated[
-        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapters; the newest one here by default.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The converted model. (default: the folder that the adapter names)")
-    ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder to write. (default: ./<model>-merged)")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. (default: as the weights are)")
-    ] = None,
-    link: Annotated[str, typer.Option(help="How untouched shards get there: auto, hard or copy.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that liger made.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and say what would be written.")] = False,
-    push_to_hub: Push = None,
-    as_json: Json = False,
-) -> None:
-    """Add LoRA adapters into the weights: a self-contained model, written shard by shard."""
-    from liger_cli.commands import merge as module
-
-    module.run(
-        adapters or None,
-        base=base,
-        output=output,
-        dtype=dtype,
-        link=link,
-        force=force,
-        dry_run=dry_run,
-        push_to_hub=push_to_hub,
-        as_json=as_json,
-    )
+app.command("finetune")(command(FinetuneOptions, "liger_cli.commands.finetune"))
+app.command("merge")(command(MergeOptions, "liger_cli.commands.merge"))
 
 
 @app.command()
@@ -237,46 +205,7 @@ def evaluate(
     )
 
 
-@app.command()
-def bench(
-    model: Measured = None,
-    seq_len: Annotated[
-        int, typer.Option(help="Longest text in tokens; 1024, 2048 ... are measured on the way.")
-    ] = 32768,
-    batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    new_tokens: Annotated[int, typer.Option(help="Decoding steps of a repetition, whose median counts.")] = 16,
-    repetitions: Annotated[int, typer.Option(help="Repetitions that mean and spread are taken from.")] = 5,
-    base_limit: Annotated[float, typer.Option(help="Seconds after which a run is stopped and shown as such.")] = 60.0,
-    batch_sweep: Annotated[
-        bool, typer.Option("--batch-sweep", help="Find the largest batch that fits at --seq-len, too.")
-    ] = False,
-    shapes_only: Annotated[
-        bool,
-        typer.Option("--shapes-only", help="MODEL is a config.json, folder or hub id: random weights, no download."),
-    ] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    output_format: Format = "table",
-    save: Save = True,
-    as_json: Json = False,
-) -> None:
-    """Time and memory of MODEL and of its softmax base at growing lengths, in the same run."""
-    from liger_cli.benchmark import bench as module
-
-    module.run(
-        model,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        new_tokens=new_tokens,
-        repetitions=repetitions,
-        base_limit=base_limit,
-        batch_sweep=batch_sweep,
-        shapes_only=shapes_only,
-        device=device,
-        dtype=dtype,
-        output_format="json" if as_json else output_format,
-        save=save,
-    )
+app.command("bench")(command(BenchOptions, "liger_cli.commands.bench"))
 
 
 @app.command()

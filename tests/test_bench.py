@@ -9,6 +9,7 @@ import pytest
 
 from liger_cli.benchmark import bench, contest
 from liger_cli.benchmark.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, growing
+from liger_cli.commands import bench as bench_command
 from liger_cli.commands import convert
 from liger_cli.evaluation.report import bench_notes, bench_tables
 from liger_cli.evaluation.subject import open_subject
@@ -325,13 +326,13 @@ def test_positions(length, positions):
 
 
 def test_run_prints_and_keeps(tiny, capsys):
-    result = bench.run(str(tiny), seq_len=64, new_tokens=1, repetitions=2, output_format="json")
+    result = bench_command.run(str(tiny), seq_len=64, new_tokens=1, repetitions=2, output_format="json")
     assert json.loads(capsys.readouterr().out) == result
     kept = json.loads((tiny / "results.json").read_text())
     assert kept["bench"]["rows"] == result["rows"]
     assert (tiny / "bench.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tiny / "bench.svg").read_text()
     assert "Speed and memory" in (tiny / "README.md").read_text()
-    bench.run(str(tiny), seq_len=64, new_tokens=1, repetitions=1, output_format="csv", save=False)
+    bench_command.run(str(tiny), seq_len=64, new_tokens=1, repetitions=1, output_format="csv", save=False)
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert rows[0][0] == "tokens" and rows[1][0] == "64"
 
@@ -345,7 +346,7 @@ def test_what_is_refused(tiny):
         ({"dtype": "int4"}, "--dtype is 'int4'"),
     ):
         with pytest.raises(UsageError, match=words):
-            bench.run(str(tiny), **wrong)
+            bench_command.run(str(tiny), **wrong)
 
 
 def test_roofline_counts(subject, result):
@@ -379,7 +380,7 @@ def test_shapes_only(tiny_base, tmp_path, capsys):
     """From a config alone: the same cache as the converted model's, and nothing is written."""
     config = tmp_path / "config.json"
     config.write_text((tiny_base() / "config.json").read_text())
-    result = bench.run(
+    result = bench_command.run(
         str(config), shapes_only=True, seq_len=128, new_tokens=1, repetitions=1, output_format="json", batch_sweep=True,
         base_limit=2,
     )  # fmt: skip
@@ -395,9 +396,9 @@ def test_shapes_only(tiny_base, tmp_path, capsys):
         assert entry["latency_ms"]["runs"] == bench.SWEEP_STEPS
         assert entry["tokens_per_s"] == pytest.approx(1e3 * entry["batch_size"] / entry["latency_ms"]["mean"])
     with pytest.raises(UsageError, match="--shapes-only needs"):
-        bench.run(shapes_only=True)
+        bench_command.run(shapes_only=True)
     with pytest.raises(UsageError, match="does not exist"):
-        bench.run("no such model", shapes_only=True)
+        bench_command.run("no such model", shapes_only=True)
 
 
 def test_shapes_that_do_not_fit_into_memory(tiny_base, tmp_path, capsys):
@@ -405,7 +406,7 @@ def test_shapes_that_do_not_fit_into_memory(tiny_base, tmp_path, capsys):
     config = json.loads((tiny_base() / "config.json").read_text()) | {"vocab_size": 1 << 40}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SetupError, match=r"its weights of [\d.]+ TiB in float32 do not fit into the"):
-        bench.run(str(tmp_path / "config.json"), shapes_only=True)
+        bench_command.run(str(tmp_path / "config.json"), shapes_only=True)
 
 
 def test_a_config_of_the_hub_without_network(liger, tmp_path):

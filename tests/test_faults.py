@@ -18,9 +18,8 @@ import pytest
 from conftest import TINY
 from test_convert import digest, entries
 
-from liger_cli.benchmark import bench
 from liger_cli.checkpoint import merged_shards
-from liger_cli.commands import convert, evaluate, finetune, merge
+from liger_cli.commands import bench, convert, evaluate, finetune, merge
 from liger_cli.commands import inspect as inspection
 from liger_cli.system import outputs
 from liger_cli.system.errors import LigerError, UsageError

@@ -17,14 +17,13 @@ import pytest
 import yaml
 from conftest import write_shard
 
-from liger_cli.benchmark import bench
 from liger_cli.checkpoint import adapters
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.folders import resolve_model
 from liger_cli.checkpoint.model_code import load_model
 from liger_cli.checkpoint.reader import inside, read_checkpoint, read_shard
 from liger_cli.checkpoint.tokenizer import load_tokenizer
-from liger_cli.commands import convert, evaluate, finetune, merge
+from liger_cli.commands import bench, convert, evaluate, finetune, merge
 from liger_cli.commands import inspect as inspection
 from liger_cli.evaluation.report import Table, print_tables
 from liger_cli.evaluation.results_card import refresh_card
@@ -305,7 +304,7 @@ def test_no_command_runs_a_folders_code(tiny_base, tmp_path, monkeypatch, capsys
     mark, base = tmp_path / "mark", tmp_path / "base"
     shutil.copytree(tiny_base(), base)
     canary(base, mark)
-    convert.run(str(base), "model")
+    convert.convert(str(base), "model")
     canary(tmp_path / "model", mark)
     settings = {"seq_len": 64, "batch_size": 2, "held_out": 0, "schedule": "constant"}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
@@ -395,7 +394,7 @@ def test_a_hostile_name_stays_text(tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = tmp_path / EVIL.replace("/", "_")
     shutil.copytree(tiny_base(), base)
-    convert.run(str(base), "out")
+    convert.convert(str(base), "out")
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\u202e" not in shown and "[red]" in shown
     card = (tmp_path / "out" / "README.md").read_text()

@@ -10,13 +10,12 @@ from test_extras import converted, shaken
 from test_model import tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from liger_cli.benchmark import bench
 from liger_cli.benchmark.contest import Decoding, cache_bytes, cache_shapes
 from liger_cli.benchmark.roofline import step_cost
 from liger_cli.calibration import calibrate
 from liger_cli.checkpoint.model_code import load_model
 from liger_cli.checkpoint.reader import EXTRAS, read_checkpoint
-from liger_cli.commands import evaluate, merge
+from liger_cli.commands import bench, evaluate, merge
 from liger_cli.commands.convert import convert, refresh
 from liger_cli.commands.inspect import inspect_folder, run
 from liger_cli.conversion.plan import make_plan

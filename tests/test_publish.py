@@ -60,7 +60,7 @@ def assert_private(uploaded, *secrets):
 def test_convert_uploads_the_folder_without_this_machines_paths(hub, tiny_base, tmp_path, monkeypatch):
     asked, uploaded = hub
     monkeypatch.setattr("sys.argv", ["liger", "convert", str(tiny_base()), "--output", f"{Path.home()}/secret/x"])
-    convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/tiny-liger", as_json=True)
+    convert.run(base=str(tiny_base()), output=str(tmp_path / "out"), push_to_hub="me/tiny-liger", as_json=True)
     assert asked == ["whoami", ("me/tiny-liger", {"private": True, "exist_ok": True})]
     there = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert set(uploaded) == there
@@ -86,7 +86,7 @@ def test_merge_uploads_what_it_wrote(hub, adapter, tmp_path, capsys):
 def test_dry_runs_ask_nothing_and_write_nothing(tiny_base, adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("the hub was asked"))
     before = sorted(tmp_path.rglob("*"))
-    convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x", dry_run=True, as_json=True)
+    convert.run(base=str(tiny_base()), output=str(tmp_path / "out"), push_to_hub="me/x", dry_run=True, as_json=True)
     planned = json.loads(capsys.readouterr().out)["push"]
     report = merge.run(adapter, output=tmp_path / "merged", push_to_hub="me/x", dry_run=True)
     said = capsys.readouterr().err
@@ -108,7 +108,7 @@ def test_refused_before_any_work(tiny_base, adapter, tmp_path, monkeypatch):
             publish.check(repo)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     for run in (
-        lambda: convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x"),
+        lambda: convert.convert(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x"),
         lambda: merge.run(adapter, output=tmp_path / "out", push_to_hub="me/x", quiet=True),
     ):
         with pytest.raises(SetupError, match="hf auth login") as error:
@@ -122,7 +122,7 @@ def test_refused_before_any_work(tiny_base, adapter, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
     with pytest.raises(SetupError, match=r"\(no route\); check the network"):
-        convert.run(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x")
+        convert.convert(str(tiny_base()), str(tmp_path / "out"), push_to_hub="me/x")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,5 @@
 """`liger bench`: prefill, decoding at growing positions, cache and memory of a model and of its softmax base."""
 
-import json
 import platform
 import random
 import statistics
@@ -11,11 +10,8 @@ from dataclasses import replace
 from liger_cli.benchmark.backends import model_backends
 from liger_cli.benchmark.contest import Decoding, OutOfTime, Side, cache_bytes, cache_shapes, mask_is_given
 from liger_cli.benchmark.roofline import limit_ms, measure_machine, processor_name, step_cost
-from liger_cli.benchmark.shapes import shapes_subject
-from liger_cli.checkpoint.folders import resolve_model
-from liger_cli.evaluation.report import FORMATS, bench_notes, bench_tables, print_tables
 from liger_cli.evaluation.results import stamp
-from liger_cli.evaluation.subject import Subject, open_subject
+from liger_cli.evaluation.subject import Subject
 from liger_cli.system.errors import UsageError
 from liger_cli.system.memory import PeakMemory, available
 from liger_cli.system.progress import progress
@@ -27,59 +23,6 @@ SWEEP_STEPS = 3
 MAX_PREFILLS = 3  # runs of one prefill at most
 PREFILL_SECONDS = 10.0  # a prefill is repeated only while it took less in all
 MEMORY_SHARE = 0.8  # of the free memory that caches may take
-
-
-def run(
-    model: str | None = None,
-    *,
-    seq_len: int = 32768,
-    batch_size: int = 1,
-    new_tokens: int = 16,
-    repetitions: int = 5,
-    base_limit: float = 60.0,
-    batch_sweep: bool = False,
-    shapes_only: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    output_format: str = "table",
-    save: bool = True,
-) -> dict:
-    """Measure, print, and put results, plot and model card section into the model's folder. Parameters as for `bench`.
-
-    Args:
-        model: a folder; the newest fitting one in the current folder by default.
-        shapes_only: `model` is a config.json, a folder or a hub id: measure random weights of its shapes, keep nothing.
-        output_format: `table`, `md`, `json` or `csv`.
-        save: write `results.json`, the plots and the model card's section into the folder.
-    """
-    if output_format not in FORMATS:
-        raise UsageError(f"--format is {output_format!r}, but has to be one of {', '.join(FORMATS)}")
-    if shapes_only:
-        if model is None:
-            raise UsageError("--shapes-only needs a MODEL: a config.json, a folder or a hub id")
-        subject, save = shapes_subject(model, device=device, dtype=dtype), False
-    else:
-        subject = open_subject(resolve_model(model, "bench"), device=device, dtype=dtype, original=False)
-    result = bench(
-        subject,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        new_tokens=new_tokens,
-        repetitions=repetitions,
-        base_limit=base_limit,
-        batch_sweep=batch_sweep,
-    )
-    subject.check_unchanged()
-    notes = bench_notes(result)
-    if save:
-        from liger_cli.evaluation.results_card import keep_result
-
-        notes += keep_result(subject.folder, "bench", result)
-    if output_format == "json":
-        print(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        print_tables(bench_tables(result), output_format, tuple(notes))
-    return result
 
 
 def bench(

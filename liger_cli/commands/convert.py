@@ -22,6 +22,7 @@ from liger_cli.checkpoint.reader import (
     read_checkpoint,
     read_config,
 )
+from liger_cli.commands.convert_options import ConvertOptions
 from liger_cli.conversion.folder import planned_files, replace_text, write_converted
 from liger_cli.conversion.identity_check import run_gate
 from liger_cli.conversion.plan import Plan, make_plan, read_mix, with_defaults
@@ -37,99 +38,92 @@ from liger_cli.system.outputs import (
     place_tree,
 )
 from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs
+from liger_cli.training.recipes import model_settings
 
 
-def run(
-    base: str, output: str | None = None, *, push_to_hub: str | None = None, as_json: bool = False, **options
-) -> None:
-    """Convert, upload where asked, and print the plan: a table, or one JSON object. Options as for `convert`."""
-    if push_to_hub:
-        publish.check(push_to_hub, options.get("dry_run", False))
-    report, plan = convert(base, output, **options)
-    if push_to_hub and report["dry_run"]:
-        report["push"] = publish.preview(push_to_hub, planned_files(plan))
-    elif push_to_hub:
-        report["push"] = publish.push(Path(report["output"]), push_to_hub)
+def run(*, as_json: bool = False, quiet: bool = False, **options) -> dict:
+    """Convert or refresh, and print the plan, or what is new: for people, or one JSON object.
+
+    Args:
+        quiet: print nothing. options: fields of `ConvertOptions`.
+    Returns:
+        The report.
+    """
+    asked, plan = ConvertOptions(**options), None
+    if asked.refresh:
+        report = refresh(asked.base, asked.dry_run)
+    else:
+        report, plan = carry_out(asked)
     if as_json:
         print(json.dumps(report, indent=2))
-    else:
+    elif plan is not None and not quiet:
         from liger_cli.conversion.plan_table import print_plan
 
         print_plan(report, plan)
+    elif not quiet:
+        print(f"{'would refresh' if asked.dry_run else 'refreshed'} {asked.base}: {', '.join(report['refreshed'])}")
+    return report
 
 
-def run_refresh(folder: str, *, dry_run: bool = False, as_json: bool = False) -> None:
-    """Refresh and print which files are new. Parameters as for `refresh`."""
-    report = refresh(folder, dry_run)
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        print(f"{'would refresh' if dry_run else 'refreshed'} {folder}: {', '.join(report['refreshed'])}")
-
-
-def convert(
-    base: str,
-    output: str | None = None,
-    *,
-    settings: dict | None = None,
-    softmax_layers: str = "none",
-    softmax_heads: str = "none",
-    calibrate: bool = False,
-    calibration_data: str | None = None,
-    linearize_local: bool = False,
-    experimental: bool = False,
-    revision: str | None = None,
-    link: str = "auto",
-    dry_run: bool = False,
-    force: bool = False,
-) -> tuple[dict, Plan]:
-    """Convert a base model.
+def convert(base: str, output: str | None = None, *, settings: dict | None = None, **options) -> tuple[dict, Plan]:
+    """Convert a base model, as `carry_out`.
 
     Args:
-        base: a local folder or a hub id.
-        output: the folder to write; `./<name>-liger-<gate>` by default.
-        settings: fields of `LayerSpec` for the Liger layers. `window` or `kept` may be `auto:BYTES`: each layer's own,
-            measured, within so many bytes of constant cache (see `sizes`); `kept` may be `share:N`: N on average,
-            shared out by the calibration (see `kept_shares`), which is its default with twice the window.
-        softmax_layers: layers kept as softmax attention: `none`, `every:N`, `auto:N` (measured, which loads the base
-            and torch; see `selection`), or a list such as `3,11`.
-        softmax_heads: key/value heads kept as softmax inside Liger layers: `none`, `auto:N` or `auto:2%` of all
-            (measured), or layers and heads such as `4:0,5:1`.
-        calibrate: fit what has a closed form on a little text (loads the base and torch; see `calibrate`).
-        calibration_data: a text or .jsonl file to measure and to calibrate on; a shipped text by default.
-        linearize_local: linearize layers that are local in the base, too.
-        experimental: try model types that no family describes; the identity gate on a tiny model decides.
-        link: `auto` (reflink, else hard link, else copy), `hard` or `copy`.
-        dry_run: plan and check only.
-        force: replace an output that liger made.
+        settings: fields of `LayerSpec` for the Liger layers, and under `layers` what differs in some of them.
+        options: the other fields of `ConvertOptions`.
+    """
+    given = dict(settings or {})
+    layer = given.pop("layers", None)
+    return carry_out(ConvertOptions(base=base, output=output, layer=layer, **given, **options))
+
+
+def carry_out(options: ConvertOptions) -> tuple[dict, Plan]:
+    """Convert a base model, and upload the folder where asked.
+
     Returns:
         The report (what `--json` prints) and the plan.
     Raises:
         UsageError, ModelError, SetupError, LigerError, OSError.
     """
+    repo = options.push_to_hub
+    if repo:
+        publish.check(repo, options.dry_run)
+    report, plan = _converted(options)
+    if repo and options.dry_run:
+        report["push"] = publish.preview(repo, planned_files(plan))
+    elif repo:
+        report["push"] = publish.push(Path(report["output"]), repo)
+    return report, plan
+
+
+def _converted(options: ConvertOptions) -> tuple[dict, Plan]:
+    calibrate, dry_run, link = options.calibrate, options.dry_run, options.link
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
-    settings, share = read_share(settings or {}, calibrate)
+    of_recipe = model_settings(options.recipe) if options.recipe else {}
+    settings, share = read_share(of_recipe | options.settings(), calibrate)
     settings, budget = read_budget(settings, calibrate)
-    source = find_base(base, revision, experimental)
-    checkpoint = read_checkpoint(source.folder, experimental)
+    source = find_base(options.base, options.revision, options.experimental)
+    checkpoint = read_checkpoint(source.folder, options.experimental)
     versions = file_versions(shard.path for shard in checkpoint.shards)
     if "mix" in settings:
         settings["mix"] = read_mix(settings["mix"])
     if checkpoint.released_gate:
         settings = released.fixed_settings(settings, checkpoint.released_gate, checkpoint.config)
     settings = with_defaults(settings, calibrate)
-    request = read_request(softmax_layers, softmax_heads)
+    request = read_request(options.softmax_layers, options.softmax_heads)
     if budget and request.measured:
         raise UsageError(
             f"{budget.option} does not go with --softmax-layers or --softmax-heads auto:N; run those first, then name "
             "what they found"
         )
-    if not (request.measured or calibrate or budget) and calibration_data is not None:
+    if not (request.measured or calibrate or budget) and options.calibration_data is not None:
         raise UsageError(
             "--calibration-data is given, but nothing is measured; ask for --calibrate or --softmax-layers auto:N"
         )
-    plan = make_plan(checkpoint, settings, "none" if request.layers else softmax_layers, linearize_local)
+    plan = make_plan(
+        checkpoint, settings, "none" if request.layers else options.softmax_layers, options.linearize_local
+    )
     if checkpoint.released_gate:
         about = released.notes(checkpoint.family.model_type, checkpoint.released_gate, settings)
         plan = replace(plan, notes=plan.notes + about)
@@ -138,14 +132,14 @@ def convert(
         note = f"left out of config.json, since it says how to run a model and not what it is: {fields}"
         plan = replace(plan, notes=(*plan.notes, note))
     gate = next(spec.gate for spec in plan.specs if spec.kind == "liger")
-    target = Path(output).expanduser() if output else Path(f"{source.short_name}-liger-{gate}")
-    check_output(target, force, base=checkpoint.folder)
+    target = Path(options.output).expanduser() if options.output else Path(f"{source.short_name}-liger-{gate}")
+    check_output(target, options.force, base=checkpoint.folder)
     if checkpoint.family.model_type not in FAMILIES:
         result = run_gate(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
-    plan, selection = selected_plan(plan, request, calibration_data, dry_run, calibrate)
+    plan, selection = selected_plan(plan, request, options.calibration_data, dry_run, calibrate)
     if budget:
-        plan, selection = sized_plan(plan, budget, calibration_data, dry_run)
+        plan, selection = sized_plan(plan, budget, options.calibration_data, dry_run)
     measured, values = ({"selection": selection} if selection else {}), None
     if calibrate and dry_run:
         shared = ", and share the kept tokens out between the layers" if share else ""
@@ -155,14 +149,14 @@ def convert(
         from liger_cli.calibration.calibrate import calibrate as fitted
         from liger_cli.calibration.calibrate import calibration_note
 
-        plan, values, measured["calibration"] = fitted(plan, calibration_data, share)
+        plan, values, measured["calibration"] = fitted(plan, options.calibration_data, share)
     noted = plan
     if "calibration" in measured:  # in the card it has a section of its own
         noted = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
     report = _report(source, noted, target, dry_run) | measured
     check_unchanged(versions)  # what was measured is told of the weights that are there now
     if not dry_run:
-        report["link"] = write_converted(source, plan, target, link, force, measured, values)
+        report["link"] = write_converted(source, plan, target, link, options.force, measured, values)
     return report, noted
 
 

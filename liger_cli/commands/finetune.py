@@ -18,6 +18,7 @@ from liger_cli.checkpoint.model_code import load_config
 from liger_cli.checkpoint.reader import fingerprint, read_json, read_shard
 from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
+from liger_cli.commands.finetune_options import FinetuneOptions
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.escape import code_span, markdown, yaml_string
 from liger_cli.system.manifest import new_manifest, write_manifest
@@ -40,64 +41,38 @@ from liger_cli.training.run import train
 RUN = "run.json"
 
 
-def run(
-    model: str | Path | None = None,
-    *,
-    data: str | None = None,
-    recipe: str | None = None,
-    output: str | Path | None = None,
-    resume: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    quiet: bool = False,
-    as_json: bool = False,
-    processes: int = 1,
-    fsdp: bool = False,
-    dtype: str = "auto",
-    report_to: str = "none",
-    **flags,
-) -> dict:
+def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool = False, **options) -> dict:
     """Fine-tune and print what came out.
 
     Args:
-        model: a converted folder; the newest one here by default.
-        data: see `data.load_data`; the recipe's by default.
-        recipe: a shipped recipe's name or a YAML file; see `default_recipe`.
-        output: the adapter's folder; `<model>-lora` here by default.
-        resume: go on with the unfinished run of that output.
-        force: replace an adapter that liger made, and discard an unfinished run.
-        dry_run: print the plan and train nothing.
-        quiet: no progress on stderr.
-        processes: data-parallel processes to start on this machine; from the command line only.
-        fsdp: shard the weights over the processes (FSDP2), on CUDA devices; also on where accelerate's own launcher
-            asks for it.
-        dtype: of the frozen weights while training: `auto` (bfloat16 on CUDA, float32 elsewhere) or a name.
-        report_to: `tensorboard` (into the output's `runs`), `wandb` or `none`.
-        flags: fields of `Recipe` and of its stages (`lr`, `objective`) that override the recipe's; None leaves them.
+        model: as in `FinetuneOptions`.
+        quiet: no progress on stderr. options: fields of `FinetuneOptions`.
     Returns:
         The report (what `--json` prints).
     Raises:
         LigerError in all its kinds, OSError.
     """
-    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    base = read_base(resolve_model(model, "finetune"))
-    copy = copy_path(base, output) if _calibrates_first(base, recipe, output, resume) else None
-    target = Path(output) if output else Path(f"{copy.name if copy else base.folder.name}-lora")
+    asked = FinetuneOptions(model=model, **options)
+    recipe, data, resume, force = asked.recipe, asked.data, asked.resume, asked.force
+    fsdp = asked.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    base = read_base(resolve_model(asked.model, "finetune"))
+    copy = copy_path(base, asked.output) if _calibrates_first(base, recipe, asked.output, resume) else None
+    target = Path(asked.output) if asked.output else Path(f"{copy.name if copy else base.folder.name}-lora")
     partial = _partial(target)
-    starts = processes > 1 and not is_launched()
-    if copy and (resume or starts) and not dry_run:
+    starts = asked.processes > 1 and not is_launched()
+    if copy and (resume or starts) and not asked.dry_run:
         base, copy = calibrated_base(base, copy, force), None
     if starts:
-        return launch(processes)
+        return launch(asked.processes)
     if resume:
-        recipe, data, checked = _resumed(partial, target, base, recipe, data, flags)
+        recipe, data, checked = _resumed(partial, target, base, recipe, data, asked.changes())
     else:
         if is_main_process():
             _sweep(partial)
             check_output(target, force, base=base.folder)
-        checked = override(load_recipe(recipe or default_recipe(base)), **flags)
+        checked = override(load_recipe(recipe or default_recipe(base)), **asked.changes())
         data = data or checked.data
-        if (partial / RUN).exists() and not force and not dry_run and is_main_process():
+        if (partial / RUN).exists() and not force and not asked.dry_run and is_main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
     report = finetune(
         base,
@@ -107,10 +82,10 @@ def run(
         partial,
         resume=resume,
         force=force,
-        dry_run=dry_run,
+        dry_run=asked.dry_run,
         quiet=quiet,
-        dtype=dtype,
-        report_to=report_to,
+        dtype=asked.dtype,
+        report_to=asked.report_to,
         fsdp=fsdp,
         copy=copy,
     )

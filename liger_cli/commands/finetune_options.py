@@ -1,119 +1,87 @@
-"""`liger finetune` on the command line: its options and their help text."""
+"""The options of `liger finetune`, and of its Python function."""
 
-from typing import Annotated
+from dataclasses import dataclass, fields
 
-import typer
+from liger_cli.commands.options import OUTPUT, argument, option
 
-from liger_cli.commands.options import Json
+LORA, BATCHES, MACHINE = "What is trained", "Rows and steps", "Machine"
 
 
-def finetune(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A converted folder; the newest one here by default.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id, .json/.jsonl/.parquet/.csv/.txt files, or demo; several as a.jsonl:0.7,b.parquet:0.3. "
-            "(default: the recipe's, yahma/alpaca-cleaned)"
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="A name that `liger recipes` prints, or a YAML file. (default: best, which calibrates first; paper "
-            "where that is not possible)"
-        ),
-    ] = None,
-    output: Annotated[str | None, typer.Option(help="The adapter's folder. (default: ./<model>-lora)")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. (paper: 2)")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="ce, distill (KL to the original model), transfer or transfer-heads. (paper: ce)")
-    ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the update. (paper: 8)")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="The update counts alpha / rank. (paper: 8)")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Linear layers that get LoRA. (paper: q_proj,k_proj,v_proj)")
-    ] = None,
-    train_softmax_layers: Annotated[
-        bool, typer.Option("--train-softmax-layers", help="LoRA on layers that are not Liger's, too.")
-    ] = False,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of every stage. (paper: 0.001)")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. (paper: 1024)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a global batch. (paper: 8)")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Rows run at once. (paper: 1)")] = None,
-    packing: Annotated[
-        bool | None, typer.Option(help="Short documents share a row, unseen by one another. (paper: packing)")
-    ] = None,
-    streaming: Annotated[
-        bool | None,
-        typer.Option(
-            help="Read the data during the run, in constant memory; needs --max-steps. "
-            "(default: for local files of more than 2 GiB)"
-        ),
-    ] = None,
-    held_out: Annotated[int | None, typer.Option(help="Examples kept for evaluation. (paper: 200)")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. (paper: 200)")] = None,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints. (paper: 100)")] = None,
-    early_stop: Annotated[
-        int | None,
-        typer.Option(help="Evaluations without improvement that end the run; the best is kept. (paper: 0, never)"),
-    ] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more time. (paper: no)")] = None,
-    load_in_4bit: Annotated[
-        bool | None, typer.Option(help="Frozen weights in 4 bits, on CUDA with bitsandbytes. (paper: no)")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of LoRA's start and the order of the data. (paper: 0)")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the frozen weights in training; auto is bfloat16 on CUDA, float32 elsewhere.")
-    ] = "auto",
-    processes: Annotated[int, typer.Option(help="Data-parallel processes on this machine.")] = 1,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="Shard the weights over the processes (FSDP2), on CUDA devices.")
-    ] = False,
-    report_to: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "none",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter, discard an unfinished run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
-    as_json: Json = False,
-) -> None:
+def of_recipe(help: str, shown: str, *flags: str, **settings):
+    """A field of the recipe that the option changes. shown: what the recipes `best` and `paper` have."""
+    return option(None, help, *flags, recipe=True, shown=shown, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
     """Train a LoRA adapter on MODEL by a recipe.
 
     The default calibrates a plain conversion first, into a folder of its own; --recipe paper is the published one."""
-    from liger_cli.commands import finetune as module
 
-    module.run(
-        model,
-        data=data,
-        recipe=recipe,
-        output=output,
-        resume=resume,
-        force=force,
-        dry_run=dry_run,
-        as_json=as_json,
-        processes=processes,
-        fsdp=fsdp,
-        dtype=dtype,
-        report_to=report_to,
-        epochs=epochs,
-        max_steps=max_steps,
-        objective=objective,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        target_modules=tuple(target_modules.split(",")) if target_modules else None,
-        train_softmax_layers=train_softmax_layers or None,
-        lr=lr,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        packing=packing,
-        streaming=streaming,
-        load_in_4bit=load_in_4bit,
-        held_out=held_out,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        early_stop=early_stop,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
+    model: str | None = argument("A converted folder; the newest one here by default.", None, metavar="MODEL")
+    data: str | None = option(
+        None,
+        "Hub id, .json/.jsonl/.parquet/.csv/.txt files, or demo; several as a.jsonl:0.7,b.parquet:0.3.",
+        shown="the recipe's: yahma/alpaca-cleaned",
     )
+    recipe: str | None = option(
+        None,
+        "A name that `liger recipes` prints, or a YAML file.",
+        shown="best, which calibrates first; paper where that is not possible",
+    )
+    output: str | None = option(None, "The adapter's folder.", shown="./<model>-lora")
+    epochs: float | None = of_recipe("Passes over the data.", "best 2, paper 2")
+    max_steps: int | None = of_recipe("Optimizer steps, instead of epochs.", "none")
+    seq_len: int | None = of_recipe("Tokens of a row.", "best 1024, paper 1024")
+    dry_run: bool = option(False, "Print the plan and train nothing.")
+    resume: bool = option(False, "Go on with the unfinished run.")
+    force: bool = option(False, "Replace an adapter, discard an unfinished run.")
+    objective: str | None = of_recipe(
+        "ce, distill (KL to the original model), transfer or transfer-heads.", "best distill, paper ce", panel=LORA
+    )
+    lr: float | None = of_recipe("Peak learning rate of every stage.", "best 0.001, paper 0.001", panel=LORA)
+    lora_rank: int | None = of_recipe("Rank of the update.", "best 8, paper 8", panel=LORA)
+    lora_alpha: float | None = of_recipe("The update counts alpha / rank.", "best 8, paper 8", panel=LORA)
+    target_modules: str | None = of_recipe(
+        "Linear layers that get LoRA.", "best q_proj,k_proj,v_proj, paper q_proj,k_proj,v_proj", panel=LORA
+    )
+    train_softmax_layers: bool = option(False, "LoRA on layers that are not Liger's, too.", panel=LORA)
+    batch_size: int | None = of_recipe("Rows of a global batch.", "best 8, paper 8", panel=BATCHES)
+    micro_batch_size: int | None = of_recipe("Rows run at once.", "best 1, paper 1", panel=BATCHES)
+    packing: bool | None = of_recipe(
+        "Short documents share a row, unseen by one another.", "best yes, paper yes", panel=BATCHES
+    )
+    streaming: bool | None = of_recipe(
+        "Read the data during the run, in constant memory; needs --max-steps.",
+        "for local files of more than 2 GiB",
+        panel=BATCHES,
+    )
+    held_out: int | None = of_recipe("Examples kept for evaluation.", "best 200, paper 200", panel=BATCHES)
+    eval_steps: int | None = of_recipe("Steps between evaluations.", "best 200, paper 200", panel=BATCHES)
+    save_steps: int | None = of_recipe("Steps between checkpoints.", "best 100, paper 100", panel=BATCHES)
+    early_stop: int | None = of_recipe(
+        "Evaluations without improvement that end the run, and the best is kept; 0 never ends it.",
+        "best 0, paper 0",
+        panel=BATCHES,
+    )
+    seed: int | None = of_recipe("Of LoRA's start and the order of the data.", "best 0, paper 0", panel=BATCHES)
+    dtype: str = option(
+        "auto", "Of the frozen weights in training; auto is bfloat16 on CUDA, float32 elsewhere.", panel=MACHINE
+    )
+    gradient_checkpointing: bool | None = of_recipe(
+        "Less memory for more time.", "best no, paper no", "--gradient-checkpointing", panel=MACHINE
+    )
+    load_in_4bit: bool | None = of_recipe(
+        "Frozen weights in 4 bits, on CUDA with bitsandbytes.", "best no, paper no", "--load-in-4bit", panel=MACHINE
+    )
+    processes: int = option(1, "Data-parallel processes on this machine.", panel=MACHINE)
+    fsdp: bool = option(False, "Shard the weights over the processes (FSDP2), on CUDA devices.", panel=MACHINE)
+    report_to: str = option("none", "none, tensorboard or wandb.", panel=OUTPUT)
+
+    def changes(self) -> dict:
+        """Fields of the recipe, and of its stages (`lr`, `objective`), that were given."""
+        names = [one.name for one in fields(self) if one.metadata.get("recipe")]
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if isinstance(self.target_modules, str):
+            found["target_modules"] = tuple(self.target_modules.split(","))
+        return found | ({"train_softmax_layers": True} if self.train_softmax_layers else {})

@@ -25,6 +25,7 @@ from liger_cli.checkpoint.reader import (
     read_shard,
     read_weights,
 )
+from liger_cli.commands.merge_options import MergeOptions
 from liger_cli.system.errors import UsageError
 from liger_cli.system.escape import code_span, markdown, printable
 from liger_cli.system.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
@@ -35,42 +36,28 @@ REPLACED = ("README.md", MANIFEST, "config.json")
 
 
 def run(
-    adapters: list[str | Path] | str | Path | None = None,
-    *,
-    base: str | Path | None = None,
-    output: str | Path | None = None,
-    dtype: str | None = None,
-    link: str = "auto",
-    force: bool = False,
-    dry_run: bool = False,
-    push_to_hub: str | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
+    adapters: list[str | Path] | str | Path | None = None, *, as_json: bool = False, quiet: bool = False, **options
 ) -> dict:
     """Merge and print what was written.
 
     Args:
-        adapters: folders whose updates are added; the newest adapter here by default.
-        base: the converted model; by default the folder that the adapter names.
-        output: `<model>-merged` here by default.
-        dtype: of all the weights: `float32`, `float16` or `bfloat16`; each tensor's own by default.
-        link: how untouched shards get there: `auto`, `hard` or `copy`.
-        force: replace an output that liger made.
-        dry_run: check, say what would be written, and write nothing.
-        push_to_hub: upload the folder to this repository of the hub.
+        adapters: as in `MergeOptions`; one may stand without a list.
+        quiet: print nothing. options: the other fields of `MergeOptions`.
     Returns:
         The report (what `--json` prints).
     Raises:
         UsageError, ModelError (another base, an adapter that is no plain LoRA), OSError.
     """
+    asked = MergeOptions(adapters=[adapters] if isinstance(adapters, (str, Path)) else adapters, **options)
+    base, output, dtype, link = asked.base, asked.output, asked.dtype, asked.link
+    force, dry_run, push_to_hub = asked.force, asked.dry_run, asked.push_to_hub
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
     if push_to_hub:
         publish.check(push_to_hub, dry_run)
-    given = [adapters] if isinstance(adapters, (str, Path)) else adapters
-    folders = [resolve_model(one, "merge") for one in given or [None]]
+    folders = [resolve_model(one, "merge") for one in asked.adapters or [None]]
     read = [read_adapter(folder) for folder in folders]
     model = find_base(read[0], base)
     shards = read_weights(model)
