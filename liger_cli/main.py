@@ -12,9 +12,10 @@ import typer.core
 from liger_cli import __version__
 from liger_cli.commands.bench_options import BenchOptions
 from liger_cli.commands.convert_options import ConvertOptions
+from liger_cli.commands.evaluate_options import EvaluateOptions
 from liger_cli.commands.finetune_options import FinetuneOptions
 from liger_cli.commands.merge_options import MergeOptions
-from liger_cli.commands.options import Device, Dtype, Format, Json, Measured, Save, command
+from liger_cli.commands.options import Json, command
 from liger_cli.system import interrupts
 from liger_cli.system.errors import flush_stdout, guarded
 
@@ -129,82 +130,7 @@ def recipes(
     module.run(name, as_json=as_json)
 
 
-@app.command("eval")
-def evaluate(
-    model: Measured = None,
-    against: Annotated[str | None, typer.Option(help="Base to compare with; the folder's own by default.")] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text or .jsonl file to read; shipped prose by default.")
-    ] = None,
-    perplexity: Annotated[
-        bool, typer.Option("--perplexity", help="Perplexity and KL divergence from the base, by position.")
-    ] = False,
-    recall: Annotated[
-        bool, typer.Option("--recall", help="Needles by distance, and the second reading of a passage.")
-    ] = False,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas; paper and long are suites.")
-    ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a task's prompt; its own by default.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Examples of each task, or a share below 1.")] = None,
-    include_path: Annotated[str | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
-    metadata: Annotated[
-        str | None,
-        typer.Option(metavar="JSON", help="For the tasks: '{\"max_seq_lengths\": [4096, 8192]}' for RULER's lengths."),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Generations of base and model to show side by side.")] = 0,
-    compare: Annotated[
-        list[str] | None, typer.Option("--from", help="Results of a model to compare, a file or folder; repeat it.")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens a row of the text.")] = 2048,
-    rows: Annotated[int, typer.Option(help="Rows of the text that are read, at most.")] = 8,
-    recall_distances: Annotated[
-        str | None,
-        typer.Option(help="Tokens between needle and question, by commas. (default: 128, 512 ... up to --seq-len)"),
-    ] = None,
-    recall_count: Annotated[int, typer.Option(help="Needles of each distance.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of needles and passages.")] = 0,
-    beyond_context: Annotated[
-        bool, typer.Option("--beyond-context", help="Go beyond the context that the base was made for.")
-    ] = False,
-    batch_size: Annotated[str, typer.Option(help="Sequences a pass, or auto: as many as fit.")] = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    output_format: Format = "table",
-    save: Save = True,
-    as_json: Json = False,
-) -> None:
-    """Measure MODEL beside its base and its window alone: --perplexity and --recall by default."""
-    from liger_cli.commands import evaluate as module
-    from liger_cli.evaluation.harness import parse_metadata
-
-    module.run(
-        model,
-        against=against,
-        data=data,
-        perplexity=perplexity,
-        recall=recall,
-        tasks=tasks,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        include_path=include_path,
-        metadata=parse_metadata(metadata),
-        samples=samples,
-        compare=tuple(compare or ()),
-        seq_len=seq_len,
-        rows=rows,
-        distances=None if recall_distances is None else module.parse_distances(recall_distances),
-        count=recall_count,
-        seed=seed,
-        beyond_context=beyond_context,
-        batch_size=module.parse_batch_size(batch_size),
-        device=device,
-        dtype=dtype,
-        output_format="json" if as_json else output_format,
-        save=save,
-    )
-
-
+app.command("eval")(command(EvaluateOptions, "liger_cli.commands.evaluate"))
 app.command("bench")(command(BenchOptions, "liger_cli.commands.bench"))
 
 

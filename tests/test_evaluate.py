@@ -270,7 +270,7 @@ def test_run_keeps_results_and_card(tiny, words, capsys):
     assert kept["eval"]["perplexity"] == result["perplexity"]
     once = (tiny / "README.md").read_text()
     assert once.startswith(card.rstrip()) and once.count("## Results") == 1
-    recalled = evaluate.run(str(tiny), data=words, recall=True, count=2)
+    recalled = evaluate.run(str(tiny), data=words, recall=True, recall_count=2)
     assert "second_reading" in recalled["recall"]["model"]
     capsys.readouterr()
     kept = json.loads((tiny / "results.json").read_text())
@@ -293,7 +293,7 @@ def test_a_base_that_fails_is_one_line(shipped, capsys, monkeypatch):
         return real(columns, **options)
 
     monkeypatch.setattr(position, "needle", needle)
-    recall = evaluate.run(str(shipped), recall=True, count=2, save=False)["recall"]
+    recall = evaluate.run(str(shipped), recall=True, recall_count=2, save=False)["recall"]
     assert asked == [(["base"], (128,))] and recall["base_fails"] == "128"
     assert recall["model"]["needle"] == recall["window_only"]["needle"] == recall["recovery"]["needle"] == {}
     out = capsys.readouterr().out
@@ -318,13 +318,13 @@ def test_a_base_that_finds_its_needles(subject, monkeypatch):
 def test_no_longer_than_the_bases_context(tiny, words, capsys):
     """The tiny models are made for 512 tokens: rows and needles stay within, which is said, unless asked otherwise."""
     options = {"data": words, "perplexity": True, "recall": True, "seq_len": 1000, "count": 1, "save": False}
-    result = evaluate.run(str(tiny), **options, distances=(64, 400))
+    result = evaluate.run(str(tiny), **options, recall_distances=(64, 400))
     err = capsys.readouterr().err
     assert "the base's context is 512 tokens, so rows have 512; --beyond-context goes further" in err
     assert "no needles 400 tokens back" in err
     assert result["perplexity"]["text"]["seq_len"] == 512
     assert result["recall"]["gap"] == 512 - 64 - 400
-    result = evaluate.run(str(tiny), **options, distances=(64, 400), beyond_context=True)
+    result = evaluate.run(str(tiny), **options, recall_distances=(64, 400), beyond_context=True)
     assert result["perplexity"]["text"]["seq_len"] == 1000 and "context" not in capsys.readouterr().err
 
 

@@ -50,12 +50,12 @@ def test_changes_of_a_recipe_keep_what_is_off():
     assert asked.changes() == {"packing": False, "held_out": 0, "target_modules": ("q_proj", "k_proj")}
 
 
-@pytest.mark.parametrize("name", ["convert", "finetune", "merge", "bench"])
+@pytest.mark.parametrize("name", ["convert", "finetune", "merge", "evaluate", "bench"])
 def test_command_and_function_have_the_same_parameters(name):
     function = getattr(liger_cli, name)
     for parameter in inspect.signature(function).parameters.values():
         assert f"{parameter.name}:" in function.__doc__
-    (command,) = [one for one in app.registered_commands if one.name == name]
+    (command,) = [one for one in app.registered_commands if one.name == {"evaluate": "eval"}.get(name, name)]
     shared = set(inspect.signature(command.callback).parameters) - {"as_json"}
     assert shared == set(inspect.signature(function).parameters)
 
@@ -68,7 +68,7 @@ def test_functions_print_nothing_and_return_the_report(sparse_base, tmp_path, ca
         liger_cli.convert("base", gaet="gdn")
 
 
-SHOWN = [("convert", "--calibrate", "--slots"), ("finetune", "--data", "--report-to"), ("bench", "--seq-len", "--save")]
+SHOWN = [("convert", "--calibrate", "--slots"), ("finetune", "--data", "--report-to"), ("eval", "--data", "--save")]
 
 
 @pytest.mark.parametrize(("name", "first", "last"), SHOWN)

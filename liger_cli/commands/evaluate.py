@@ -8,7 +8,8 @@ from pathlib import Path
 from liger_cli.checkpoint.folders import resolve_model
 from liger_cli.checkpoint.reader import context_length
 from liger_cli.checkpoint.tokenizer import check_ids
-from liger_cli.evaluation.harness import check_tasks, parse_tasks, run_tasks
+from liger_cli.commands.evaluate_options import EvaluateOptions
+from liger_cli.evaluation.harness import check_tasks, parse_metadata, parse_tasks, run_tasks
 from liger_cli.evaluation.published import TASKS as PUBLISHED_TASKS
 from liger_cli.evaluation.published import published_figures
 from liger_cli.evaluation.recovery import FAILS_BELOW, Gap, nats_gap, recall_gap, scale, task_gap
@@ -40,89 +41,57 @@ DISTANCES = (128, 512)  # of needles in tokens, four times as far from one to th
 NEEDLE_TOKENS = 300  # of a row, beside the distance: text before the needle, statement, question and answer
 PARTS = ("perplexity", "recall")
 
+# Fields of `EvaluateOptions` that `evaluate` takes as they are.
+PASSED = ("num_fewshot", "limit", "include_path", "samples", "seq_len", "rows", "seed", "beyond_context")
 
-def run(
-    model: str | None = None,
-    *,
-    against: str | None = None,
-    data: str | None = None,
-    perplexity: bool = False,
-    recall: bool = False,
-    tasks: str | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    include_path: str | None = None,
-    metadata: dict | None = None,
-    samples: int = 0,
-    compare: tuple[str, ...] = (),
-    seq_len: int = SEQ_LEN,
-    rows: int = ROWS,
-    distances: tuple[int, ...] | None = None,
-    count: int = COUNT,
-    seed: int = SEED,
-    batch_size: int | None = None,
-    beyond_context: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    output_format: str = "table",
-    save: bool = True,
-) -> dict:
-    """Evaluate, print, and put the results into the model's folder. Parameters as for `evaluate`.
+
+def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False, **options) -> dict:
+    """Evaluate, print, and put the results into the model's folder.
 
     Args:
-        model: a folder; the newest fitting one in the current folder by default.
-        data: a file with the text that is read, instead of the shipped one.
-        perplexity, recall: parts to run. Where no part is asked for, both are.
-        tasks: of the harness, see `harness.run_tasks`; num_fewshot, limit, include_path, metadata: for them.
-        samples: generations to show.
-        compare: results files, or folders that have one: show them beside one another and measure nothing.
-        output_format: `table`, `md`, `json` or `csv`.
-        save: write `results.json` and the model card's section into the folder.
+        model, options: fields of `EvaluateOptions`; `recall_distances` may be numbers, `metadata` a dictionary.
+        quiet: print nothing.
+    Returns:
+        What `--json` prints.
     """
+    asked = EvaluateOptions(model=model, **options)
+    output_format = "json" if as_json else asked.output_format
     if output_format not in FORMATS:
         raise UsageError(f"--format is {output_format!r}, but has to be one of {', '.join(FORMATS)}")
-    if compare:
-        return _compare(compare, output_format)
-    folder = resolve_model(model, "eval")
-    asked = tuple(name for name, wanted in zip(PARTS, (perplexity, recall), strict=True) if wanted)
-    for option, value in (
-        ("--seq-len", seq_len),
-        ("--rows", rows),
-        ("--batch-size", batch_size),
-        ("--recall-count", count),
-        ("--samples", samples or None),
-    ):
-        _check_positive(option, value)
-    texts = None if data is None else read_texts(Path(data))
-    task_names = parse_tasks(tasks) if tasks else ()
-    if task_names:
-        check_tasks(task_names, num_fewshot, limit, include_path)
-    subject = open_subject(folder, against=against, device=device, dtype=dtype)
+    if asked.compare:
+        return _compare(tuple(asked.compare), output_format, quiet)
+    batch_size, distances = parse_batch_size(asked.batch_size), parse_distances(asked.recall_distances)
+    metadata = parse_metadata(asked.metadata)
+    folder = resolve_model(asked.model, "eval")
+    parts = tuple(name for name, wanted in zip(PARTS, (asked.perplexity, asked.recall), strict=True) if wanted)
+    for name in ("seq_len", "rows", "recall_count", "samples"):
+        value = getattr(asked, name)
+        _check_positive(f"--{name.replace('_', '-')}", None if name == "samples" and value == 0 else value)
+    texts = None if asked.data is None else read_texts(Path(asked.data))
+    tasks = parse_tasks(asked.tasks) if asked.tasks else ()
+    if tasks:
+        check_tasks(tasks, asked.num_fewshot, asked.limit, asked.include_path)
+    subject = open_subject(folder, against=asked.against, device=asked.device, dtype=asked.dtype)
     result = evaluate(
         subject,
-        parts=asked or (() if tasks or samples else PARTS),
+        parts=parts or (() if tasks or asked.samples else PARTS),
         texts=texts,
-        source=SHIPPED_TEXT if data is None else str(data),
-        tasks=task_names,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        include_path=include_path,
-        metadata=metadata,
-        samples=samples,
-        seq_len=seq_len,
-        rows=rows,
+        source=SHIPPED_TEXT if asked.data is None else str(asked.data),
+        tasks=tasks,
         distances=distances,
-        count=count,
-        seed=seed,
+        count=asked.recall_count,
         batch_size=batch_size,
-        beyond_context=beyond_context,
+        metadata=metadata,
+        **{name: getattr(asked, name) for name in PASSED},
     )
     subject.check_unchanged()
     notes = eval_notes(result)
-    if save:
+    if asked.save:
         from liger_cli.evaluation.results_card import keep_result
 
         notes += keep_result(folder, "eval", result)
+    if quiet:
+        return result
     if output_format == "json":
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -134,9 +103,11 @@ def run(
     return result
 
 
-def _compare(files: tuple[str, ...], output_format: str) -> dict:
+def _compare(files: tuple[str, ...], output_format: str, quiet: bool) -> dict:
     results = {name: read_results(Path(name)) for name in files}
     where = Path(files[0] if len(files) == 1 else "one of the results files")
+    if quiet:
+        return results
     if output_format == "json":
         print(shown(lambda: json.dumps(results, indent=2, allow_nan=False), where))
     else:
@@ -343,17 +314,20 @@ def _check_positive(option: str, value: int | None) -> None:
         raise UsageError(f"{option} is {value}, but has to be 1 or more")
 
 
-def parse_batch_size(text: str | None) -> int | None:
+def parse_batch_size(text: str | int) -> int | None:
     """`8` as a number; `auto`, as many as fit, as None. Raises UsageError."""
-    if text is None or text == "auto":
+    text = str(text)
+    if text == "auto":
         return None
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UsageError(f"--batch-size is {text!r}, but has to be a number of sequences, or auto")
     return int(text)
 
 
-def parse_distances(text: str) -> tuple[int, ...]:
-    """`16,64,256` as numbers. Raises UsageError."""
+def parse_distances(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """`16,64,256` as numbers; numbers and None as they are. Raises UsageError."""
+    if not isinstance(text, str):
+        return text
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"--recall-distances is {text!r}, but has to be a list of tokens such as 64,256,1024")

@@ -12,13 +12,6 @@ OURS = ("make", "flags", "panel", "shown", "recipe")  # of a field's metadata: n
 # Panels of `--help`, from what people need first to what few ever do.
 OUTPUT, EXPERT = "Output", "For experts"
 
-Measured = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A folder liger made; the newest here by default.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
-Format = Annotated[str, typer.Option("--format", help="table, md, json or csv.")]
-Save = Annotated[bool, typer.Option(help="Keep results.json, plots and card section in the folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 
 

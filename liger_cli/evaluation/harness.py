@@ -143,10 +143,10 @@ def check_tasks(
             raise UsageError(f"--tasks names {name!r}, which the harness does not have{did_you_mean(name, known)}")
 
 
-def parse_metadata(text: str | None) -> dict | None:
-    """`--metadata` as a dictionary. Raises UsageError."""
-    if text is None:
-        return None
+def parse_metadata(text: str | dict | None) -> dict | None:
+    """`--metadata` as a dictionary, which it may be already. Raises UsageError."""
+    if text is None or isinstance(text, dict):
+        return text
     try:
         found = json.loads(text)
     except ValueError:
