@@ -145,15 +145,22 @@ def test_no_tokens_one_token_no_rows(name, length, batch, dtype):
             assert all(torch.equal(a, b) for a, b in zip(before, cache.states, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{"normalizer": "joint"}, {"normalizer": "running"}, {"sinks": 3}])
+LOLCATS = {"gate": "none", "feature_map": "hedgehog", "normalizer": "joint-max", "positions": "rope", "delayed": True}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"normalizer": "joint"}, {"normalizer": "running"}, {"sinks": 3}, LOLCATS, LOLCATS | {"sinks": 3}]
+)
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF))
 def test_other_layer_settings_with_large_keys(settings, dtype):
     """Scores of thousands: more than float16 holds, and more than its lowest number could hide."""
+    settings = {**settings}
+    gate = settings.pop("gate", "gla")
     for kind in ("large", "turns"):
         q, k, v = (x.to(dtype) for x in adversarial(kind, 300))
         with torch.no_grad():
-            output = attend("gla", 100 * q, k, v, **settings)
-            expected = attend("gla", (100 * q).float(), k.float(), v.float(), **settings)
+            output = attend(gate, 100 * q, k, v, **settings)
+            expected = attend(gate, (100 * q).float(), k.float(), v.float(), **settings)
         assert output.isfinite().all() and expected.isfinite().all()
         tolerance = {torch.float32: 0.0, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
         assert relative_rms(output.float(), expected.double()) <= tolerance

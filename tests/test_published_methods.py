@@ -54,37 +54,51 @@ class Layer:
 
     Attributes:
         q, k, v: [H, T, D] float64 before the rotary embedding; rotated_q, rotated_k after it.
-        rope: turns a [H, T, D] tensor of the same tokens.
         extras: the layer's own tensors, float64.
         output: [Hq, T, D], what reaches the output projection.
     """
 
-    def __init__(self, settings: dict):
+    def __init__(self, settings: dict, dtype=torch.float32):
         config_class, model_class = model_classes(FAMILIES["llama"])
         spec = LayerSpec(**{"window": WINDOW} | settings)
         model = model_class(config_class(**SHAPES, liger=liger_block([spec]))).eval()
-        attention = model.model.layers[0].self_attn
+        attention = self.attention = model.model.layers[0].self_attn
         for place, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            weight = getattr(attention, name).weight.data
-            weight.copy_(0.5 * waves(*weight.shape, phase=place))
+            projection = getattr(attention, name).to(dtype)
+            projection.weight.data.copy_(0.5 * waves(*projection.weight.shape, phase=place))
         self.extras = {}
         for place, name in enumerate(name for name in NAMES if hasattr(attention, name)):
             parameter = getattr(attention, name).data
             parameter.copy_(0.8 * waves(*parameter.shape, phase=10 + place))
             self.extras[name] = parameter.double()
-        hidden = 2 * waves(1, TOKENS, HEADS * DIM, phase=5.0)
-        angles = model.model.rotary_emb(hidden, torch.arange(TOKENS)[None])
-        caught = []
-        attention.o_proj.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        attention.o_proj.to(dtype)
+        self.hidden = 2 * waves(1, TOKENS, HEADS * DIM, phase=5.0).to(dtype)
+        self.angles = model.model.rotary_emb(self.hidden, torch.arange(TOKENS)[None])
         with torch.no_grad():
-            q, k, v = attention.project(hidden)
-            rotated_q, rotated_k = attention.rotate(q, k, angles)
-            attention(hidden, position_embeddings=angles)
-        self.q, self.k, self.v, self.rotated_q, self.rotated_k = (
-            x[0].double() for x in (q, k, v, rotated_q, rotated_k)
-        )
-        self.rope = lambda x: attention.rotate(x[None], x[None], [one.double() for one in angles])[0][0]
-        self.output = caught[0][0].unflatten(-1, (HEADS, DIM)).transpose(0, 1)
+            q, k, v = attention.project(self.hidden)
+            tensors = (q, k, v, *attention.rotate(q, k, self.angles))
+            self.output = self.run(self.hidden)
+        self.q, self.k, self.v, self.rotated_q, self.rotated_k = (x[0].double() for x in tensors)
+
+    def run(self, hidden):
+        """What reaches the output projection. [1, T, D_model] -> [Hq, T, D]"""
+        caught = []
+        hook = self.attention.o_proj.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        self.attention(hidden, position_embeddings=self.angles)
+        hook.remove()
+        return caught[0][0].unflatten(-1, (HEADS, DIM)).transpose(0, 1)
+
+    def rope(self, x):
+        """The rotary embedding of the same tokens. [H, T, D]"""
+        return self.attention.rotate(x[None], x[None], [one.double() for one in self.angles])[0][0]
+
+    def follow(self, hidden) -> None:
+        """Set everything that the formulas read to what it is for these inputs, in float64, with gradients."""
+        weights = (getattr(self.attention, name).weight.double() for name in ("q_proj", "k_proj", "v_proj"))
+        self.q, self.k, self.v = ((hidden @ w.T).unflatten(-1, (-1, DIM)).transpose(0, 1) for w in weights)
+        self.rotated_q, self.rotated_k = self.rope(self.q), self.rope(self.k)
+        for extra in self.extras.values():
+            extra.requires_grad_()
 
 
 def softmax_over_window(layer: Layer, head: int, t: int):
@@ -188,6 +202,32 @@ def test_a_layer_is_the_formula_and_the_formula_the_release(name):
     stored = torch.tensor(STORED[name], dtype=torch.float64).view(HEADS, TOKENS, DIM)
     torch.testing.assert_close(formula, stored, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(layer.output.double(), formula, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradients_are_the_formulas(name):
+    """With regard to the layer's inputs and its own tensors, of a fixed loss."""
+    layer = Layer(SETTINGS[name])
+    loss = waves(HEADS, TOKENS, DIM, phase=7)
+    hidden = layer.hidden.clone().requires_grad_()
+    extras = [getattr(layer.attention, extra) for extra in layer.extras]
+    found = torch.autograd.grad((layer.run(hidden) * loss).sum(), [hidden, *extras])
+    exact = layer.hidden[0].double().requires_grad_()
+    layer.follow(exact)
+    wanted = torch.autograd.grad((FORMULAS[name](layer) * loss).sum(), [exact, *layer.extras.values()])
+    for one, other in zip(found, wanted, strict=True):
+        other = other.view(one.shape)
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()  # float32
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_half_precision_rounds_the_output_only(name, dtype, tolerance):
+    """On queries, keys and values of half precision: within two roundings of the largest output."""
+    layer = Layer(SETTINGS[name], dtype)
+    wanted = FORMULAS[name](layer)
+    assert layer.output.dtype == dtype
+    assert (layer.output.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 def test_decays_of_32_heads():
