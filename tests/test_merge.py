@@ -12,6 +12,7 @@ from liger_cli.checkpoint.families import FAMILIES
 from liger_cli.checkpoint.model_code import load_model
 from liger_cli.checkpoint.reader import fingerprint, read_weights
 from liger_cli.commands import convert, merge
+from liger_cli.evaluation.subject import open_subject
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.manifest import new_manifest, read_manifest, write_manifest
 
@@ -163,7 +164,7 @@ def test_refusals(setup, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--base"):
         merge.run(adapter, base=tmp_path / "nowhere", quiet=True)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for field, value in {"use_dora": True, "bias": "all", "peft_type": "IA3"}.items():
+    for field, value in {"use_dora": True, "lora_bias": True, "peft_type": "IA3"}.items():
         (adapter / "adapter_config.json").write_text(json.dumps({**config, field: value}))
         with pytest.raises(ModelError):
             merge.run(adapter, quiet=True)
@@ -196,3 +197,154 @@ def test_memory_stays_at_a_tensor(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert int(done.stdout) < 120 << 10, done.stdout + done.stderr  # KiB; mapped pages of the file count, too
     assert (tmp_path / "out").stat().st_size > 64 << 21
+
+
+WAYS = {
+    "dora": {"use_dora": True},
+    "dora, rank-stabilised": {"use_dora": True, "use_rslora": True, "rank_pattern": {"k_proj": 2}},
+    "head trained whole": {"modules_to_save": ["lm_head"]},
+    "embeddings trained whole": {"modules_to_save": ["embed_tokens"]},
+    "both trained whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embeddings and a tied head": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "norms trained whole": {"modules_to_save": ["norm", "input_layernorm"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "all biases": {"bias": "all"},
+    "biases of LoRA's layers": {"bias": "lora_only"},
+    "feed-forward": {"target_modules": ["gate_proj", "down_proj", "o_proj"]},
+}
+
+
+@pytest.fixture
+def tuned(tiny_base, tmp_path):
+    """tuned(tied, **lora) -> (converted folder, adapter folder): every trained tensor of PEFT's moved a little."""
+
+    def make(tied=False, **lora):
+        from peft import LoraConfig, get_peft_model
+
+        folder = tmp_path / "tiny-liger"
+        convert.convert(str(tiny_base("qwen2", tie_word_embeddings=tied)), str(folder), settings={"window": 8})
+        torch.manual_seed(0)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], "task_type": "CAUSAL_LM", **lora}
+        model = get_peft_model(load_model(folder, dtype=torch.float32), LoraConfig(**settings))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+        model.save_pretrained(tmp_path / "lora")
+        return folder, tmp_path / "lora"
+
+    return make
+
+
+def live(folder, adapter):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_model(folder, dtype=torch.float32), adapter).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_peft_can_train_merges_as_peft_runs_it(tuned, tmp_path, way, tied):
+    folder, adapter = tuned(tied, **WAYS[way])
+    merge.run(adapter, output=tmp_path / "out", quiet=True)
+    with torch.no_grad():
+        wanted = live(folder, adapter)(X).logits
+        model = load_model(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(model(X).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert (load_model(folder, dtype=torch.float32)(X).logits - wanted).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "again")  # what was untied stays so
+    assert torch.equal(load_model(tmp_path / "again", dtype=torch.float32)(X).logits, model(X).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["dora", "head trained whole", "LoRA on the embeddings", "all biases"])
+def test_the_same_adapters_are_evaluated_live(tuned, way):
+    folder, adapter = tuned(**WAYS[way])
+    subject = open_subject(adapter)
+    with torch.no_grad():
+        with subject.column("model") as model:
+            assert torch.equal(model(X).logits, live(folder, adapter)(X).logits)
+        with subject.column("base") as model:
+            softmax = load_model(folder, dtype=torch.float32)
+            softmax.set_attention_mode("softmax")
+            same = torch.equal(model(X).logits, softmax(X).logits)
+    # PEFT cannot switch off the biases of its own layers: then the column is not called the base.
+    assert same == subject.has_recovery == (way != "all biases")
+
+
+def test_fan_in_fan_out_says_nothing_about_linear_layers(tuned, tmp_path):
+    folder, adapter = tuned()
+    edit_json(adapter / "adapter_config.json", fan_in_fan_out=True)
+    merge.run(adapter, output=tmp_path / "out", quiet=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match="fan_in_fan_out"):
+        wanted = live(folder, adapter)(X).logits
+    torch.testing.assert_close(
+        load_model(tmp_path / "out", dtype=torch.float32)(X).logits, wanted, rtol=1e-5, atol=1e-5
+    )
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("trainable_token_indices", [1, 2]),
+        ("alora_invocation_tokens", [1]),
+        ("megatron_config", {"a": 1}),
+        ("use_qalora", True),
+        ("init_lora_weights", "pissa"),
+        ("a_field_of_a_later_peft", 0.5),
+    ],
+)
+def test_fields_that_may_change_the_model_are_refused_by_name(tuned, tmp_path, field, value):
+    _, adapter = tuned()
+    edit_json(adapter / "adapter_config.json", another_field_of_a_later_peft=None)
+    merge.run(adapter, output=tmp_path / "out", quiet=True, dry_run=True)
+    edit_json(adapter / "adapter_config.json", **{field: value})
+    with pytest.raises(ModelError, match=f"{field}.*save_pretrained"):
+        merge.run(adapter, output=tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_what_cannot_be_added_is_merged_alone(tuned, tmp_path, lora):
+    _, adapter = tuned(**lora)
+    with pytest.raises(UsageError, match="cannot be added"):
+        merge.run([adapter, adapter], output=tmp_path / "out", quiet=True)
+
+
+def test_a_value_too_large_for_the_dtype(setup, tmp_path):
+    """Named, and nothing written: what is checked is the number that is written, not the float32 sum."""
+    from safetensors.torch import load_file, save_file
+
+    folder, adapter = setup()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = 1.5e5
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (adapter / "liger.json").unlink()
+    with pytest.raises(ModelError, match="layers.1.mlp.down_proj.weight has a value of 150000, too large for float16"):
+        merge.run(adapter, base=folder, output=tmp_path / "out", dtype="float16", quiet=True)
+    assert not (tmp_path / "out").exists()
+    merge.run(adapter, base=folder, output=tmp_path / "out", dtype="bfloat16", quiet=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_merged_is_evaluated(tuned, tmp_path):
+    """A folder of merge_and_unload and save_pretrained has no liger.json: its base column is not called the base."""
+    from transformers import AutoTokenizer
+
+    folder, adapter = tuned(modules_to_save=["lm_head"])
+    whole = live(folder, adapter).merge_and_unload()
+    whole.save_pretrained(tmp_path / "by-peft")
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "by-peft")
+    subject = open_subject(tmp_path / "by-peft")
+    with torch.no_grad():
+        assert torch.equal(subject.model(X).logits, whole.eval()(X).logits)
+    assert not subject.has_recovery and "no liger.json" in subject.base_source
+    (adapter / "liger.json").unlink(missing_ok=True)
+    assert open_subject(adapter).kind == "adapter"

@@ -15,15 +15,52 @@ from liger_cli.templates.liger_extras import NAMES
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "fully trained modules",
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: the base's weights stay
+# Fields of adapter_config.json that merging heeds, and those that say nothing about the merged weights. Every other one
+# has to be empty: it may change the model, in this PEFT or in a later one.
+HEEDED = (
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+    "modules_to_save", "init_lora_weights", "ensure_weight_tying",
+)  # fmt: skip
+HARMLESS = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "loftq_config",
+    "eva_config", "qalora_group_size", "megatron_core",
+    "fan_in_fan_out",  # PEFT heeds it in transformers' Conv1D only, which no family has
+)  # fmt: skip
+WHAT = {
     "alora_invocation_tokens": "aLoRA",
     "trainable_token_indices": "trained tokens",
     "lora_bias": "LoRA biases",
+    "target_parameters": "LoRA on parameters that are no layers",
+    "layer_replication": "repeated layers",
 }
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # of init_lora_weights: the base's weights stay what they are
+ELSEWHERE = "; PEFT's merge_and_unload and save_pretrained make a folder of it that liger evaluates and benches"
+SIDES = {"weight": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
+MAGNITUDE = "lora_magnitude_vector"
+PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?)")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_ALPHA = 1e6
+
+
+@dataclass(frozen=True)
+class Update:
+    """What LoRA changes of one weight: scale * B A, and the length of each row where it is DoRA.
+
+    Attributes:
+        a, b: names of the matrices in the adapter's file: [rank, in] and [out, rank].
+        scale: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
+        rank: of the update.
+        embedding: the weight is an embedding's, [in, out].
+        magnitude: name of DoRA's row lengths, [out], or None.
+    """
+
+    a: str
+    b: str
+    scale: float
+    rank: int
+    embedding: bool = False
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,63 +69,80 @@ class Adapter:
 
     Attributes:
         weights: the file of its tensors.
-        scales: name of the weight in the base -> alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
-        transposed: the weights are stored [in, out] (`fan_in_fan_out`).
-        ranks: name of the weight in the base -> rank of its update.
-        replaced: names of the extra tensors (`templates.liger_extras`) that were trained as a whole.
+        updates: name of the weight in the base -> its update.
+        replaced: name of a tensor of the model that was trained whole -> its name in the adapter's file: liger's own
+            extra tensors, modules_to_save, biases, resized embeddings.
     """
 
     folder: Path
     manifest: dict | None
     config: dict
     weights: Shard
-    scales: dict[str, float]
-    transposed: bool
-    ranks: dict[str, int]
-    replaced: frozenset[str] = frozenset()
+    updates: dict[str, Update]
+    replaced: dict[str, str]
 
     @property
     def trained(self) -> set[str]:
         """Every tensor of the base that the adapter changes."""
-        return set(self.scales) | self.replaced
+        return set(self.updates) | set(self.replaced)
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter's config and header. Raises ModelError where it is no plain LoRA."""
+    """Read an adapter's config and header. Raises ModelError where it is no LoRA that liger can merge."""
     if not os.path.lexists(folder / ADAPTER_CONFIG):
         raise UsageError(f"{folder} has no {ADAPTER_CONFIG}, so it is not an adapter; name what `liger finetune` wrote")
     config = read_json(inside(folder.resolve(), ADAPTER_CONFIG))
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} is a {str(config.get('peft_type'))[:100]} adapter; only LoRA can be merged")
-    for field, what in UNSUPPORTED.items():
-        if config.get(field):
-            raise ModelError(f"{folder} has {what} ({field}), which liger does not merge; use PEFT's merge_and_unload")
-    start = config.get("init_lora_weights", True)
-    if start is not None and start not in PLAIN_STARTS:
-        raise ModelError(
-            f"{folder} was begun by {str(start)[:100]!r} (init_lora_weights), which changes the base's weights; use "
-            "PEFT's merge_and_unload"
-        )
-    if config.get("bias", "none") != "none":
-        raise ModelError(f"{folder} has trained biases, which liger does not merge; use PEFT's merge_and_unload")
+    _check_fields(folder, config)
     if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         raise ModelError(f"{folder} lacks {ADAPTER_WEIGHTS}; an adapter in any other format is never opened")
-    weights = _adapter_weights(folder)
-    tensors = weights.tensors
-    replaced = {name for name in tensors if is_extra(name)}
-    scales, ranks = {}, {}
-    for module in sorted({name.rpartition(".lora_")[0] for name in tensors if name not in replaced}):
-        pair = [tensors.get(f"{module}.lora_{side}.weight") for side in "AB"]
-        if None in pair:
-            raise ModelError(f"{folder}: {module} lacks one of its two LoRA matrices")
-        a, b = (tensor.shape for tensor in pair)
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
-            raise ModelError(f"{folder}: the LoRA matrices of {module} are {list(a)} and {list(b)}, which do not fit")
-        name = f"{module.removeprefix(PREFIX)}.weight"
-        scales[name], ranks[name] = _scale(folder, config, module, a[0]), a[0]
-    whole = frozenset(name.removeprefix(PREFIX) for name in replaced)
-    transposed = bool(config.get("fan_in_fan_out"))
-    return Adapter(folder, read_manifest(folder), config, weights, scales, transposed, ranks, whole)
+    weights = read_shard(folder.resolve(), ADAPTER_WEIGHTS)
+    if not weights.tensors:
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is empty")
+    updates, replaced, modules = {}, {}, set()
+    for name in weights.tensors:
+        if not name.startswith(PREFIX):
+            raise ModelError(f"{folder} holds {name}, which is no tensor of a model under PEFT")
+        if match := PART.fullmatch(name):
+            modules.add(match[1])
+        elif ".lora_" in name or ".token_adapter." in name:
+            raise ModelError(f"{folder} holds {name}, which liger does not merge{ELSEWHERE}")
+        else:
+            replaced[name.removeprefix(PREFIX).replace(".base_layer.", ".")] = name
+    for module in sorted(modules):
+        updates[f"{module.removeprefix(PREFIX)}.weight"] = _update(folder, config, module, weights.tensors)
+    return Adapter(folder, read_manifest(folder), config, weights, updates, replaced)
+
+
+def _check_fields(folder: Path, config: dict) -> None:
+    """Raises ModelError where adapter_config.json asks for something else than merging does."""
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder} is a {str(config.get('peft_type'))[:100]} adapter; only LoRA can be merged")
+    for field, value in config.items():
+        if field in (*HEEDED, *HARMLESS) or value in (None, False, "", [], {}):
+            continue
+        what = WHAT.get(field, f"{field} {str(value)[:100]!r}")
+        raise ModelError(f"{folder} has {what} ({ADAPTER_CONFIG}'s {field}), which liger does not merge{ELSEWHERE}")
+    start = config.get("init_lora_weights", True)
+    if start is not None and start not in PLAIN_STARTS:
+        what = f"begun by {str(start)[:100]!r} (init_lora_weights), which changes the base's weights"
+        raise ModelError(f"{folder} was {what}{ELSEWHERE}")
+
+
+def _update(folder: Path, config: dict, module: str, tensors: dict) -> Update:
+    """The update of one module. Raises ModelError where its matrices are not whole."""
+    embedding = f"{module}.{SIDES['embedding'][0]}" in tensors
+    names = [f"{module}.{side}" for side in SIDES["embedding" if embedding else "weight"]]
+    if not all(name in tensors for name in names):
+        raise ModelError(f"{folder}: {module} lacks one of its two LoRA matrices")
+    a, b = (tensors[name].shape for name in names)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
+        raise ModelError(f"{folder}: the LoRA matrices of {module} are {list(a)} and {list(b)}, which do not fit")
+    found = [name for name in (f"{module}.{MAGNITUDE}", f"{module}.{MAGNITUDE}.weight") if name in tensors]
+    if bool(config.get("use_dora")) != bool(found) or (found and embedding):
+        raise ModelError(f"{folder}: {module} is {'' if found else 'not '}DoRA, which liger does not merge{ELSEWHERE}")
+    if found and tensors[found[0]].shape != (b[0],):
+        raise ModelError(f"{folder}: {found[0]} is {list(tensors[found[0]].shape)} where {module} has {b[0]} rows")
+    return Update(*names, _scale(folder, config, module, a[0]), a[0], embedding, found[0] if found else None)
 
 
 def find_base(adapter: Adapter, given: str | Path | None) -> Path:
@@ -118,32 +172,76 @@ def peft_config(adapter: Adapter):
     """
     from peft import LoraConfig
 
-    modules = {name.removesuffix(".weight"): rank for name, rank in adapter.ranks.items()}
-    alphas = {module: adapter.scales[f"{module}.weight"] * rank for module, rank in modules.items()}
-    rank, alpha = next(iter(modules.values())), next(iter(alphas.values()))
+    if not adapter.updates:
+        raise ModelError(f"{adapter.folder} holds no LoRA, only whole tensors; merge it first")
+    modules = {name.removesuffix(".weight"): update for name, update in adapter.updates.items()}
+    alphas = {module: update.scale * update.rank for module, update in modules.items()}
+    rank, alpha = next(iter(modules.values())).rank, next(iter(alphas.values()))
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(modules),
-        rank_pattern={f"^{re.escape(module)}": one for module, one in modules.items() if one != rank},
+        rank_pattern={f"^{re.escape(module)}": one.rank for module, one in modules.items() if one.rank != rank},
         alpha_pattern={f"^{re.escape(module)}": one for module, one in alphas.items() if one != alpha},
-        fan_in_fan_out=adapter.transposed,
+        use_dora=any(update.magnitude for update in modules.values()),
+        modules_to_save=sorted(_whole_modules(adapter)) or None,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
 
 
-def delta(adapter: Adapter, name: str):
-    """What an adapter adds to the weight `name`: scale * B A, a float32 tensor [out, in]."""
-    module = PREFIX + name.removesuffix(".weight")
-    a, b = (read_tensor(adapter.weights, f"{module}.lora_{side}.weight") for side in "AB")
-    update = (b @ a) * adapter.scales[name]
-    return update.T if adapter.transposed else update
+def merged(adapter: Adapter, name: str, weight):
+    """What an adapter makes of the weight `name`, a float32 tensor.
+
+    DoRA gives every row of the sum a trained length (arXiv 2402.09353, eq. 5).
+    """
+    import torch
+
+    if name in adapter.replaced:
+        weight = read_tensor(adapter.weights, adapter.replaced[name])
+    if (update := adapter.updates.get(name)) is None:
+        return weight
+    a, b = (read_tensor(adapter.weights, matrix) for matrix in (update.a, update.b))
+    delta = (b @ a) * update.scale
+    weight = weight + (delta.T if update.embedding else delta)
+    if update.magnitude is None:
+        return weight
+    lengths = read_tensor(adapter.weights, update.magnitude) / torch.linalg.norm(weight, dim=1)
+    return lengths[:, None] * weight
 
 
-def whole_tensor(adapter: Adapter, name: str):
-    """The extra tensor `name` as the adapter trained it, in float32."""
-    return read_tensor(adapter.weights, PREFIX + name)
+def _whole_modules(adapter: Adapter) -> set[str]:
+    """Modules that PEFT trains as a whole, in a copy: those whose weight is there and has no LoRA."""
+    found = {name.rpartition(".")[0] for name in adapter.replaced if name.endswith(".weight") and not is_extra(name)}
+    return found - {name.rpartition(".")[0] for name in adapter.updates}
+
+
+def overwritten(adapter: Adapter, shards: tuple[Shard, ...]) -> str | None:
+    """The first tensor, a trained bias perhaps, that stays the adapter's where PEFT switches it off, or None."""
+    import torch
+
+    switched = _whole_modules(adapter)
+    for name, own in adapter.replaced.items():
+        shard = next((shard for shard in shards if name in shard.tensors), None)
+        if name.rpartition(".")[0] in switched or is_extra(name) or shard is None:
+            continue
+        if not torch.equal(read_tensor(adapter.weights, own), read_tensor(shard, name)):
+            return name
+    return None
+
+
+def untied(adapters: list[Adapter], shards: tuple[Shard, ...]) -> dict[str, str]:
+    """Tensors that a merged model needs beside the base's: name -> the one that stood for it.
+
+    A head tied to the embeddings is a tensor of its own once only one of the two was trained, as PEFT runs them.
+    """
+    held = {name for shard in shards for name in shard.tensors}
+    if HEAD in held or EMBEDDING not in held:
+        return {}
+    trained = {name for adapter in adapters for name in adapter.trained}
+    together = all(adapter.config.get("ensure_weight_tying") for adapter in adapters if EMBEDDING in adapter.trained)
+    apart = HEAD in trained or (EMBEDDING in trained and not together)
+    return {HEAD: EMBEDDING} if apart else {}
 
 
 def is_extra(name: str) -> bool:
@@ -163,20 +261,18 @@ def check_fits(adapter: Adapter, model: Path, shards: tuple[Shard, ...], found: 
 
 def check_shapes(adapter: Adapter, model: Path, shards: tuple[Shard, ...]) -> None:
     """Raises ModelError where the adapter names tensors that are not there, or of another shape."""
-    tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    shapes = {name: tensor.shape for name, tensor in adapter.weights.tensors.items()}
-    for name in adapter.replaced:
-        shape = shapes[PREFIX + name]
-        if name not in tensors or tensors[name].shape != shape:
+    shapes = {name: tensor.shape for shard in shards for name, tensor in shard.tensors.items()}
+    shapes |= {name: shapes[source] for name, source in untied([adapter], shards).items()}
+    own = {name: tensor.shape for name, tensor in adapter.weights.tensors.items()}
+    found = {name: own[source] for name, source in adapter.replaced.items()}
+    for name, update in adapter.updates.items():
+        rows, columns = own[update.b][0], own[update.a][1]
+        found[name] = (columns, rows) if update.embedding else (rows, columns)
+    for name, shape in found.items():
+        if name not in shapes:
             raise ModelError(f"{adapter.folder} trains {name} {list(shape)}, which {model} does not have")
-    for name in adapter.scales:
-        module = PREFIX + name.removesuffix(".weight")
-        if name not in tensors:
-            raise ModelError(f"{adapter.folder} trains {name}, which {model} does not have")
-        rows, columns = shapes[f"{module}.lora_B.weight"][0], shapes[f"{module}.lora_A.weight"][1]
-        shape = (columns, rows) if adapter.transposed else (rows, columns)
-        if tensors[name].shape != shape:
-            raise ModelError(f"{adapter.folder}: the update of {name} is {shape}, the weight {tensors[name].shape}")
+        if shapes[name] != shape:
+            raise ModelError(f"{adapter.folder}: the update of {name} is {shape}, the weight {shapes[name]}")
 
 
 def window_only(adapters: list[Adapter]) -> bool:
@@ -190,18 +286,6 @@ def window_only(adapters: list[Adapter]) -> bool:
 def recipe_of(adapter: Adapter) -> dict:
     """The recipe that the adapter was trained by, as plain data; empty where none is recorded."""
     return ((adapter.manifest or {}).get("settings") or {}).get("recipe") or {}
-
-
-def _adapter_weights(folder: Path) -> Shard:
-    """The header of the adapter's tensors. Raises ModelError where they are no plain LoRA."""
-    shard = read_shard(folder.resolve(), ADAPTER_WEIGHTS)
-    for name in shard.tensors:
-        lora = name.endswith((".lora_A.weight", ".lora_B.weight"))
-        if not name.startswith(PREFIX) or not (lora or is_extra(name)):
-            raise ModelError(f"{folder} holds {name}, which is not LoRA of a linear layer; use PEFT's merge_and_unload")
-    if not shard.tensors:
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is empty")
-    return shard
 
 
 def _scale(folder: Path, config: dict, module: str, rank: int) -> float:

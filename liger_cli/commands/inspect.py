@@ -128,8 +128,8 @@ def _adapter(report: dict, folder: Path, manifest: dict, full: bool) -> None:
     from liger_cli.checkpoint.adapters import ADAPTER_WEIGHTS, read_adapter
 
     adapter = read_adapter(folder)
-    report["ranks"] = sorted(set(adapter.ranks.values()))
-    report["trained_weights"] = len(adapter.scales)
+    report["ranks"] = sorted({update.rank for update in adapter.updates.values()})
+    report["trained_weights"] = len(adapter.updates)
     recipe = manifest.get("settings", {}).get("recipe") or {}
     report["recipe"] = recipe.get("name")
     base = manifest.get("base") or {"path": adapter.config.get("base_model_name_or_path")}

@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 
 from liger_cli.checkpoint import publish
-from liger_cli.checkpoint.adapters import Adapter, check_fits, find_base, read_adapter, recipe_of, window_only
+from liger_cli.checkpoint.adapters import (
+    Adapter,
+    check_fits,
+    find_base,
+    read_adapter,
+    recipe_of,
+    untied,
+    window_only,
+)
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.folders import resolve_model
 from liger_cli.checkpoint.merged_shards import DTYPES, is_rewritten, write_shard
@@ -75,7 +83,7 @@ def run(
             "dtype": dtype,
             "merged_tensors": len(trained),
             "shards": len(shards),
-            "linked_shards": sum(not is_rewritten(shard, trained, dtype) for shard in shards),
+            "linked_shards": sum(not is_rewritten(shard, trained, dtype, untied(read, shards)) for shard in shards),
         }
     else:
         report = merge(read, model, shards, found, target, dtype=dtype, link=link, force=force)
@@ -110,14 +118,14 @@ def merge(
     force: bool = False,
 ) -> dict:
     """Write the merged folder; parameters as for `run`, `found` is the fingerprint of `shards`."""
-    trained = _trained(adapters)
+    trained, added = _trained(adapters), untied(adapters, shards)
     ways, linked = set(), 0
     family = read_converted(model).family
     with atomic_folder(target, force) as folder:
         for shard in shards:
-            if is_rewritten(shard, trained, dtype):
+            if is_rewritten(shard, trained, dtype, added):
                 with unchanged(shard.path, *(adapter.weights.path for adapter in adapters)):
-                    write_shard(shard, folder / shard.name, adapters, dtype)
+                    write_shard(shard, folder / shard.name, adapters, dtype, added)
             else:
                 ways.add(place(shard.path, folder / shard.name, link))
                 linked += 1
@@ -135,7 +143,7 @@ def merge(
             (folder / name).write_text(text, encoding="utf-8")
         if len(shards) > 1 or (model / INDEX).is_file():
             _write_index(folder, shards)
-        _write_config(model, folder, dtype, window_only(adapters))
+        _write_config(model, folder, dtype, window_only(adapters), bool(added))
         manifest = _manifest(adapters, model, found, dtype, sorted(ways))
         manifest |= {"code": code_hashes(family), "written": fingerprint(read_weights(folder))}
         (folder / "README.md").write_text(_card(adapters, model, target), encoding="utf-8")
@@ -153,12 +161,17 @@ def merge(
 
 
 def _trained(adapters: list[Adapter]) -> set[str]:
-    """Names of the tensors that change. Raises UsageError where two adapters hold all of one."""
+    """Names of the tensors that change. Raises UsageError where what two adapters make of one cannot be added."""
     trained = {name for adapter in adapters for name in adapter.trained}
     for name in trained:
-        owners = [str(adapter.folder) for adapter in adapters if name in adapter.replaced]
-        if len(owners) > 1:
-            raise UsageError(f"{owners[0]} and {owners[1]} both hold all of {name}, which cannot be added; merge one")
+        owners = [adapter for adapter in adapters if name in adapter.trained]
+        for owner in owners if len(owners) > 1 else ():
+            update = owner.updates.get(name)
+            if name in owner.replaced or (update and update.magnitude):
+                what = "holds all of" if name in owner.replaced else "is DoRA on"
+                raise UsageError(
+                    f"{owner.folder} {what} {name}, which another adapter trains, too: they cannot be added; merge one"
+                )
     return trained
 
 
@@ -167,13 +180,15 @@ def _write_index(folder: Path, shards: tuple[Shard, ...]) -> None:
     total = sum(tensor.nbytes for shard in written for tensor in shard.tensors.values())
     index = {
         "metadata": {"total_size": total},
-        "weight_map": {name: shard.name for shard in shards for name in shard.tensors},
+        "weight_map": {name: shard.name for shard in written for name in shard.tensors},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(model: Path, folder: Path, dtype: str | None, no_recurrence: bool) -> None:
+def _write_config(model: Path, folder: Path, dtype: str | None, no_recurrence: bool, own_head: bool) -> None:
     config = read_config(model)
+    if own_head:
+        config["tie_word_embeddings"] = False
     if no_recurrence:
         for layer in config["liger"]["layers"]:
             if layer["kind"] == "liger":

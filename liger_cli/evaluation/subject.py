@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liger_cli.checkpoint.adapters import check_shapes, peft_config, read_adapter
+from liger_cli.checkpoint.adapters import check_shapes, overwritten, peft_config, read_adapter
 from liger_cli.checkpoint.extras import base_shards
-from liger_cli.checkpoint.reader import ADAPTER_CONFIG, fingerprint, read_checkpoint, read_weights
+from liger_cli.checkpoint.reader import ADAPTER_CONFIG, fingerprint, read_checkpoint, read_config, read_weights
 from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
 from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
-from liger_cli.system.manifest import read_manifest
+from liger_cli.system.manifest import MANIFEST, read_manifest
 from liger_cli.system.outputs import check_unchanged, file_versions
 from liger_cli.system.untrusted import read_json
 
@@ -111,9 +111,7 @@ def open_subject(
     """
     from transformers.utils import logging
 
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UsageError(f"{folder} has no liger.json; name a folder that liger made, or convert a base first")
+    manifest = read_manifest(folder) or _unrecorded(folder)
     device = pick_device(device)
     torch_dtype = pick_dtype(device, dtype)
     logging.disable_progress_bar()
@@ -135,6 +133,8 @@ def open_subject(
     if kind == "adapter":
         subject.adapter = fingerprint((adapter.weights,))
         subject.base_source = f"{SWITCH}, LoRA off"
+        if changed := overwritten(adapter, read_weights(weights)):
+            subject.base_label, subject.base_source = TUNED, f"{SWITCH}, LoRA off; {changed} is the adapter's"
     if kind != "merged" and _base_digest(weights) != (read_manifest(weights) or {}).get("fingerprint", {}).get(
         "digest"
     ):
@@ -149,13 +149,28 @@ def open_subject(
         base = named_base(manifest)
         if base is None:
             subject.base_label = TUNED
-            subject.base_source = f"{SWITCH}; the base that liger.json names is not there or has changed"
+            why = "the base that liger.json names is not there or has changed"
+            subject.base_source = f"{SWITCH}; {why if 'created' in manifest else 'no liger.json names the base'}"
         else:
             subject.original = _load_original(base, torch_dtype, device)
             subject.base_source = str(base)
     elif kind == "merged":
         subject.base_label, subject.base_source = TUNED, SWITCH
     return subject
+
+
+def _unrecorded(folder: Path) -> dict:
+    """What stands for liger.json in a Liger model or an adapter that transformers or PEFT saved: its kind alone.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        if os.path.lexists(folder / "config.json") and "liger" in read_config(folder.resolve()):
+            return {"kind": "merged"}
+        if os.path.lexists(folder / ADAPTER_CONFIG):
+            return {"kind": "adapter"}
+    raise UsageError(f"{folder} has no liger.json; name a folder that liger made, or convert a base first")
 
 
 def _check_same_tokens(subject: Subject, base: Path, name: str) -> None:
@@ -183,7 +198,7 @@ def adapter_base(folder: Path, manifest: dict) -> Path:
     named = [name for name in named if isinstance(name, str) and 0 < len(name) < 4096 and "\0" not in name]
     for name in named:
         for candidate in (Path(name), folder / name, folder.parent / name, folder.parent / Path(name).name):
-            if os.path.isfile(candidate / "config.json") and read_manifest(candidate) is not None:
+            if os.path.isfile(candidate / "config.json") and "liger" in read_config(candidate.resolve()):
                 return candidate
     raise ModelError(
         f"{folder}: the converted model it was trained on is not at {' or '.join(named) or 'any known place'}"
