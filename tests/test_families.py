@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import TINY
 from test_convert import BLOCKER
+from test_extras import LOLCATS, SUPRA
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
@@ -260,6 +261,31 @@ def test_sizes(folder_of, case, linearize_local, monkeypatch):
     for subject, expected in ((model, row["state_bytes"]), (original, row["kv_cache_bytes"])):
         cache = subject(tokens(50), use_cache=True).past_key_values
         assert sum(held_bytes(layer) for layer in cache.layers) == expected
+
+
+# Fused projections, partial and interleaved rotary, norms behind it, none in some layers; sink logits, a soft cap,
+# queries that grow with their position; local layers; as many key/value heads as query heads.
+DIFFERENT = (
+    *("phi3", "phi", "glm", "hunyuan_v1_dense", "cohere2", "gpt_oss", "gemma2", "ministral3-long", "olmo2", "stablelm"),
+)
+
+
+@pytest.mark.parametrize("method", ["lolcats", "supra"])
+@pytest.mark.parametrize("case", DIFFERENT)
+@torch.no_grad()
+def test_published_methods(folder_of, case, method):
+    """LoLCATs and SUPRA in families that differ: the whole text is the text in pieces, and the plan knows the bytes."""
+    settings = {"lolcats": {**LOLCATS, "window": 8}, "supra": SUPRA}[method]
+    model, ids = load(folder_of(case, linearize_local=True, **settings)), tokens(50)
+    whole = model(ids, use_cache=True)
+    assert whole.logits.isfinite().all()
+    cache, pieces = DynamicCache(config=model.config), []
+    for part in ids.split([20, 1, 1, 9, 1, 18], dim=1):
+        pieces.append(model(part, past_key_values=cache, use_cache=True).logits)
+    close(torch.cat(pieces, dim=1), whole.logits)
+    _, plan = convert(str(folder_of(case)), "x", settings=settings, linearize_local=True, dry_run=True)
+    (row,) = plan.memory(contexts=(50,))
+    assert sum(held_bytes(layer) for layer in cache.layers) == row["state_bytes"]
 
 
 def held_bytes(layer) -> int:
