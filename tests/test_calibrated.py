@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 
 from liger_cli.calibration import calibrate
 from liger_cli.checkpoint.model_code import load_model
+from liger_cli.checkpoint.tokenizer import load_tokenizer
 from liger_cli.commands import convert, finetune, merge
 from liger_cli.main import app
 from liger_cli.system.errors import UsageError
 from liger_cli.system.manifest import read_manifest
+from liger_cli.training.calibrated import training_text
+from liger_cli.training.data import load_data
 from liger_cli.training.recipes import load_recipe
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 4, "max_steps": 4, "quiet": True}
@@ -43,11 +46,12 @@ def tune(model="plain", **options):
 
 def test_the_default_calibrates_first(here, capsys):
     """The copy is what `liger convert --calibrate` makes, its weights are the folder's own, the base is not needed."""
-    convert.convert("base", "wanted", settings={"window": 4}, softmax_layers="3", calibrate=True)
+    text = {"calibration_data": "text.jsonl"}
+    convert.convert("base", "wanted", settings={"window": 4}, softmax_layers="3", calibrate=True, **text)
     shutil.rmtree("base")
     before = digest(here / "plain")
     capsys.readouterr()
-    report = tune()
+    report = tune(**text)
     said = capsys.readouterr().err
     assert "plain is not calibrated: calibrating it into plain-calibrated" in said and "--recipe paper" in said
     assert digest(here / "plain") == before
@@ -71,6 +75,57 @@ def test_the_copy_is_taken_again(here, capsys):
     tune(force=True, seed=1)
     assert "taking plain-calibrated, the calibrated plain" in capsys.readouterr().err
     assert digest(here / COPY) == made
+
+
+def test_it_is_calibrated_on_the_training_data(here, capsys):
+    """The examples as they are trained on, one behind another, each once and none of the held-out ones."""
+    loaded = load_data("text.jsonl", load_tokenizer(here / "base", None), 48, 4)
+    text = training_text(loaded, "text.jsonl", 0)
+    left, ids = [example.input_ids.tolist() for example in loaded.train], text.ids.tolist()
+    assert calibrate.wanted_tokens() <= len(ids) < calibrate.wanted_tokens() + 48
+    place = 0
+    while place < len(ids):
+        piece = next(one for one in left if ids[place : place + len(one)] == one)
+        left.remove(piece)
+        place += len(piece)
+    tune()
+    assert read_manifest(here / COPY)["calibration"]["text"] == text.name == "the training data (text.jsonl)"
+    capsys.readouterr()
+    with pytest.raises(UsageError, match="in the way of a calibrated copy"):
+        tune(calibration_data="text.jsonl", force=False, output="other")
+    tune(output="another")
+    assert "(calibrated on the training data (text.jsonl))" in capsys.readouterr().err
+
+
+def test_too_little_to_calibrate_on(here, capsys):
+    (here / "few.jsonl").write_text("".join(json.dumps({"text": f"w{n} w5 w6 w7"}) + "\n" for n in range(10, 60)))
+    finetune.run("plain", data="few.jsonl", **SMALL)
+    assert "few.jsonl has 230 tokens to train on, too few to calibrate on (256)" in capsys.readouterr().err
+    assert "training data" not in read_manifest(here / COPY)["calibration"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"recipe": "paper", "calibration_data": "text.jsonl"}, "plain is not calibrated first"),
+        ({"calibration_data": "none.txt"}, "--calibration-data none.txt is not a file"),
+    ],
+)
+def test_a_text_that_nothing_is_calibrated_on(here, options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        tune(**options)
+    assert not (here / COPY).exists() and not (here / LORA).exists()
+
+
+def test_a_copy_that_is_gone(here, monkeypatch):
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(save_steps=1)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    shutil.rmtree(COPY)
+    with pytest.raises(UsageError, match="plain-calibrated, the calibrated plain that .* is gone"):
+        tune(save_steps=1, resume=True)
 
 
 def test_something_else_is_in_the_way(here):

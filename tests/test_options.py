@@ -24,7 +24,7 @@ def test_help_names_what_the_recipes_have():
         for name, shown in zip(("best", "paper"), words, strict=True):
             recipe = load_recipe(name)
             value = getattr(recipe if hasattr(recipe, one.name) else recipe.stages[0], one.name)
-            told = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+            told = {True: "yes", False: "no"}[value] if isinstance(value, bool) else "none" if value is None else value
             told = ",".join(told) if isinstance(told, tuple) else f"{told:g}" if isinstance(told, float) else str(told)
             assert shown == told, f"{one.name} of {name}"
             checked += 1

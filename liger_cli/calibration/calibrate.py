@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from liger_cli.calibration.kept_shares import shared_out
 from liger_cli.calibration.meter import Meter, distances, load_base, not_finite, open_meter
+from liger_cli.calibration.text import Text
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.conversion.card import share_note
 from liger_cli.conversion.plan import Plan
@@ -58,12 +59,12 @@ class Statistics:
     power: float = 0.0
 
 
-def calibrate(plan: Plan, data: str | None = None, share: bool = False) -> tuple[Plan, dict, dict]:
+def calibrate(plan: Plan, data: str | Text | None = None, share: bool = False) -> tuple[Plan, dict, dict]:
     """Fit the extra tensors of a plan.
 
     Args:
         plan: its Liger layers have `branch_scales` or `kept` tokens.
-        data: a text or .jsonl file; a shipped text by default.
+        data: a text or .jsonl file, or token ids; a shipped text by default.
         share: share the kept tokens out between the layers; see `kept_shares`.
     Returns:
         The plan, with the kept tokens shared out, or without any where even they made the window worse; the values of
@@ -79,7 +80,8 @@ def calibrate(plan: Plan, data: str | None = None, share: bool = False) -> tuple
     rows, shared_by, held_out = text_rows(plan, model, data)
     tokens = rows.numel() + share * shared_by.numel()
     say(f"calibrating on {tokens:,} tokens, held out {held_out.numel():,}")
-    report = {"text": data or "the shipped text", "tokens": tokens, "held_out_tokens": held_out.numel()}
+    name = data.name if isinstance(data, Text) else data or "the shipped text"
+    report = {"text": name, "tokens": tokens, "held_out_tokens": held_out.numel()}
     fit_keep_scores(model, rows)
     if share:
         plan, shares = shared_out(plan, model, shared_by)
@@ -97,7 +99,12 @@ def calibrate(plan: Plan, data: str | None = None, share: bool = False) -> tuple
     return plan, {name: value for name, value in extra_values(model).items() if name in wanted}, report
 
 
-def text_rows(plan: Plan, model, data: str | None):
+def wanted_tokens() -> int:
+    """Tokens that a calibration reads where the text has as many."""
+    return (ROWS + SHARED_BY + HELD_OUT) * ROW_TOKENS
+
+
+def text_rows(plan: Plan, model, data: str | Text | None):
     """Rows to fit on [ROWS, T], to share kept tokens out by [SHARED_BY, T], where a score must not have seen them, and
     to judge by [HELD_OUT, T]; fewer where the text is short."""
     from pathlib import Path
@@ -109,12 +116,13 @@ def text_rows(plan: Plan, model, data: str | None):
 
     wanted = ROWS + SHARED_BY + HELD_OUT
     length = min(ROW_TOKENS, plan.checkpoint.config.get("max_position_embeddings") or ROW_TOKENS)
-    if data is None:
-        texts = held_out_text(6 * wanted * length, TRAIN_SEED + 2**20, TEXT_KINDS)
+    if isinstance(data, Text):
+        whole = data.rows(length)
     else:
-        texts = read_texts(Path(data))
-    rows = make_rows(load_tokenizer(plan.checkpoint.folder, model.config), texts, length)
-    whole = rows.ids[rows.lengths == length][:wanted, :-1].to(model.device)
+        texts = read_texts(Path(data)) if data else held_out_text(6 * wanted * length, TRAIN_SEED + 2**20, TEXT_KINDS)
+        rows = make_rows(load_tokenizer(plan.checkpoint.folder, model.config), texts, length)
+        whole = rows.ids[rows.lengths == length][:, :-1]
+    whole = whole[:wanted].to(model.device)
     if len(whole) < 4:
         raise LigerError(f"the text to calibrate on fills {len(whole)} rows of {length} tokens; give at least 4")
     held_out, shared_by = (max(1, len(whole) * part // wanted) for part in (HELD_OUT, SHARED_BY))

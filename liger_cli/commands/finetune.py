@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from liger_cli.checkpoint.adapters import ADAPTER_WEIGHTS
@@ -19,12 +20,19 @@ from liger_cli.checkpoint.reader import fingerprint, read_json, read_shard
 from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
 from liger_cli.commands.finetune_options import FinetuneOptions
-from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.system.errors import LigerError, ModelError, UsageError
 from liger_cli.system.escape import code_span, markdown, yaml_string
 from liger_cli.system.manifest import new_manifest, write_manifest
 from liger_cli.system.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
 from liger_cli.system.processes import is_launched, is_main_process, launch
-from liger_cli.training.calibrated import calibrated_base, can_be_calibrated, copy_path, is_calibrated
+from liger_cli.training.calibrated import (
+    calibrated_base,
+    calibrated_specs,
+    can_be_calibrated,
+    copy_path,
+    is_calibrated,
+    training_text,
+)
 from liger_cli.training.plan import (
     Base,
     check_memory,
@@ -39,6 +47,7 @@ from liger_cli.training.recipes import Recipe, load_recipe, override, recipe_fro
 from liger_cli.training.run import train
 
 RUN = "run.json"
+NONE = "none"  # of --long-data
 
 
 def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool = False, **options) -> dict:
@@ -57,23 +66,28 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
     fsdp = asked.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     base = read_base(resolve_model(asked.model, "finetune"))
     copy = copy_path(base, asked.output) if _calibrates_first(base, recipe, asked.output, resume) else None
+    _check_calibration_data(asked.calibration_data, base, copy)
     target = Path(asked.output) if asked.output else Path(f"{copy.name if copy else base.folder.name}-lora")
     partial = _partial(target)
+    if copy and resume and not asked.dry_run:
+        base, copy = calibrated_base(base, copy, text=asked.calibration_data, make=False), None
     starts = asked.processes > 1 and not is_launched()
-    if copy and (resume or starts) and not asked.dry_run:
-        base, copy = calibrated_base(base, copy, force), None
-    if starts:
-        return launch(asked.processes)
-    if resume:
+    if resume and not starts:
         recipe, data, checked = _resumed(partial, target, base, recipe, data, asked.changes())
-    else:
+    elif not resume:
         if is_main_process():
             _sweep(partial)
             check_output(target, force, base=base.folder)
-        checked = override(load_recipe(recipe or default_recipe(base)), **asked.changes())
+        checked = _with_data(load_recipe(recipe or default_recipe(base)), data, asked.changes())
         data = data or checked.data
         if (partial / RUN).exists() and not force and not asked.dry_run and is_main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
+    if starts:
+        if copy and not asked.dry_run:
+            loaded, _ = load_schedule(base, checked, data, load_tokenizer(base.folder))
+            text = asked.calibration_data or (lambda: training_text(loaded, data, checked.seed))
+            calibrated_base(base, copy, force, text)
+        return launch(asked.processes)
     report = finetune(
         base,
         checked,
@@ -88,6 +102,7 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
         report_to=asked.report_to,
         fsdp=fsdp,
         copy=copy,
+        calibration_data=asked.calibration_data,
     )
     if as_json and is_main_process():
         print(json.dumps(report, indent=2))
@@ -109,6 +124,7 @@ def finetune(
     report_to: str = "none",
     fsdp: bool = False,
     copy: Path | None = None,
+    calibration_data: str | None = None,
 ) -> dict:
     """The run itself; parameters as for `run`. `partial` holds everything until it becomes `target`.
 
@@ -127,7 +143,8 @@ def finetune(
     modules = lora_modules(base, recipe)
     tokenizer = load_tokenizer(base.folder)
     loaded, schedule = load_schedule(base, recipe, data, tokenizer)
-    plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
+    planned = replace(base, specs=list(calibrated_specs(base.specs))) if copy else base
+    plan = make_plan(planned, recipe, modules, data, loaded, schedule, dtype, target)
     if not quiet and is_main_process():
         print_plan(plan)
     if dry_run:
@@ -136,7 +153,8 @@ def finetune(
         return {**plan, "dry_run": True}
     check_memory(plan)
     if copy:
-        base = calibrated_base(base, copy, force)
+        text = calibration_data or (lambda: training_text(loaded, data, recipe.seed))
+        base = calibrated_base(base, copy, force, text)
         plan = make_plan(base, recipe, modules, data, loaded, schedule, dtype, target)
     settings = {"recipe": recipe.to_dict(), "data": data, "sources": loaded.report}
     options = {"resume": resume, "quiet": quiet, "dtype": dtype, "report_to": report_to, "fsdp": fsdp}
@@ -162,6 +180,27 @@ def finetune(
     return report
 
 
+def _with_data(recipe: Recipe, data: str | None, flags: dict) -> Recipe:
+    """The recipe with its flags; the long documents beside its own data are not those beside other data."""
+    found = override(recipe, **flags)
+    if found.long_data == NONE or (data is not None and flags.get("long_data") is None):
+        return replace(found, long_data=None)
+    return found
+
+
+def _check_calibration_data(calibration_data: str | None, base: Base, copy: Path | None) -> None:
+    """Raises UsageError where a text to calibrate on is no file, or nothing is calibrated."""
+    if calibration_data is None:
+        return
+    if copy is None:
+        raise UsageError(
+            f"--calibration-data is given, but {base.folder.name} is not calibrated first: it is calibrated already, "
+            "or the recipe trains it as it is"
+        )
+    if not Path(calibration_data).is_file():
+        raise UsageError(f"--calibration-data {calibration_data} is not a file; name a text or a .jsonl file")
+
+
 def default_recipe(base: Base) -> str:
     """`best`, which begins with a calibration; `paper` for a model that is not calibrated and cannot be."""
     return "best" if is_calibrated(base) or can_be_calibrated(base) else "paper"
@@ -177,7 +216,8 @@ def _calibrates_first(base: Base, recipe: str | None, output: str | Path | None,
     run = _partial(Path(output or f"{base.folder.name}-lora")) / RUN
     if run.is_file():
         return bool(read_json(run)["recipe"].get("calibrate"))
-    return copy_path(base, output).exists()
+    copy = copy_path(base, output)
+    return copy.exists() or (output is None and (_partial(Path(f"{copy.name}-lora")) / RUN).is_file())
 
 
 def _partial(target: Path) -> Path:
@@ -189,16 +229,28 @@ def load_schedule(base: Base, recipe: Recipe, data: str, tokenizer):
     """The data, in memory or streamed, and the micro-batches of the whole run. Raises as `data.load_data`."""
     from liger_cli.training.data import load_data
     from liger_cli.training.packing import Schedule
-    from liger_cli.training.streaming import StreamSchedule, open_stream, wants_streaming
+    from liger_cli.training.streaming import MixedSchedule, StreamSchedule, open_stream, wants_streaming
 
     rows = (recipe.seq_len, recipe.batch_size, recipe.micro_batch_size, recipe.packing, recipe.seed)
     if wants_streaming(data, recipe.streaming, recipe.max_steps):
-        stream = open_stream(data, tokenizer, recipe.seq_len, recipe.held_out)
-        return stream, StreamSchedule(stream, *rows, recipe.max_steps)
-    loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)
-    largest = max(int(example.input_ids.max()) for example in (*loaded.train, *loaded.held_out))
-    check_ids(largest, base.geometry.vocab_size, base.folder)
-    return loaded, Schedule(loaded.train, *rows, recipe.epochs, recipe.max_steps)
+        loaded = open_stream(data, tokenizer, recipe.seq_len, recipe.held_out)
+        schedule = StreamSchedule(loaded, *rows, recipe.max_steps)
+    else:
+        loaded = load_data(data, tokenizer, recipe.seq_len, recipe.held_out, recipe.seed)
+        largest = max(int(example.input_ids.max()) for example in (*loaded.train, *loaded.held_out))
+        check_ids(largest, base.geometry.vocab_size, base.folder)
+        schedule = Schedule(loaded.train, *rows, recipe.epochs, recipe.max_steps)
+    if recipe.long_data is None:
+        return loaded, schedule
+    try:
+        beside = open_stream(recipe.long_data, tokenizer, recipe.seq_len, held_out=0)
+    except LigerError as error:
+        raise type(error)(str(error).replace("--data", "--long-data")) from None
+    for source in beside.report:
+        source["share_of_rows"] = recipe.long_share
+    beside_schedule = StreamSchedule(beside, *rows, schedule.steps)
+    schedule = MixedSchedule(schedule, beside_schedule, recipe.long_share, recipe.max_steps)
+    return replace(loaded, report=[*loaded.report, *beside.report]), schedule
 
 
 def load_tokenizer(folder: Path):
@@ -262,6 +314,6 @@ def _resumed(partial: Path, target: Path, base: Base, recipe, data, flags) -> tu
         raise UsageError(
             f"--data is {data!r}, but the unfinished run has {recorded['data']!r}; leave it out or --force"
         )
-    if override(kept, **flags) != kept:
+    if _with_data(kept, None, flags) != kept:
         raise UsageError(f"the options differ from those {partial} was begun with; leave them out, or use --force")
     return None, recorded["data"], kept

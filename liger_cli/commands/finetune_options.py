@@ -24,6 +24,14 @@ class FinetuneOptions:
         "Hub id, .json/.jsonl/.parquet/.csv/.txt files, or demo; several as a.jsonl:0.7,b.parquet:0.3.",
         shown="the recipe's: yahma/alpaca-cleaned",
     )
+    long_data: str | None = of_recipe(
+        "Long documents, streamed, as half of the rows beside --data; named as --data is, or none. A recipe's own go "
+        "with its own data alone.",
+        "best emozilla/pg19, paper none",
+    )
+    calibration_data: str | None = option(
+        None, "A text or .jsonl file to calibrate on, where that comes first.", shown="the training data"
+    )
     recipe: str | None = option(
         None,
         "A name that `liger recipes` prints, or a YAML file.",

@@ -3,9 +3,12 @@
 The folder's own weights are linked once more; the base that it was made of need not be there.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
+from liger_cli.calibration.text import Text
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.hub import Source
@@ -18,7 +21,11 @@ from liger_cli.system.manifest import read_manifest
 from liger_cli.system.outputs import check_output, check_unchanged, file_versions
 from liger_cli.system.processes import is_launched, is_main_process
 from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.training.data import Data
 from liger_cli.training.plan import Base, read_base
+from liger_cli.training.streaming import Stream
+
+LEAST_SHARE = 4  # a calibration wants tokens, and takes as few as one in so many
 
 
 def is_calibrated(base: Base) -> bool:
@@ -39,22 +46,65 @@ def copy_path(base: Base, output: str | Path | None) -> Path:
     return Path(output or "").parent / f"{base.folder.name}-calibrated"
 
 
-def calibrated_base(base: Base, target: Path, force: bool = False) -> Base:
+def training_text(loaded: Data | Stream, data: str, seed: int) -> Text | None:
+    """The examples of a run as they are trained on, one behind another: what a calibration reads.
+
+    Args:
+        data: the value of `--data`. seed: decides which examples, where there are more than a calibration reads.
+    Returns:
+        None where they are too few, which is said on stderr.
+    """
+    import numpy as np
+
+    from liger_cli.calibration.calibrate import wanted_tokens
+
+    wanted = wanted_tokens()
+    if isinstance(loaded, Stream):
+        examples = loaded.examples(seed)
+    else:
+        least = wanted // LEAST_SHARE
+        if loaded.tokens < least:
+            say(f"{printable(data)} has {loaded.tokens:,} tokens to train on, too few to calibrate on ({least:,})")
+            return None
+        examples = iter(Random(seed).sample(loaded.train, len(loaded.train)))
+    taken, tokens = [], 0
+    for example in examples:
+        taken.append(example.input_ids)
+        tokens += len(example)
+        if tokens >= wanted:
+            break
+    return Text(f"the training data ({data})", np.concatenate(taken))
+
+
+def calibrated_base(
+    base: Base,
+    target: Path,
+    force: bool = False,
+    text: str | Callable[[], Text | None] | None = None,
+    make: bool = True,
+) -> Base:
     """The calibrated copy of a plain conversion; made where it is not there, which is said on stderr.
 
     Args:
         target: of `copy_path`.
         force: replace a folder of liger's that is there and is no such copy.
+        text: what to calibrate on: a file, which a copy that is there has to be calibrated on, or what gives token ids
+            once they are needed.
+        make: False for a run that goes on with its copy.
     Raises:
-        UsageError: something else is in the way, or several processes would make it. LigerError: as of
-            `calibrate.calibrate`.
+        UsageError: there is no copy to go on with, something else is in the way, or several processes would make it.
+        LigerError: as of `calibrate.calibrate`.
     """
     specs = calibrated_specs(base.specs)
     name = printable(base.folder.name)
-    if target.exists() and (found := _same_copy(target, base, specs)):
+    named = text if isinstance(text, str) else None
+    if target.exists() and (found := _same_copy(target, base, specs, named)):
         if is_main_process():
-            say(f"taking {printable(target)}, the calibrated {name}")
+            on = printable(str(found.manifest["calibration"].get("text")))
+            say(f"taking {printable(target)}, the calibrated {name} (calibrated on {on})")
         return found
+    if not make:
+        raise UsageError(f"{target}, the calibrated {name} that the unfinished run was begun with, is gone")
     if target.exists() and not force:
         raise UsageError(
             f"{target} is in the way of a calibrated copy of {base.folder.name} and is none; replace it with --force, "
@@ -72,7 +122,8 @@ def calibrated_base(base: Base, target: Path, force: bool = False) -> Base:
 
     checkpoint = _without_liger(base)
     versions = file_versions(shard.path for shard in checkpoint.shards)
-    plan, values, report = calibrate(Plan(checkpoint, specs, ()), share=_is_open(base.specs))
+    read = text if named else text and text()
+    plan, values, report = calibrate(Plan(checkpoint, specs, ()), read, share=_is_open(base.specs))
     check_unchanged(versions)
     say(calibration_note(report))
     about = {name: base.manifest[name] for name in ("base", "selection") if name in base.manifest}
@@ -108,10 +159,15 @@ def _without_liger(base: Base) -> Checkpoint:
     return replace(found.checkpoint, config=config)
 
 
-def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...]) -> Base | None:
-    """What lies there, if it is what would be made, but for the kept tokens, which a calibration shares out."""
+def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...], text: str | None) -> Base | None:
+    """What lies there, if it is what would be made, but for the kept tokens, which a calibration shares out.
+
+    text: that it has to be calibrated on, if any.
+    """
     manifest = read_manifest(target) or {}
     if not manifest.get("calibration") or manifest.get("fingerprint", {}).get("digest") != base.fingerprint["digest"]:
+        return None
+    if text is not None and manifest["calibration"].get("text") != text:
         return None
     found = read_base(target)
     return found if _without_kept(found.specs) == _without_kept(specs) else None

@@ -107,6 +107,10 @@ class Schedule:
         """Passes over the data after `step` optimizer steps."""
         return step * self.per_step / self.per_epoch
 
+    def samples(self) -> list[tuple[float, list[Example]]]:
+        """Examples that stand for those of the run, in groups, each with its share of the rows."""
+        return [(1.0, self.examples)]
+
     def tokens(self) -> tuple[int, int]:
         """Tokens of the whole run, and how many more are computed as padding."""
         real = padded = 0

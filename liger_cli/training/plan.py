@@ -13,6 +13,7 @@ from liger_cli.system.memory import available
 from liger_cli.system.processes import world_size
 from liger_cli.system.wording import size
 from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.training.reach import exact_tokens, share_beyond
 from liger_cli.training.recipes import Recipe
 
 MEMORY_SHARE = 0.95  # of what is free; the estimate is one
@@ -147,6 +148,11 @@ def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> d
     lora = 0 if {stage.train for stage in recipe.stages} == {"extra"} else recipe.lora_rank
     trainable = sum(lora * (rows + columns) for rows, columns in modules.values()) + extras
     streamed = schedule.per_epoch is None
+    beyond = share_beyond(
+        schedule.samples(),
+        exact_tokens(base.specs, base.geometry.num_key_value_heads),
+        every=any(stage.objective != "ce" for stage in recipe.stages),
+    )
     return {
         "model": str(base.folder),
         "output": str(target),
@@ -160,6 +166,7 @@ def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> d
         "parameters": base.parameters,
         "trainable_parameters": trainable,
         "trainable_extra_parameters": extras,
+        "beyond_exact_memory": beyond,
         "tokens": tokens,
         "padding_tokens": padding,
         "steps": schedule.steps,

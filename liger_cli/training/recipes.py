@@ -81,7 +81,8 @@ class Recipe:
         model: settings (fields of `LayerSpec`) that the Liger layers have to have, as `liger convert --recipe` makes
             them; others are left open.
         calibrate: begin with a calibration (`liger convert --calibrate`) where the model has none and can have one.
-        data: the default of `--data`.
+        data: the default of `--data`. long_data: long documents, streamed, that are trained on beside it, as far as
+            `--data` is not named; `--long-data` names others. long_share: of the rows.
         held_out: examples kept for evaluation, but never more than a tenth of them.
         epochs: passes over the training examples. max_steps: ends the run there instead, where it is set.
         seq_len: tokens of a row; batch_size: rows of a global batch; micro_batch_size: rows run at once.
@@ -111,6 +112,8 @@ class Recipe:
     model: dict = field(default_factory=dict)
     calibrate: bool = False
     data: str = "yahma/alpaca-cleaned"
+    long_data: str | None = None
+    long_share: float = 0.5
     held_out: int = 200
     epochs: float = 2
     max_steps: int | None = None
@@ -162,6 +165,10 @@ class Recipe:
             "keep_best",
         ):
             _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
+        ok = self.long_data is None or (isinstance(self.long_data, str) and self.long_data.strip())
+        _require(ok, "long_data", self.long_data, "a text, or null")
+        ok = _number(self.long_share) and 0 < self.long_share < 1
+        _require(ok, "long_share", self.long_share, "between 0 and 1")
         ok = self.streaming is None or type(self.streaming) is bool
         _require(ok, "streaming", self.streaming, "true, false, or null")
         for name in ("epochs", "lora_alpha"):

@@ -117,6 +117,7 @@ def train(
         "stopped_early": trainer.state.global_step < schedule.steps,
         "kept_step": kept["step"] if kept else trainer.state.global_step,
         "resumed_from_step": start,
+        "trained_tokens": sum(record["tokens"] for record in records if "loss" in record),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(view.tokens / view.seconds, 1) if view.seconds else None,
         "first_loss": losses[0] if losses else None,

@@ -12,6 +12,7 @@ from liger_cli.training.data import Example, Opened, Source, not_used, nothing_t
 from liger_cli.training.packing import Row, make_rows
 
 STREAM_ABOVE = 2 << 30  # bytes of local files; above, their tokens would take several times that in memory
+SAMPLE = 200  # examples that stand for a source
 WINDOW = 4096  # examples in memory at a time, shuffled and packed together
 
 
@@ -149,6 +150,10 @@ class StreamSchedule:
     def epoch(self, step: int) -> None:
         """How often the data have been passed is not known."""
 
+    def samples(self) -> list[tuple[float, list[Example]]]:
+        """Examples that stand for those of the run: the first ones. As `packing.Schedule.samples`."""
+        return [(1.0, list(islice(self.stream.examples(self.seed), SAMPLE)))]
+
     def tokens(self) -> tuple[None, None]:
         """Not known before the run."""
         return None, None
@@ -164,3 +169,45 @@ class StreamSchedule:
                 yield rows[: self.rows_at_once]
                 del rows[: self.rows_at_once]
             number += 1
+
+
+class MixedSchedule:
+    """The micro-batches of one schedule with those of a stream between them, at even distances.
+
+    All those of the first are there, so that its epochs are whole, unless `max_steps` says how long the run is.
+
+    Args:
+        main: a `packing.Schedule` or a `StreamSchedule`.
+        beside: a `StreamSchedule` of rows of the same size.
+        share: of the micro-batches that come from `beside`.
+        max_steps: of the recipe.
+    """
+
+    def __init__(self, main, beside: StreamSchedule, share: float, max_steps: int | None):
+        self.main, self.beside, self.share, self.per_step = main, beside, share, main.per_step
+        self.per_epoch = None if main.per_epoch is None else main.per_epoch / (1 - share)
+        self.steps = round(len(main) / (1 - share)) // self.per_step if max_steps is None else max_steps
+
+    def __len__(self) -> int:
+        return self.steps * self.per_step
+
+    def __getitem__(self, index: int) -> list[Row]:
+        before = self._of_beside(index)
+        return self.main[index - before] if self._of_beside(index + 1) == before else self.beside[before]
+
+    def _of_beside(self, index: int) -> int:
+        """How many of the first `index` micro-batches come from the stream."""
+        return int(index * self.share + 1e-9)
+
+    def epoch(self, step: int) -> float | None:
+        """Passes over the data of `main` after `step` optimizer steps."""
+        return None if self.per_epoch is None else step * self.per_step / self.per_epoch
+
+    def samples(self) -> list[tuple[float, list[Example]]]:
+        """As `packing.Schedule.samples`."""
+        parts = ((self.main, 1 - self.share), (self.beside, self.share))
+        return [(weight * part, examples) for one, weight in parts for part, examples in one.samples()]
+
+    def tokens(self) -> tuple[None, None]:
+        """Not known before the run."""
+        return None, None

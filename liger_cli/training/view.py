@@ -6,6 +6,7 @@ from pathlib import Path
 
 from liger_cli.system.escape import printable
 from liger_cli.system.wording import size
+from liger_cli.training.reach import LITTLE
 
 SMOOTHING = 0.9
 LINES = 20  # progress lines of a run that is not on a terminal
@@ -17,9 +18,13 @@ def print_plan(plan: dict) -> None:
     say = lambda text: print(f"liger: {printable(text)}", file=sys.stderr)  # noqa: E731
     for source in plan["sources"]:
         if source["examples"] is None:
-            notes = [f"streamed, the first {source['held_out']} examples held out"]
+            notes = [
+                f"streamed, the first {source['held_out']} examples held out" if source["held_out"] else "streamed"
+            ]
         else:
             notes = [f"{source['examples']:,} examples, {source['tokens']:,} tokens, {source['held_out']} held out"]
+        if share := source.get("share_of_rows"):
+            notes.append(f"{share:.0%} of the rows")
         if source["weight"] is not None:
             notes.append(f"weight {source['weight']:g}")
         if source["cut"]:
@@ -34,13 +39,21 @@ def print_plan(plan: dict) -> None:
         say(f"data {source['source']}: {source['layout']} layout, {'; '.join(notes)}")
     share = plan["trainable_parameters"] / plan["parameters"]
     if plan["tokens"] is None:
-        length = f"up to {plan['steps'] * plan['batch_size'] * plan['seq_len']:,} tokens"
+        epochs = "" if plan["epochs"] is None else f"{plan['epochs']:g} epochs, "
+        length = f"{epochs}up to {plan['steps'] * plan['batch_size'] * plan['seq_len']:,} tokens"
     else:
         length = f"{plan['epochs']:g} epochs, {plan['tokens']:,} tokens"
     say(
         f"recipe {plan['recipe']} ({' then '.join(plan['objectives'])}): {plan['steps']:,} steps of "
         f"{plan['batch_size']} x {plan['seq_len']} tokens, {length}"
     )
+    if (beyond := plan["beyond_exact_memory"]) is not None:
+        say(f"{beyond:.1%} of the trained tokens have text before them that the window and the kept tokens lack")
+        if beyond < LITTLE:
+            say(
+                "warning: that teaches next to nothing about distance; train on longer documents, or on some beside "
+                "these (--long-data FILE)"
+            )
     extra = plan["trainable_extra_parameters"]
     beside = f", {extra:,} of them liger's own" if extra else ""
     say(
