@@ -1,0 +1,402 @@
+"""The recipes on a real base, one resumable command.
+
+    PYTHONPATH=tests python -m study.real BASE --tasks DIR --text FILE --data FILE --output DIR
+
+Each row is converted, trained and measured in a process of its own, and its result is a file that appears whole: a run
+that was stopped goes on with the rows that have none. `rows.jsonl` and `table.md` are made of what there is.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from liger_cli.system.errors import LigerError, UsageError, guarded
+from liger_cli.system.outputs import write_whole
+from study.rows import Row, parse_tokens, show_tokens
+from study.unit import liger
+
+FORMAT = 1  # raised when what is measured changes
+SINKS = 4
+CALIBRATED = "calibrated"
+EQUAL = "EQUAL"  # stands for the window that takes the bytes of the row `calibrated`
+TASKS = "piqa_local,arc_easy_local,arc_challenge_local,hellaswag_local,winogrande_local,mmlu_local"
+CONTEXTS = (2048, 8192, 32768)
+# The same for every recipe: what a step sees, how often it is interrupted.
+COMMON = {
+    "seq_len": 2048,
+    "batch_size": 4,
+    "micro_batch_size": 1,
+    "held_out": 4,
+    "eval_steps": 1 << 20,
+    "save_steps": 1 << 20,
+    "early_stop": 0,
+    "streaming": None,
+}
+WINDOW = ("--mix", "0", "--window", EQUAL, "--sinks", str(SINKS))
+HEADS = ("--calibrate", "--softmax-heads", "auto:10%")
+ROWS = (
+    Row("base", column="base"),
+    Row("plain", ("--gate", "gla")),
+    Row(CALIBRATED, ("--calibrate",)),
+    Row("calibrated-heads10", HEADS),
+    Row("window", WINDOW, column="window_only"),
+    Row("window-trained", WINDOW, "best", {"attention": "window"}, column="window_only"),
+    Row("paper", ("--gate", "gla"), "paper"),
+    Row("lolcats", ("--recipe", "lolcats"), "lolcats"),
+    Row("supra", ("--recipe", "supra"), "supra"),
+    Row("best", ("--calibrate",), "best"),
+    Row("best-heads10", HEADS, "best"),
+)
+LONGER = ("best", "best-heads10")  # trained at the second budget, too
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a row is asked; a result answers one question.
+
+    Attributes:
+        base, text, data, long_data, calibration_data, include_path: paths, or None. text: files to evaluate on.
+        tasks: of the harness; limit: examples of each.
+        rows: of 2,048 tokens of each text. needles: at each distance.
+        seed: of the training.
+    """
+
+    base: str
+    text: tuple[str, ...]
+    data: str | None
+    long_data: str | None
+    calibration_data: str | None
+    include_path: str | None
+    tasks: str
+    limit: int
+    rows: int
+    needles: int
+    seed: int
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code, as of every command of liger."""
+    if arguments is None and len(sys.argv) == 2 and sys.argv[1] == "--one":
+        return guarded(lambda: compute(**json.load(sys.stdin)), (SystemExit,))
+    options = _parser().parse_args(arguments)
+    return guarded(lambda: _run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m study.real", description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path, help="a checkpoint folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the results' folder")
+    parser.add_argument("--text", required=True, action="append", type=Path, metavar="FILE", help="to evaluate on")
+    parser.add_argument("--data", metavar="DATA", help="that every trained row is trained on; as of `liger finetune`")
+    parser.add_argument("--long-data", metavar="DATA", help="long documents beside it, for every trained row")
+    parser.add_argument("--calibration-data", metavar="FILE", help="by default what `liger convert --calibrate` takes")
+    parser.add_argument("--tasks", default=TASKS, help="of the harness, by commas; empty for none")
+    parser.add_argument("--include-path", metavar="DIR", help="the tasks' YAML files")
+    parser.add_argument("--limit", type=int, default=200, help="examples of each task (200)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 2,048 tokens of each text (8)")
+    parser.add_argument("--needles", type=int, default=10, help="at each distance (10)")
+    parser.add_argument("--budget", default="0.1M", help="training tokens (0.1M)")
+    parser.add_argument("--longer", default="0.5M", help="training tokens of one more run of the best, or none (0.5M)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
+    parser.add_argument("--only", default="*", metavar="ROWS", help="names of rows, with * and ?, by commas")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no row after that long")
+    parser.add_argument("--plan", action="store_true", help="print the rows and compute nothing")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    for path in (options.base, *options.text):
+        if not path.exists():
+            raise UsageError(f"{path} is not there")
+    longer = None if options.longer == "none" else parse_tokens(options.longer)
+    wanted = [part.strip() for part in options.only.split(",")]
+    rows = [row for row in planned(parse_tokens(options.budget), longer) if any(fnmatch(row[0], one) for one in wanted)]
+    if any(budget for _, _, budget in rows) and options.data is None:
+        raise UsageError("--data names what the rows are trained on; name it, or leave the trained rows out (--only)")
+    if options.plan:
+        print("\n".join(name for name, _, _ in rows))
+        return
+    home = options.output.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    absolute = lambda path: None if path is None else str(Path(path).resolve()) if Path(path).exists() else path  # noqa: E731
+    question = Question(
+        absolute(options.base), tuple(map(absolute, options.text)), absolute(options.data), absolute(options.long_data),
+        absolute(options.calibration_data), absolute(options.include_path), options.tasks, options.limit, options.rows,
+        options.needles, options.seed,
+    )  # fmt: skip
+    ends = time.monotonic() + 3600 * options.hours
+    for name, row, budget in rows:
+        if time.monotonic() > ends:
+            print(f"later: {name}", file=sys.stderr)
+        else:
+            print(f"{_one(home, name, row, budget, question)}: {name}", file=sys.stderr, flush=True)
+    for path in write(home):
+        print(path)
+
+
+def planned(budget: int, longer: int | None) -> list[tuple[str, Row, int]]:
+    """(name of the result, row, training tokens), in the order of the table."""
+    found = [(row.name if not row.recipe else f"{row.name}-{show_tokens(budget)}", row, budget) for row in ROWS]
+    found = [(name, row, tokens if row.recipe else 0) for name, row, tokens in found]
+    if longer:
+        found += [(f"{row.name}-{show_tokens(longer)}", row, longer) for row in ROWS if row.name in LONGER]
+    return found
+
+
+def _one(home: Path, name: str, row: Row, budget: int, question: Question) -> str:
+    """What became of a row: `kept`, `done` or `failed`, with the sentence that it failed with."""
+    row = replace(row, convert=_window_of(home, row.convert))
+    asked = {"format": FORMAT, "row": asdict(row), "budget": budget, "question": asdict(question)}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    known = read(home, name)
+    if known and known["key"] == key and "failed" not in known:
+        return "kept"
+    (home / "logs").mkdir(exist_ok=True)
+    job = {
+        "home": str(home),
+        "name": name,
+        "key": key,
+        "row": asdict(row),
+        "budget": budget,
+        "question": asked["question"],
+    }
+    with open(home / "logs" / f"{name}.log", "w", encoding="utf-8") as log:
+        here = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        code = subprocess.run(
+            [sys.executable, "-m", "study.real", "--one"], input=json.dumps(job), text=True, stdout=log, stderr=log,
+            env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": here}, check=False,
+        ).returncode  # fmt: skip
+    if code == 0:
+        return "done"
+    if code < 0 or code == 130:
+        raise KeyboardInterrupt
+    lines = [line for line in Path(log.name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    sentence = lines[-1][:400] if lines else "it said nothing"
+    _write(home, name, {"name": name, "key": key, "failed": sentence})
+    return f"failed ({sentence})"
+
+
+def _window_of(home: Path, convert: tuple[str, ...]) -> tuple[str, ...]:
+    """The options with the window that takes the bytes of the calibrated row. Raises UsageError: that is not there."""
+    if EQUAL not in convert:
+        return convert
+    calibrated = read(home, CALIBRATED)
+    if calibrated is None or "failed" in calibrated:
+        raise UsageError(f"the windows of equal bytes need the row {CALIBRATED!r}; let --only name it, too")
+    return tuple(str(calibrated["equal_window"]) if part == EQUAL else part for part in convert)
+
+
+def compute(home: str, name: str, key: str, row: dict, budget: int, question: dict) -> None:
+    """Convert, train and measure one row, and write its result. Raises LigerError; SystemExit as of `unit.liger`."""
+    row = Row(**{**row, "convert": tuple(row["convert"])})
+    question = Question(**{**question, "text": tuple(question["text"])})
+    work = Path(home, "work", name)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    began = time.perf_counter()
+    converted = folder = work / "model"
+    named = ("--calibration-data", question.calibration_data) if question.calibration_data else ()
+    commands = [liger("convert", question.base, str(converted), *row.convert, *(named if row.needs_data else ()))]
+    seconds = {"convert": time.perf_counter() - began}
+    manifest = json.loads((converted / "liger.json").read_text(encoding="utf-8"))
+    tokens = {"calibration": (manifest.get("calibration") or {}).get("tokens", 0), "training": 0}
+    training = None
+    if row.recipe:
+        folder = work / "adapter"
+        training = _train(row, budget, question, converted, folder)
+        commands.append(training.pop("command"))
+        seconds["training"], tokens["training"] = training["seconds"], training["tokens"]
+    measured = measure(folder, row.column, question)
+    seconds["all"] = time.perf_counter() - began
+    result = {
+        "name": name,
+        "key": key,
+        "row": row.name,
+        "budget": budget,
+        "commands": [[part.replace(str(work), "WORK").replace(question.base, "BASE") for part in command]
+                     for command in commands],
+        "training": training,
+        "tokens": tokens,
+        "seconds": seconds,
+        **sizes(converted, row.column),
+        **measured,
+        "question": asdict(question),
+    }  # fmt: skip
+    _write(Path(home), name, result)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _train(row: Row, budget: int, question: Question, converted: Path, adapter: Path) -> dict:
+    """Fine-tune by the row's recipe; what the report says of it, and the command."""
+    import yaml
+
+    from liger_cli.commands import finetune
+    from liger_cli.training.recipes import load_recipe, recipe_from
+
+    rows = COMMON["batch_size"] * COMMON["seq_len"]
+    changes = {**COMMON, **row.changes, "max_steps": max(1, round(budget / rows)), "seed": question.seed}
+    changes |= {"calibrate": False, "long_data": question.long_data}
+    recipe = recipe_from({**replace(load_recipe(row.recipe), name=row.name).to_dict(), **changes})
+    file = adapter.with_name("recipe.yaml")
+    file.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    began = time.perf_counter()
+    options = {"data": question.data, "long_data": question.long_data, "recipe": str(file), "output": str(adapter)}
+    report = finetune.run(converted, quiet=True, **options)
+    given = [part for name, value in options.items() if value for part in (f"--{name.replace('_', '-')}", value)]
+    return {
+        "command": ["liger", "finetune", str(converted), *given],
+        "recipe": recipe.to_dict(),
+        "tokens": report["trained_tokens"],
+        "beyond_exact_memory": report["beyond_exact_memory"],
+        "steps": report["steps_done"],
+        "parameters": report["trainable_parameters"],
+        "first_loss": report["first_loss"],
+        "last_loss": report["last_loss"],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def sizes(converted: Path, column: str) -> dict:
+    """`bytes` of one sequence at `CONTEXTS`, and `equal_window`, of as many bytes beside `SINKS` sinks."""
+    from liger_cli.checkpoint.converted import read_converted
+    from liger_cli.conversion.plan import Plan
+
+    found = read_converted(converted)
+    plan = Plan(found.checkpoint, tuple(found.specs), ())
+    memory = {row["tokens"]: row for row in plan.memory(CONTEXTS)}
+    kind = "kv_cache_bytes" if column == "base" else "state_bytes"
+    count = sum(spec.kind == "liger" for spec in plan.specs)
+    constant = sum(plan.constant_bytes(i, spec) for i, spec in enumerate(plan.specs) if spec.kind == "liger")
+    token = memory[CONTEXTS[0]]["kv_cache_bytes"] // (CONTEXTS[0] * len(plan.specs))
+    return {
+        "bytes": {str(tokens): row[kind] for tokens, row in memory.items()},
+        "equal_window": constant // (count * token) - SINKS + 1 if count else None,
+    }
+
+
+def measure(folder: Path, column: str, question: Question) -> dict:
+    """The figures of one column of a folder.
+
+    Returns:
+        `texts`: for each text perplexity, `kl`, both by position, `needle` and `second_reading`. `tasks`: the
+        harness's figures with their standard errors, and `examples` of each.
+    """
+    import math
+
+    from liger_cli.evaluation.harness import parse_tasks, run_tasks
+    from liger_cli.evaluation.position import needle, score_positions, second_reading
+    from liger_cli.evaluation.scoring import make_rows, read_texts
+    from liger_cli.evaluation.subject import open_subject
+
+    subject = open_subject(folder)
+    columns = {name: partial(subject.column, name) for name in dict.fromkeys(("base", column))}
+    own = {column: columns[column]}
+    texts = {}
+    for path in map(Path, question.text):
+        rows = make_rows(subject.tokenizer, read_texts(path), 2048)
+        whole = rows.ids[rows.lengths == 2048]
+        if len(whole) < question.rows:
+            raise LigerError(f"{path} fills {len(whole)} rows of 2,048 tokens, and {question.rows} are asked for")
+        spread = whole[:: len(whole) // question.rows][: question.rows]
+        positions = score_positions(columns, spread)[column]
+        text = whole[:, :-1].flatten().tolist()
+        texts[path.name] = {
+            "perplexity": math.exp(positions.mean("loss")),
+            "kl": positions.mean("kl"),
+            "perplexity_by_position": {name: math.exp(loss) for name, loss in positions.by_bucket("loss").items()},
+            "kl_by_position": positions.by_bucket("kl"),
+            "needle": needle(own, subject.tokenizer, text, count=question.needles)[column],
+            "second_reading": second_reading(own, text)[column],
+        }
+    tasks = None
+    if question.tasks:
+        found = run_tasks(
+            subject, parse_tasks(question.tasks), limit=question.limit, include_path=question.include_path,
+            columns=(column,),
+        )  # fmt: skip
+        tasks = {"figures": found[column], "details": found["details"], "chance": found["chance"]}
+    return {"texts": texts, "tasks": tasks}
+
+
+def read(home: Path, name: str) -> dict | None:
+    """A row's result, or None where there is none."""
+    path = home / "rows" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write(home: Path, name: str, result: dict) -> None:
+    (home / "rows").mkdir(exist_ok=True)
+    write_whole(home / "rows" / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def write(home: Path) -> tuple[Path, Path]:
+    """Write `rows.jsonl`, every result in a line, and `table.md`."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in (home / "rows").glob("*.json")]
+    order = [row.name for row in ROWS]
+    results.sort(key=lambda result: (order.index(result["row"]), result["budget"]) if "row" in result else (99, 0))
+    write_whole(home / "rows.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    write_whole(home / "table.md", table(results))
+    return home / "rows.jsonl", home / "table.md"
+
+
+def table(results: list[dict]) -> str:
+    """One Markdown table for each text, and one of the tasks."""
+    done = [result for result in results if "failed" not in result]
+    lines = []
+    for text in dict.fromkeys(name for result in done for name in result["texts"]):
+        buckets = list(done[0]["texts"][text]["kl_by_position"])
+        distances = list(dict.fromkeys(d for result in done for d in result["texts"][text]["needle"]))
+        header = ["row", "perplexity", *(f"KL {bucket}" for bucket in buckets)]
+        header += [*(f"needle {distance}" for distance in distances), "second reading"]
+        header += [*(f"MiB at {tokens // 1024}K" for tokens in CONTEXTS), "tokens seen", "seconds"]
+        lines += [f"**{text}**", "", *_head(header)]
+        for result in done:
+            found = result["texts"][text]
+            cells = [f"{found['perplexity']:.2f}", *(f"{found['kl_by_position'][bucket]:.4f}" for bucket in buckets)]
+            cells += [f"{found['needle'][d]['exact']:.0%}" if d in found["needle"] else "" for d in distances]
+            cells.append(f"{found['second_reading']:.3f}")
+            cells += [f"{result['bytes'][str(tokens)] / 2**20:.1f}" for tokens in CONTEXTS]
+            cells.append(f"{sum(result['tokens'].values()):,}")
+            cells.append(f"{result['seconds']['convert'] + result['seconds'].get('training', 0):.0f}")
+            lines.append(_line([result["name"], *cells]))
+        lines.append("")
+    names = list(dict.fromkeys(task for result in done if result["tasks"] for task in result["tasks"]["figures"]))
+    if names:
+        lines += _head(["row", *names])
+        for result in (result for result in done if result["tasks"]):
+            lines.append(_line([result["name"], *(_task(result["tasks"], name) for name in names)]))
+        examples = next(result for result in done if result["tasks"])["tasks"]["details"]
+        lines.append(_line(["examples", *(str((examples.get(name) or {}).get("examples") or "") for name in names)]))
+    lines += [f"\nfailed: {result['name']} ({result['failed']})" for result in results if "failed" in result]
+    return "\n".join(lines) + "\n"
+
+
+def _task(tasks: dict, name: str) -> str:
+    """`acc_norm` where there is one, else `acc`, in per cent with its standard error."""
+    figures = tasks["figures"].get(name) or {}
+    figure = figures.get("acc_norm") or figures.get("acc") or {}
+    if figure.get("value") is None:
+        return ""
+    error = f" ± {100 * figure['stderr']:.1f}" if figure.get("stderr") is not None else ""
+    return f"{100 * figure['value']:.1f}{error}"
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_line(cells), "|" + "---|" + "---:|" * (len(cells) - 1)]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The study on a real base: rows that go on where they were stopped, windows of equal bytes, the table."""
+
+import json
+import shutil
+
+import pytest
+
+from liger_cli.shipped import BASE_DIR, prose
+from study import real
+from study.real import planned, table
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A random model of two layers with the shipped base's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path / "tiny"
+    shutil.copytree(BASE_DIR, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(BASE_DIR)
+    for name, value in (("hidden_size", 32), ("intermediate_size", 32), ("num_hidden_layers", 2), ("head_dim", 16)):
+        setattr(config, name, value)
+    config.layer_types = config.layer_types[:2]
+    config.num_attention_heads, config.num_key_value_heads, config.max_position_embeddings = 2, 1, 4096
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def test_every_row_has_a_name_of_its_own():
+    names = [name for name, *_ in planned(100_000, 500_000)]
+    assert len(names) == len(set(names))
+    assert names[:3] == ["base", "plain", "calibrated"] and {"paper-0.1M", "best-0.1M", "best-0.5M"} <= set(names)
+    assert not any(budget for name, row, budget in planned(1000, None) if row.recipe is None)
+
+
+def test_rows_are_computed_once(base, tmp_path, capsys):
+    """An untrained row, a window of its bytes, a trained one; again, nothing is computed; a failure is a row, too."""
+    (tmp_path / "text.txt").write_text(prose()[1][:30_000])
+    options = [str(base), "--output", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), "--tasks", ""]
+    options += ["--data", str(tmp_path / "text.txt"), "--rows", "1", "--needles", "1", "--budget", "8k"]
+    options += ["--calibration-data", str(tmp_path / "text.txt"), "--longer", "none"]
+    assert real.main([*options, "--only", "base,window,calibrated,best-8k"]) == 0
+    said = capsys.readouterr()
+    assert [line.split(": ")[0] for line in said.err.splitlines() if line.startswith(("done", "failed"))] == [
+        "done"
+    ] * 4
+    rows = {row["name"]: row for row in map(json.loads, (tmp_path / "out" / "rows.jsonl").read_text().splitlines())}
+    assert list(rows) == ["base", "calibrated", "window", "best-8k"]
+    assert rows["base"]["texts"]["text.txt"]["kl"] == 0 and rows["window"]["texts"]["text.txt"]["kl"] > 0
+    assert list(rows["base"]["texts"]["text.txt"]["kl_by_position"])[-1] == "1025-2048"
+    # Equal bytes, but for the state, which counts as window.
+    assert rows["window"]["bytes"]["8192"] == pytest.approx(rows["calibrated"]["bytes"]["8192"], rel=0.02)
+    assert rows["base"]["bytes"]["32768"] == 4 * rows["base"]["bytes"]["8192"]
+    assert rows["best-8k"]["tokens"]["training"] > 4000 and rows["best-8k"]["tokens"]["calibration"] > 0
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {name} |" in written for name in rows)
+    assert real.main([*options, "--only", "base,calibrated"]) == 0
+    assert "kept: base" in capsys.readouterr().err
+    (tmp_path / "few.txt").write_text("Too little.")
+    options[options.index("--text") + 1] = str(tmp_path / "few.txt")
+    assert real.main([*options, "--only", "base"]) == 0
+    assert "failed (liger: " in capsys.readouterr().err
+    assert "failed: base" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_windows_need_the_calibrated_row(base, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(prose()[1][:30_000])
+    options = [str(base), "--output", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), "--only", "window"]
+    assert real.main(options) == 2
+    assert "need the row 'calibrated'" in capsys.readouterr().err
+
+
+def test_tasks_have_their_errors():
+    text = {
+        "perplexity": 3.0,
+        "kl_by_position": {"1-64": 0.5},
+        "needle": {"128": {"exact": 0.5}},
+        "second_reading": 1.0,
+    }
+    tasks = {
+        "figures": {"piqa": {"acc": {"value": 0.5, "stderr": 0.01}, "acc_norm": {"value": 0.625, "stderr": 0.034}}},
+        "details": {"piqa": {"examples": 200}},
+    }
+    result = {
+        "name": "best-0.1M", "row": "best", "budget": 100_000, "texts": {"a.txt": text}, "tasks": tasks,
+        "tokens": {"calibration": 20_480, "training": 98_304}, "seconds": {"convert": 60.2, "training": 40.0},
+        "bytes": {"2048": 2**20, "8192": 2**20, "32768": 2**21},
+    }  # fmt: skip
+    lines = table([result]).splitlines()
+    assert "| best-0.1M | 3.00 | 0.5000 | 50% | 1.000 | 1.0 | 1.0 | 2.0 | 118,784 | 100 |" in lines
+    assert "| best-0.1M | 62.5 ± 3.4 |" in lines and "| examples | 200 |" in lines
