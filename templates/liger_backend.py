@@ -19,10 +19,9 @@ import torch
 
 from .liger_config import BACKENDS
 from .liger_fla import MULTIPLE, adapted
-from .liger_recurrence import chunk_decay, chunk_delta, chunk_slots, step_decay, step_delta, step_slots
+from .liger_rules import Kernel, RecurrenceInputs, Rule
 
 VARIABLE = "LIGER_BACKEND"
-TORCH = {"decay": (chunk_decay, step_decay), "delta": (chunk_delta, step_delta), "slots": (chunk_slots, step_slots)}
 OLDEST_FLA = (0, 6)
 INSTALL = {"fla": "pip install 'flash-linear-attention[cuda]>=0.6'", "flash_attn": "pip install 'flash-attn>=2.7'"}
 
@@ -31,30 +30,6 @@ class LigerBackendError(RuntimeError):
     """A backend was asked for by a name that there is not, or where it cannot run."""
 
     liger_exit_code = 4
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """Where fla has one kind of recurrence: its module, its chunked and its step-by-step function, the argument that
-    the latter takes the decay by, and the widest key it takes."""
-
-    module: str
-    chunk: str
-    step: str
-    step_decay: str = "g"
-    widest_key: int | None = None
-
-
-# By rule, and whether a head has one decay (else one a key channel or slot).
-KERNELS = {
-    ("decay", True): Kernel("fla.ops.simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla"),
-    ("decay", False): Kernel("fla.ops.gla", "chunk_gla", "fused_recurrent_gla", "gk"),
-    ("delta", True): Kernel(
-        "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", widest_key=256
-    ),
-    ("delta", False): Kernel("fla.ops.kda", "chunk_kda", "fused_recurrent_kda", widest_key=256),
-    ("slots", False): Kernel("fla.ops.gsa", "chunk_gsa", "fused_recurrent_gsa"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,25 +50,29 @@ def requested(configured: str = "auto") -> str:
     return name
 
 
-def recurrence(rule: str, q, log_decay, configured: str = "auto", dtype=torch.float32) -> Choice:
-    """The functions for these tensors.
+def recurrence(
+    rule: Rule, inputs: RecurrenceInputs, states: tuple | None, configured: str = "auto", dtype=torch.float32
+):
+    """A rule over T tokens: the step where T is 1 and there is a state, else the chunked form.
 
     Args:
-        rule: `decay`, `delta` or `slots`.
-        q: [B, Hq, T, K]; log_decay: [B, Hkv, T, K, M or 1].
+        states: the rule's, before the first token; None for zeros.
         configured: the config's `backend`.
         dtype: in which fla's chunked kernels may take their products: bfloat16 or float32.
+    Returns:
+        o [B, Hq, T, V] and the states after the last token.
     Raises:
         LigerBackendError: `fla` is forced and cannot run here.
     """
-    one_decay = rule != "slots" and log_decay.shape[-1] == 1
-    slots = log_decay.shape[-1] if rule == "slots" else None
-    return choose(rule, one_decay, q.shape[-1], slots, q.is_cuda, requested(configured), dtype)
+    choice = choose(rule, *rule.kind(inputs.q, inputs.log_decay), inputs.q.is_cuda, requested(configured), dtype)
+    function = choice.step if inputs.q.shape[2] == 1 and states is not None else choice.chunk
+    output, states = function(*rule.arguments(inputs), rule.initial(states))
+    return output, rule.final(states)
 
 
 @cache
 def choose(
-    rule: str,
+    rule: Rule,
     one_decay: bool,
     key_dim: int,
     slots: int | None,
@@ -101,11 +80,11 @@ def choose(
     wanted: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Choice:
-    """As `recurrence`, by shapes. `one_decay`: a head has one decay; `slots`: memory slots of gated slot attention."""
-    plain = partial(Choice, "torch", chunk=TORCH[rule][0], step=TORCH[rule][1])
+    """What runs a rule of these sizes (see `Rule.kind`); as `recurrence`."""
+    plain = partial(Choice, "torch", chunk=rule.forms.chunk, step=rule.forms.step)
     if wanted == "torch":
         return plain("asked for")
-    kernel = KERNELS[rule, one_decay]
+    kernel = rule.kernels[one_decay]
     functions, obstacle = None, "the tensors are not on a CUDA device"
     if on_cuda:
         obstacle = _unfit(kernel, key_dim, slots)

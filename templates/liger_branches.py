@@ -217,17 +217,9 @@ def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states):
     inputs = gate.inputs(q, k, v, gate_logits.float(), spec)
     if valid is not None:
         inputs = inputs.masked(valid if valid.ndim == 2 else _for_heads(valid, inputs.k.shape[1]))
-    arguments = [inputs.q, inputs.k, inputs.v, inputs.log_decay]
-    if gate.rule != "decay":
-        arguments.append(inputs.beta if gate.rule == "delta" else inputs.write)
     # What is divided by is added up in float32, and float16 could overflow.
     dtype = dtype if dtype == torch.bfloat16 and not denominator else torch.float32
-    kernels = recurrence(gate.rule, inputs.q, inputs.log_decay, spec.backend, dtype)
-    if states is not None and gate.rule != "slots":
-        (states,) = states
-    function = kernels.step if q.shape[2] == 1 and states is not None else kernels.chunk
-    output, states = function(*arguments, states)
-    states = states if gate.rule == "slots" else (states,)
+    output, states = recurrence(gate.rule, inputs, states, spec.backend, dtype)
     if not denominator:
         if spec.normalizer == "group":
             output = torch.nn.functional.layer_norm(output, output.shape[-1:])

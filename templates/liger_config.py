@@ -121,7 +121,7 @@ class LayerSpec:
             _require(self.feature_dim is None, "feature_dim", self.feature_dim, "left out without a map for each head")
         _require(self.positions in POSITIONS, "positions", self.positions, f"one of {', '.join(POSITIONS)}")
         if self.positions == "after":
-            ok = GATES[self.gate].rule == "decay" and self.feature_map != "hedgehog" and self.feature_dim is None
+            ok = GATES[self.gate].rule.divisible and self.feature_map != "hedgehog" and self.feature_dim is None
             _require(ok, "positions", self.positions, "none or rope with this gate and feature map")
         _require(self.gate_params in ("pooled", "learned"), "gate_params", self.gate_params, "pooled or learned")
         _require(self.gate_init in ("pooled", "random"), "gate_init", self.gate_init, "pooled or random")
@@ -148,7 +148,7 @@ class LayerSpec:
             wanted = f"pooled: the decays of `{self.gate}` are fixed"
             _require(self.gate_params == "pooled", "gate_params", self.gate_params, wanted)
         if self.divides:
-            ok = GATES[self.gate].rule == "decay"
+            ok = GATES[self.gate].rule.divisible
             _require(ok, "normalizer", self.normalizer, f"none: `{self.gate}` is not a sum that could be divided")
             ok = self.feature_map != "none" and self.positions != "after"
             _require(ok, "normalizer", self.normalizer, "none without positive features")

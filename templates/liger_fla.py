@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from .liger_recurrence import chunk_decay, chunk_delta, chunk_slots, step_decay, step_delta, step_slots
+from .liger_rules import Rule
 
 # exp of anything lower is 0 in float32; the running sums of fla's kernels would lose digits over it.
 LOWEST_LOG_DECAY = -104.0
@@ -19,37 +19,28 @@ LOWEST_LOG_DECAY = -104.0
 MULTIPLE = 16
 
 
-def adapted(rule: str, chunk, step, step_decay: str, dtype):
-    """A chunked and a step function of fla with the arguments and results of `liger_recurrence`'s.
+def adapted(rule: Rule, chunk, step, step_decay: str, dtype):
+    """A chunked and a step function of fla with the arguments and results of the rule's own.
 
     Args:
-        rule: `decay`, `delta` or `slots`.
         chunk, step: fla's functions.
         step_decay: the argument by which `step` takes the log decay.
         dtype: of queries, keys and values in `chunk`; steps are float32.
     """
-    if rule == "slots":
-        return partial(_slots_chunk, chunk, dtype), partial(_slots_step, step)
-    if rule == "delta":
-        return partial(_chunk, chunk, dtype), partial(_step, step, step_decay)
-    return partial(_decay_chunk, chunk, dtype), partial(_decay_step, step, step_decay)
+    if rule.by_slot:
+        return partial(_slots_chunk, rule, chunk, dtype), partial(_slots_step, rule, step)
+    return partial(_chunk, rule, chunk, dtype), partial(_step, rule, step, step_decay)
 
 
-def _decay_chunk(kernel, dtype, q, k, v, log_decay, initial_state=None):
-    return _chunk(kernel, dtype, q, k, v, log_decay, None, initial_state)
-
-
-def _chunk(kernel, dtype, q, k, v, log_decay, beta=None, initial_state=None):
+def _chunk(rule, kernel, dtype, q, k, v, log_decay, *more):
+    """`more`: the rule's other inputs, and the initial state or None, which may be left out."""
     if q.numel() == 0:
-        if beta is None:
-            return chunk_decay(q, k, v, log_decay, initial_state)
-        return chunk_delta(q, k, v, log_decay, beta, initial_state)
+        return rule.forms.chunk(q, k, v, log_decay, *more)
+    extra, state = more[: len(rule.inputs)], _padded_state(more[-1] if len(more) > len(rule.inputs) else None)
     groups, width = q.shape[1] // k.shape[1], v.shape[-1]
     inputs = {"k": _padded(k).to(dtype), "v": _padded(v).to(dtype), "g": _gate(log_decay)}
-    if beta is not None:
-        inputs["beta"] = beta.squeeze(-1)
+    inputs |= {name: x.squeeze(-1) for name, x in zip(rule.inputs, extra, strict=True)}
     inputs = {name: x.transpose(1, 2).repeat_interleave(groups, dim=2) for name, x in inputs.items()}
-    state = _padded_state(initial_state)
     output, final = kernel(
         q=_padded(q).to(dtype).transpose(1, 2),
         **inputs,
@@ -60,19 +51,13 @@ def _chunk(kernel, dtype, q, k, v, log_decay, beta=None, initial_state=None):
     return output[..., :width].transpose(1, 2).to(q.dtype), final[:, ::groups, : k.shape[-1], :width]
 
 
-def _decay_step(kernel, decay_name, q, k, v, log_decay, state):
-    return _step(kernel, decay_name, q, k, v, log_decay, None, state)
-
-
-def _step(kernel, decay_name, q, k, v, log_decay, beta, state):
-    if _needs_grad(q, k, v, log_decay, beta, state):  # fla's steps by the delta rule have no gradient
-        if beta is None:
-            return step_decay(q, k, v, log_decay, state)
-        return step_delta(q, k, v, log_decay, beta, state)
+def _step(rule, kernel, decay_name, q, k, v, log_decay, *more):
+    if _needs_grad(q, k, v, log_decay, *more):  # fla's steps by the delta rule have no gradient
+        return rule.forms.step(q, k, v, log_decay, *more)
+    *extra, state = more
     groups, width = q.shape[1] // k.shape[1], v.shape[-1]
     inputs = {"k": _padded(k), "v": _padded(v), decay_name: _gate(log_decay)}
-    if beta is not None:
-        inputs["beta"] = beta.squeeze(-1)
+    inputs |= {name: x.squeeze(-1) for name, x in zip(rule.inputs, extra, strict=True)}
     inputs = {name: pad(x.transpose(1, 2), (0, 0) * (x.ndim - 2) + (0, groups - 1)) for name, x in inputs.items()}
     output, final = kernel(
         q=_padded(q).unflatten(1, (-1, groups)).squeeze(3).transpose(1, 2),
@@ -85,10 +70,10 @@ def _step(kernel, decay_name, q, k, v, log_decay, beta, state):
     return output.to(q.dtype), final[:, :, : k.shape[-1], :width]
 
 
-def _slots_chunk(kernel, dtype, q, k, v, log_decay, write, initial_state=None):
+def _slots_chunk(rule, kernel, dtype, q, k, v, log_decay, write, initial_state=None):
     """The kernel is given the key heads as they are."""
     if q.numel() == 0:
-        return chunk_slots(q, k, v, log_decay, write, initial_state)
+        return rule.forms.chunk(q, k, v, log_decay, write, initial_state)
     output, (keys, values) = kernel(
         q=_padded(q).to(dtype).transpose(1, 2),
         k=_padded(k).to(dtype).transpose(1, 2),
@@ -103,10 +88,11 @@ def _slots_chunk(kernel, dtype, q, k, v, log_decay, write, initial_state=None):
     return output, (keys[:, :, : k.shape[-1]], values[..., : v.shape[-1]])
 
 
-def _slots_step(kernel, q, k, v, log_decay, write, states):
+def _slots_step(rule, kernel, q, k, v, log_decay, write, states):
     if _needs_grad(q, k, v, log_decay, write, *states):
-        return step_slots(q, k, v, log_decay, write, states)
-    return _slots_chunk(kernel, q.dtype, q.detach(), k.detach(), v.detach(), log_decay.detach(), write.detach(), states)
+        return rule.forms.step(q, k, v, log_decay, write, states)
+    inputs = (x.detach() for x in (q, k, v, log_decay, write))
+    return _slots_chunk(rule, kernel, q.dtype, *inputs, states)
 
 
 def _needs_grad(*tensors) -> bool:

@@ -1,7 +1,7 @@
 """The gates: how decay, write strength, queries and keys come out of (q, k, v), and which recurrence they drive.
 
-A gate is one row of `GATES`. torch is imported inside the functions only: the command line reads this table for names,
-formulas and state sizes, and has to answer without loading torch.
+A gate is one row of `GATES` and drives one of the rules above them. torch is imported inside the functions only: the
+command line reads these tables for names, formulas and state sizes, and has to answer without loading torch.
 
 Shapes: q [B, Hq, T, F], k [B, Hkv, T, F] and v [B, Hkv, T, D], float32 and (unless the config says otherwise) before
 RoPE; the gate's logits p [B, Hkv, T, W], pooled from a projection, learned, or both; decays are logarithms. F is D
@@ -11,40 +11,50 @@ Source of the table: Liger (arXiv 2503.01496), Table 1, unless a row says otherw
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from .liger_rules import Kernel, RecurrenceInputs, Rule
 
 
-@dataclass
-class RecurrenceInputs:
-    """What a gate hands to its recurrence.
+def _state(features: int, head_dim: int, slots: int):
+    return [(features, head_dim)]
 
-    Attributes:
-        q: [B, Hq, T, D] queries; the Hq / Hkv query heads of a group read one shared state.
-        k: [B, Hkv, T, D] keys; v: [B, Hkv, T, Dv] values.
-        log_decay: [B, Hkv, T, D] (per key channel), [B, Hkv, T, 1] (per head) or [B, Hkv, T, M] (per slot); <= 0.
-        beta: [B, Hkv, T, 1] write strength of the delta rule, else None.
-        write: [B, Hkv, T, M] write weight of every slot (`gsa`), else None.
-    """
 
-    q: object
-    k: object
-    v: object
-    log_decay: object
-    beta: object = None
-    write: object = None
+def _slot_states(features: int, head_dim: int, slots: int):
+    return [(features, slots), (slots, head_dim)]
 
-    def masked(self, valid) -> "RecurrenceInputs":
-        """Positions where `valid` ([B, T] or [B, H, T] bool) is false neither write nor decay: the state stays."""
-        keep = (valid[:, None] if valid.ndim == 2 else valid).unsqueeze(-1)
-        zero = lambda x: None if x is None else x.masked_fill(~keep, 0.0)  # noqa: E731
-        return replace(
-            self,
-            k=zero(self.k),
-            v=zero(self.v),
-            log_decay=zero(self.log_decay),
-            beta=zero(self.beta),
-            write=zero(self.write),
-        )
+
+# S = G S + k^T v
+DECAY = Rule(
+    "decay",
+    _state,
+    {
+        True: Kernel("fla.ops.simple_gla", "chunk_simple_gla", "fused_recurrent_simple_gla"),
+        False: Kernel("fla.ops.gla", "chunk_gla", "fused_recurrent_gla", "gk"),
+    },
+    divisible=True,
+)
+# The gated delta rule
+DELTA = Rule(
+    "delta",
+    _state,
+    {
+        True: Kernel(
+            "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", widest_key=256
+        ),
+        False: Kernel("fla.ops.kda", "chunk_kda", "fused_recurrent_kda", widest_key=256),
+    },
+    inputs=("beta",),
+)
+# Gated slot attention
+SLOTS = Rule(
+    "slots",
+    _slot_states,
+    {False: Kernel("fla.ops.gsa", "chunk_gsa", "fused_recurrent_gsa")},
+    inputs=("write",),
+    by_slot=True,
+)
+RULES = (DECAY, DELTA, SLOTS)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Gate:
     Attributes:
         name: what `--gate` takes.
         formula: the recurrence in one line, for `liger gates`.
-        rule: `decay` (S = G S + k^T v), `delta` (gated delta rule) or `slots` (gated slot attention).
+        rule: the recurrence that it drives.
         inputs: (q, k, v, p, spec) -> RecurrenceInputs; p are the gate's logits.
         pool: (x, spec) -> p: the parameter-free pooling of a projection x [B, Hkv, T, D] to logits.
         width: (spec, head_dim) -> W, the number of logits of a head.
@@ -67,7 +77,7 @@ class Gate:
 
     name: str
     formula: str
-    rule: str
+    rule: Rule
     inputs: Callable
     pool: Callable
     width: Callable
@@ -84,10 +94,8 @@ class Gate:
     def state_shapes(self, spec, head_dim: int) -> list[tuple[int, int]]:
         """Shapes of the float32 states of one head (see `state_heads`)."""
         features = feature_width(spec, head_dim) if "feature_map" in self.settings else spec.feature_dim or head_dim
-        if self.rule == "slots":
-            return [(features, spec.slots), (spec.slots, head_dim)]
-        extra = 1 if self.rule == "decay" and (self.denominator or spec.divides) else 0
-        return [(features, head_dim + extra)]
+        divisor = 1 if self.rule.divisible and (self.denominator or spec.divides) else 0
+        return self.rule.states(features, head_dim + divisor, spec.slots)
 
 
 def state_heads(spec, num_heads: int, num_key_value_heads: int) -> int:
@@ -306,7 +314,7 @@ GATES = {
         Gate(
             "gla",
             "S_t = diag(sigmoid(p)^(1/16)) S_{t-1} + phi(k)^T v",
-            "decay",
+            DECAY,
             _gla,
             _pool_channels,
             _channels,
@@ -316,7 +324,7 @@ GATES = {
         Gate(
             "gsa",
             "two GLA passes over m slots, write weight 1 - sigmoid(p)^(1/16)",
-            "slots",
+            SLOTS,
             _gsa,
             _pool_slots,
             lambda spec, head_dim: spec.slots,
@@ -326,7 +334,7 @@ GATES = {
         Gate(
             "hgrn2",
             "S_t = diag(a) S_{t-1} + (1 - a)^T v, a = g + (1 - g) sigmoid(p)",
-            "decay",
+            DECAY,
             _hgrn2,
             _pool_channels,
             _channels,
@@ -335,7 +343,7 @@ GATES = {
         Gate(
             "mamba2",
             "S_t = exp(-softplus(mean p)) S_{t-1} + phi(k)^T v",
-            "decay",
+            DECAY,
             _mamba2,
             _pool_head,
             _one,
@@ -344,7 +352,7 @@ GATES = {
         Gate(
             "mlstm",
             "S_t = sigmoid(mean p) S_{t-1} + phi(k)^T v, output over max(|phi(q) z|, 1)",
-            "decay",
+            DECAY,
             _scalar_sigmoid("mlstm"),
             _pool_head,
             _one,
@@ -354,7 +362,7 @@ GATES = {
         Gate(
             "retention",
             "S_t = sigmoid(mean p) S_{t-1} + phi(k)^T v",
-            "decay",
+            DECAY,
             _scalar_sigmoid("retention"),
             _pool_head,
             _one,
@@ -363,18 +371,18 @@ GATES = {
         Gate(
             "rwkv6",
             "S_t = diag(exp(-exp(p))) S_{t-1} + phi(k)^T v",
-            "decay",
+            DECAY,
             _rwkv6,
             _pool_channels,
             _channels,
             ("feature_map", *_LOGITS),
         ),
-        Gate("none", "S_t = S_{t-1} + phi(k)^T v", "decay", _none, _pool_head, _one, ("feature_map",)),
+        Gate("none", "S_t = S_{t-1} + phi(k)^T v", DECAY, _none, _pool_head, _one, ("feature_map",)),
         # Not in the paper's table: RetNet (arXiv 2307.08621), section 2.1, as SUPRA's paper has it.
         Gate(
             "retnet",
             "S_t = (1 - 2^(-5-h)) S_{t-1} + phi(k)^T v, h the query head",
-            "decay",
+            DECAY,
             _of_heads("retnet"),
             _pool_retnet,
             _one,
@@ -385,7 +393,7 @@ GATES = {
         Gate(
             "lightning",
             "S_t = exp(-2^(-8h/H)) S_{t-1} + phi(k)^T v, h the query head from 1",
-            "decay",
+            DECAY,
             _of_heads("lightning"),
             _pool_lightning,
             _one,
@@ -396,7 +404,7 @@ GATES = {
         Gate(
             "gdn",
             "S_t = a (I - b k^T k) S_{t-1} + b k^T v, a = sigmoid(mean p)^(1/16), b = sigmoid(mean p)",
-            "delta",
+            DELTA,
             _delta("gdn"),
             _pool_twice,
             lambda spec, head_dim: 2,
@@ -406,7 +414,7 @@ GATES = {
         Gate(
             "kda",
             "S_t = (I - b k^T k) diag(a) S_{t-1} + b k^T v, a = sigmoid(p)^(1/16), b = sigmoid(mean p)",
-            "delta",
+            DELTA,
             _delta("kda"),
             _pool_channels_and_head,
             lambda spec, head_dim: head_dim + 1,

@@ -9,8 +9,10 @@ positions are split in halves around a pivot; the last, small blocks are factore
 inside them allows it, and are split further where it does not.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -117,6 +119,21 @@ def chunk_slots(q, k, v, log_decay, write, initial_state=None):
     logits, keys = _by_pieces(_chunk_value_decay, (q, k, write, log_decay), keys)
     output, values = chunk_decay(logits.softmax(-1), write, v, log_decay, values)
     return output, (keys, values)
+
+
+class Forms(NamedTuple):
+    """The three forms of a recurrence: the same arguments and results, but that a step is of one token."""
+
+    naive: Callable
+    chunk: Callable
+    step: Callable
+
+
+FORMS = {
+    "decay": Forms(naive_decay, chunk_decay, step_decay),
+    "delta": Forms(naive_delta, chunk_delta, step_delta),
+    "slots": Forms(naive_slots, chunk_slots, step_slots),
+}
 
 
 def _initial(k, v, initial_state=None):

@@ -2,9 +2,9 @@
 
 import torch
 
-from liger_cli.templates import liger_recurrence as recurrence
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_rules import Rule
 
 
 def rms(x) -> float:
@@ -18,11 +18,6 @@ def relative_rms(actual, expected, least: float = 1e-30) -> float:
 
 def tuple_of(state):
     return state if isinstance(state, tuple) else (state,)
-
-
-def arguments(inputs, rule: str) -> list:
-    extra = {"decay": [], "delta": [inputs.beta], "slots": [inputs.write]}[rule]
-    return [inputs.q, inputs.k, inputs.v, inputs.log_decay, *extra]
 
 
 def example(
@@ -42,26 +37,26 @@ def example(
     inputs = gate.inputs(q, k, v, gate.pool(k, spec), spec)
     if valid is not None:
         inputs = inputs.masked(valid)
-    if gate.rule == "slots":
+    if gate.rule.by_slot:
         inputs.k = inputs.k / max(magnitude, 1)
     state = None
     if initial:
         state = tuple(random(batch, kv_heads, *shape) for shape in gate.state_shapes(spec, dim))
-        state = tuple(x[..., : v.shape[-1]] if gate.rule != "slots" else x for x in state)
-        state = state if gate.rule == "slots" else state[0]
-    return gate.rule, arguments(inputs, gate.rule), state
+        state = tuple(x if gate.rule.by_slot else x[..., : v.shape[-1]] for x in state)
+        state = gate.rule.initial(state)
+    return gate.rule, gate.rule.arguments(inputs), state
 
 
-def run(form: str, rule: str, inputs, state, dtype, gradients=False):
+def run(form: str, rule: Rule, inputs, state, dtype, gradients=False):
     """Output, states, and the gradients of a fixed loss of both with regard to the inputs and the initial state.
 
     Without gradients the operations run as in inference, where a CPU takes other ways through them.
     """
     leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in inputs]
     states = None if state is None else tuple(x.to(dtype).requires_grad_(gradients) for x in tuple_of(state))
-    initial = states if states is None or rule == "slots" else states[0]
+    initial = rule.initial(states)
     with torch.set_grad_enabled(gradients):
-        output, final = getattr(recurrence, f"{form}_{rule}")(*leaves, initial_state=initial)
+        output, final = getattr(rule.forms, form)(*leaves, initial_state=initial)
     results = [output, *tuple_of(final)]
     if gradients:
         weights = [torch.linspace(-1, 1, x.numel(), dtype=dtype).view(x.shape) for x in results]

@@ -14,37 +14,37 @@ from recurrence_examples import example, relative_rms, tuple_of
 
 from liger_cli.system.errors import guarded
 from liger_cli.templates import liger_backend, liger_recurrence
-from liger_cli.templates.liger_backend import KERNELS, LigerBackendError, choose, requested
+from liger_cli.templates.liger_backend import LigerBackendError, choose, requested
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block
-from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_gates import DECAY, DELTA, GATES, RULES, SLOTS
+from liger_cli.templates.liger_rules import Rule
 from liger_cli.templates.liger_window import window_attention
 
 # float32 sums of some hundred terms; bfloat16 rounds q, k and v to 8 bits, 2^-9 each.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def stand_in(rule: str, step: bool, decay_name: str):
+def stand_in(rule: Rule, step: bool, decay_name: str):
     """fla's function of a kernel, on the definitions of this project."""
 
     def function(q, k, v, *, scale, initial_state, output_final_state, **gates):
-        expected = {decay_name} | {"delta": {"beta"}, "slots": {"s"}}.get(rule, set())
+        expected = {decay_name} | ({"s"} if rule.by_slot else set(rule.inputs))
         assert set(gates) == expected and scale == 1.0 and output_final_state is True
         log_decay, states = gates[decay_name], tuple_of(initial_state) if initial_state is not None else ()
         assert log_decay.dtype == torch.float32 and all(state.dtype == torch.float32 for state in states)
         assert q.shape[-1] % 2 == 0 and v.shape[-1] % 2 == 0
         assert q.shape[:2] == k.shape[:2] == v.shape[:2] == log_decay.shape[:2]
-        if rule == "slots":
+        if rule.by_slot:
             assert not step or q.shape[1] == 1
             arguments = [q, k, v, log_decay, gates["s"]]
         else:
             assert q.shape[2] == k.shape[2] == log_decay.shape[2]
             arguments = [q, k, v, log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay]
-            if rule == "delta":
-                arguments.append(gates["beta"].unsqueeze(-1))
+            arguments += [gates[name].unsqueeze(-1) for name in rule.inputs]
         function.calls += 1
         arguments = [x.float().transpose(1, 2) for x in arguments]
-        output, final = getattr(liger_recurrence, f"naive_{rule}")(*arguments, initial_state=initial_state)
-        return output.transpose(1, 2).to(v.dtype), list(final) if rule == "slots" else final
+        output, final = rule.forms.naive(*arguments, initial_state=initial_state)
+        return output.transpose(1, 2).to(v.dtype), list(final) if rule.by_slot else final
 
     function.calls = 0
     return function
@@ -56,7 +56,7 @@ def fla(monkeypatch):
     modules = {"fla": types.ModuleType("fla"), "fla.ops": types.ModuleType("fla.ops")}
     modules["fla"].__version__ = "0.6.0"
     functions = {}
-    for (rule, _), kernel in KERNELS.items():
+    for rule, kernel in [(one, kernel) for one in RULES for kernel in one.kernels.values()]:
         module = modules[kernel.module] = types.ModuleType(kernel.module)
         for name, step in ((kernel.chunk, False), (kernel.step, True)):
             functions[name] = stand_in(rule, step, kernel.step_decay if step else "g")
@@ -84,15 +84,13 @@ def clear():
 
 
 def chosen(rule, inputs, on_cuda=True, dtype=torch.float32):
-    one_decay = rule != "slots" and inputs[3].shape[-1] == 1
-    slots = inputs[3].shape[-1] if rule == "slots" else None
-    return choose(rule, one_decay, inputs[0].shape[-1], slots, on_cuda, "auto", dtype)
+    return choose(rule, *rule.kind(inputs[0], inputs[3]), on_cuda, "auto", dtype)
 
 
 def in_float32(rule, inputs, state):
     leaves = [x.float().requires_grad_() for x in inputs]
     states = None if state is None else tuple(x.float().requires_grad_() for x in tuple_of(state))
-    return leaves, states, states if states is None or rule == "slots" else states[0]
+    return leaves, states, rule.initial(states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,7 +107,7 @@ def test_chunks_in_fla_layout(fla, name, initial, dtype):
         assert choice.backend == "fla"
         leaves, states, first = in_float32(rule, inputs, state)
         results = {}
-        for form, function in (("fla", choice.chunk), ("naive", getattr(liger_recurrence, f"naive_{rule}"))):
+        for form, function in (("fla", choice.chunk), ("naive", rule.forms.naive)):
             output, final = function(*leaves, first)
             found = [output, *tuple_of(final)]
             loss = sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in found)
@@ -131,7 +129,7 @@ def test_steps_in_fla_layout(fla, name):
         leaves, _, first = in_float32(rule, inputs, state)
         with torch.no_grad():
             output, final = chosen(rule, inputs).step(*leaves, first)
-            expected, *wanted = getattr(liger_recurrence, f"step_{rule}")(*leaves, first)
+            expected, *wanted = rule.forms.step(*leaves, first)
         assert sum(function.calls for function in fla.values()) == 1
         assert next(n for n, function in fla.items() if function.calls).startswith("fused_recurrent")
         for actual, e in zip([output, *tuple_of(final)], [expected, *tuple_of(wanted[0])], strict=True):
@@ -165,7 +163,7 @@ def test_decays_below_float32_are_zero(fla):
 
 def test_on_a_cpu_nothing_is_imported(nothing_installed, monkeypatch):
     monkeypatch.setattr(liger_backend.importlib, "import_module", lambda name: pytest.fail(f"imports {name}"))
-    assert choose("decay", False, 64, None, False).backend == "torch"
+    assert choose(DECAY, False, 64, None, False).backend == "torch"
     assert liger_backend.describe_window(False) == ("torch", "the tensors are not on a CUDA device")
     q = torch.randn(1, 2, 40, 16, dtype=torch.bfloat16)
     window_attention(q, q, q, 16, 0.25)
@@ -173,38 +171,38 @@ def test_on_a_cpu_nothing_is_imported(nothing_installed, monkeypatch):
 
 def test_missing_or_broken(nothing_installed, monkeypatch):
     """Where fla cannot be used, the reason says what to install."""
-    assert "flash-linear-attention is not installed; pip install" in choose("decay", True, 64, None, True).why
+    assert "flash-linear-attention is not installed; pip install" in choose(DECAY, True, 64, None, True).why
     assert "flash-attn is not installed; pip install" in liger_backend.describe_window(True)[1]
     old = types.ModuleType("fla")
     old.__version__ = "0.4.1"
     monkeypatch.setitem(sys.modules, "fla", old)
     clear()
-    assert "0.4.1, but has to be 0.6 or newer" in choose("decay", True, 64, None, True).why
+    assert "0.4.1, but has to be 0.6 or newer" in choose(DECAY, True, 64, None, True).why
     old.__version__ = "0.6.1"
     monkeypatch.setitem(sys.modules, "fla.ops.gla", None)
     clear()
-    assert "fla.ops.gla, which fla needs" in choose("decay", False, 64, None, True).why
+    assert "fla.ops.gla, which fla needs" in choose(DECAY, False, 64, None, True).why
     broken = types.ModuleType("fla.ops.gla")
     broken.__getattr__ = lambda name: (_ for _ in ()).throw(RuntimeError("0 active drivers ([])"))
     monkeypatch.setitem(sys.modules, "fla.ops.gla", broken)
     clear()
-    assert "cannot be imported (RuntimeError: 0 active drivers ([]))" in choose("decay", False, 64, None, True).why
+    assert "cannot be imported (RuntimeError: 0 active drivers ([]))" in choose(DECAY, False, 64, None, True).why
 
 
 def test_sizes_that_fla_has_no_kernel_for(fla):
-    choice = choose("delta", True, 320, None, True)
+    choice = choose(DELTA, True, 320, None, True)
     assert choice.backend == "torch" and "at most 256 dimensions, not 320" in choice.why
-    choice = choose("slots", False, 64, 24, True)
+    choice = choose(SLOTS, False, 64, 24, True)
     assert choice.backend == "torch" and "a multiple of 16 slots only, not 24" in choice.why
 
 
 def test_forced(fla, monkeypatch, capsys):
-    assert choose("decay", False, 64, None, True, "torch").backend == "torch"
-    assert choose("decay", False, 64, None, True, "fla").backend == "fla"
+    assert choose(DECAY, False, 64, None, True, "torch").backend == "torch"
+    assert choose(DECAY, False, 64, None, True, "fla").backend == "fla"
     with pytest.raises(LigerBackendError, match="fla was asked for, but the tensors are not on a CUDA device"):
-        choose("decay", False, 64, None, False, "fla")
+        choose(DECAY, False, 64, None, False, "fla")
     with pytest.raises(LigerBackendError, match="at most 256"):
-        choose("delta", True, 512, None, True, "fla")
+        choose(DELTA, True, 512, None, True, "fla")
     monkeypatch.setenv("LIGER_BACKEND", "cuda")
     with pytest.raises(LigerBackendError, match="LIGER_BACKEND is 'cuda', but has to be one of auto, torch, fla"):
         requested()

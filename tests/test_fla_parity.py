@@ -13,6 +13,7 @@ from recurrence_examples import example, relative_rms, run, tuple_of
 
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_rules import Rule
 
 # By rule, and whether a head has one decay: fla's operation and function.
 DEFINITIONS = {
@@ -36,20 +37,20 @@ def definition(operation: str, function: str):
     return getattr(module, function)
 
 
-def by_fla(rule: str, inputs, states):
+def by_fla(rule: Rule, inputs, states):
     """Output and final states of fla's definition, in our layout. fla has the heads behind the tokens."""
     q, k, v, log_decay, *rest = (x.transpose(1, 2) for x in inputs)
     groups = q.shape[2] // k.shape[2]
-    one_decay = rule != "slots" and log_decay.shape[-1] == 1
-    function = definition(*DEFINITIONS[rule, one_decay])
+    one_decay, *_ = rule.kind(q, log_decay)
+    function = definition(*DEFINITIONS[rule.name, one_decay])
     shared = lambda x: x.repeat_interleave(groups, dim=2)  # noqa: E731
-    if rule == "slots":
+    if rule.by_slot:
         output, final = function(q, k, v, rest[0], log_decay, 1.0, states, output_final_state=True)
         return output.transpose(1, 2), *final
     k, v, log_decay = shared(k), shared(v), shared(log_decay)
     log_decay = log_decay.squeeze(-1) if one_decay else log_decay
     initial = None if states is None else states[0].repeat_interleave(groups, dim=1)
-    if rule == "delta":
+    if rule.inputs:
         beta = shared(rest[0]).squeeze(-1)
         given = (q, k, v, log_decay, beta) if not one_decay else (q, k, v, beta, log_decay)
         output, final = function(*given, scale=1.0, initial_state=initial, output_final_state=True)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from recurrence_examples import example, relative_rms, run, tuple_of
 
-from liger_cli.templates import liger_recurrence
-from liger_cli.templates.liger_backend import flash_attn_function, recurrence
+from liger_cli.templates.liger_backend import choose, flash_attn_function
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
 from liger_cli.templates.liger_window import window_attention
@@ -22,7 +21,7 @@ TOLERANCE = {torch.float32: (5e-3, 2e-2), torch.bfloat16: (2e-2, 5e-2)}
 
 def on_fla(rule, inputs, dtype=torch.float32):
     pytest.importorskip("fla")
-    choice = recurrence(rule, inputs[0], inputs[3], "fla", dtype)
+    choice = choose(rule, *rule.kind(inputs[0], inputs[3]), True, "fla", dtype)
     assert choice.backend == "fla"
     return choice
 
@@ -30,7 +29,7 @@ def on_fla(rule, inputs, dtype=torch.float32):
 def on_device(rule, inputs, state, gradients):
     leaves = [x.float().cuda().requires_grad_(gradients) for x in inputs]
     states = None if state is None else tuple(x.float().cuda().requires_grad_(gradients) for x in tuple_of(state))
-    return leaves, states, states if states is None or rule == "slots" else states[0]
+    return leaves, states, rule.initial(states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,7 +65,7 @@ def test_steps(name, groups):
     leaves, _, first = on_device(rule, inputs, state, gradients=False)
     with torch.no_grad():
         output, final = on_fla(rule, leaves).step(*leaves, first)
-    wanted, states = getattr(liger_recurrence, f"step_{rule}")(*inputs, state)
+    wanted, states = rule.forms.step(*inputs, state)
     for actual, e in zip([output, *tuple_of(final)], [wanted, *tuple_of(states)], strict=True):
         assert relative_rms(actual.cpu(), e) < 1e-5
 

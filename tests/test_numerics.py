@@ -6,9 +6,8 @@ compared with the same chunks in float64 over the whole text, and with the defin
 
 import pytest
 import torch
-from recurrence_examples import arguments, relative_rms, tuple_of
+from recurrence_examples import relative_rms, tuple_of
 
-from liger_cli.templates import liger_recurrence
 from liger_cli.templates.liger_branches import mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
@@ -48,8 +47,8 @@ def scan(name: str, kind: str, length: int) -> None:
     spec = LayerSpec(gate=name, slots=8)
     gate = GATES[name]
     q, k, v = adversarial(kind, length)
-    inputs = arguments(gate.inputs(q, k, v, gate.pool(k, spec), spec), gate.rule)
-    chunk, step = (getattr(liger_recurrence, f"{form}_{gate.rule}") for form in ("chunk", "step"))
+    inputs = gate.rule.arguments(gate.inputs(q, k, v, gate.pool(k, spec), spec))
+    _, chunk, step = gate.rule.forms
     with torch.no_grad():
         output, final = chunk(*inputs)
         exact = [x.double() for x in inputs]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrence_examples import arguments, example, relative_rms, rms, run, tuple_of
+from recurrence_examples import example, relative_rms, rms, run, tuple_of
 
 from liger_cli.templates import liger_recurrence as recurrence
 from liger_cli.templates.liger_config import LayerSpec
@@ -45,7 +45,7 @@ def test_pieces_carry_the_state(name, magnitude):
     for start, stop in ((0, 70), (70, 71), (71, 72), (72, 150)):
         part = [x[:, :, start:stop] for x in inputs]
         form = "step" if stop - start == 1 else "chunk"
-        output, state = getattr(recurrence, f"{form}_{rule}")(*part, state)
+        output, state = getattr(rule.forms, form)(*part, state)
         outputs.append(output)
     assert relative_rms(torch.cat(outputs, 2), expected) < 1e-10
     for actual, wanted in zip(tuple_of(state), final, strict=True):
@@ -69,7 +69,7 @@ def test_empty(name):
     """No tokens, or no rows: the state passes through."""
     for length, batch in ((0, 2), (3, 0)):
         rule, inputs, state = example(name, length, 1.0, batch=batch)
-        output, final = getattr(recurrence, f"chunk_{rule}")(*inputs, state)
+        output, final = rule.forms.chunk(*inputs, state)
         assert output.shape == inputs[0].shape[:3] + inputs[2].shape[-1:]
         for a, e in zip(tuple_of(final), tuple_of(state), strict=True):
             assert a.shape == e.shape and (length > 0 or torch.equal(a, e))
@@ -82,11 +82,11 @@ def test_masked_positions_change_nothing(name):
     gate, generator = GATES[name], torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 70, 16, generator=generator, dtype=torch.float64) for _ in range(3))
     valid = torch.rand(2, 70, generator=generator) > 0.4
-    inputs = arguments(gate.inputs(q, k, v, gate.pool(k, spec), spec).masked(valid), gate.rule)
-    output, final = getattr(recurrence, f"chunk_{gate.rule}")(*inputs)
+    inputs = gate.rule.arguments(gate.inputs(q, k, v, gate.pool(k, spec), spec).masked(valid))
+    output, final = gate.rule.forms.chunk(*inputs)
     for row in range(2):
         kept = [x[row : row + 1, :, valid[row]] for x in inputs]
-        alone, state = getattr(recurrence, f"chunk_{gate.rule}")(*kept)
+        alone, state = gate.rule.forms.chunk(*kept)
         assert relative_rms(output[row : row + 1, :, valid[row]], alone) < 1e-10
         for a, e in zip(tuple_of(final), tuple_of(state), strict=True):
             assert relative_rms(a[row : row + 1], e) < 1e-10
@@ -126,7 +126,7 @@ def test_fuzz(name, length, magnitude, kv_heads, groups, dim, batch, seed, initi
     )  # fmt: skip
     expected = run("naive", rule, inputs, state, torch.float64, gradients)
     for dtype, tolerance in TOLERANCE.items():
-        values = 3 if rule == "slots" else 2
+        values = 3 if rule.by_slot else 2
         # A gradient may cancel out: its error is then one of the others' size.
         least = max((0.1 * rms(e) for e in expected[values:]), default=0.0)
         for index, (a, e) in enumerate(zip(run("chunk", rule, inputs, state, dtype, gradients), expected, strict=True)):
@@ -134,7 +134,7 @@ def test_fuzz(name, length, magnitude, kv_heads, groups, dim, batch, seed, initi
             assert relative_rms(a, e, max(least, 1e-30) if index >= values else 1e-30) < tolerance
         middle = int(cut * length)
         output, *final = run("chunk", rule, [x[:, :, :middle] for x in inputs], state, dtype)
-        then = tuple(final) if rule == "slots" else final[0]
+        then = rule.initial(tuple(final))
         rest, *final = run("chunk", rule, [x[:, :, middle:] for x in inputs], then, dtype)
         for a, e in zip([torch.cat([output, rest], 2), *final], expected[: 1 + len(final)], strict=True):
             assert relative_rms(a, e) < tolerance

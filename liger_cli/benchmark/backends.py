@@ -13,9 +13,7 @@ def gate_backend(spec: LayerSpec, head_dim: int, on_cuda: bool, wanted: str) -> 
     gate = GATES[spec.gate]
     q, k, v = (torch.zeros(1, 1, 1, head_dim) for _ in range(3))
     inputs = gate.inputs(q, k, v, gate.pool(k, spec), spec)
-    decays = inputs.log_decay.shape[-1]
-    slots = decays if gate.rule == "slots" else None
-    choice = choose(gate.rule, slots is None and decays == 1, inputs.q.shape[-1], slots, on_cuda, wanted)
+    choice = choose(gate.rule, *gate.rule.kind(inputs.q, inputs.log_decay), on_cuda, wanted)
     return {"backend": choice.backend, "why": choice.why}
 
 

@@ -26,6 +26,7 @@ MODULES = (
     "liger_recurrence",
     "liger_products",
     "liger_rows",
+    "liger_rules",
     "liger_transformers",
     "liger_window",
 )

@@ -14,7 +14,7 @@ def gate_rows(head_dim: int = 128) -> list[dict]:
         rows.append(
             {
                 "gate": gate.name,
-                "recurrence": gate.rule,
+                "recurrence": gate.rule.name,
                 "formula": gate.formula,
                 "gate_normalizer": gate.normalizer,
                 "state_shapes": [list(shape) for shape in shapes],

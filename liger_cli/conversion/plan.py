@@ -171,7 +171,7 @@ def with_defaults(settings: dict, calibrate: bool = False) -> dict:
     if "kept" not in found:
         found["kept"] = 2 * found.get("window", LayerSpec.window)
     if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
-        found["normalizer"] = "running" if gate.rule == "decay" else LayerSpec.normalizer
+        found["normalizer"] = "running" if gate.rule.divisible else LayerSpec.normalizer
     return {**found, "branch_scales": True}
 
 

@@ -42,16 +42,11 @@ def read_back(spec: LayerSpec, head_dim: int, size: int, trials: int = TRIALS, s
     """
     import torch
 
-    from liger_cli.templates.liger_recurrence import chunk_decay, chunk_delta
-
     random = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(trials, 1, size, head_dim, generator=random) for _ in range(2))
     gate = GATES[spec.gate]
     inputs = gate.inputs(k, k, v, gate.pool(k, spec), spec)
-    if gate.rule == "delta":
-        state = chunk_delta(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta)[1]
-    else:
-        state = chunk_decay(inputs.q, inputs.k, inputs.v, inputs.log_decay)[1]
+    state = gate.rule.forms.chunk(*gate.rule.arguments(inputs))[1]
     found = inputs.q @ state  # [trials, 1, size, head_dim]
     guess = (found @ torch.nn.functional.normalize(v, dim=-1).mT).argmax(-1)
     return float((guess == torch.arange(size)).double().mean())
