@@ -385,3 +385,51 @@ def test_fields_that_do_no_harm_stay(sparse_base):
     edit_config(folder, **fields, return_dict=True)
     checkpoint = read_checkpoint(folder)
     assert fields.items() <= checkpoint.config.items() and not checkpoint.left_out
+
+
+def as_float8(folder, block=32):
+    """Make a folder's projections float8 in blocks with scales, as DeepSeek's and Qwen's are; returns whole weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    whole, held = load_file(folder / "model.safetensors"), {}
+    for name, weight in whole.items():
+        held[name] = weight
+        if "_proj.weight" in name:
+            rows, columns = (size // block for size in weight.shape)
+            blocks = weight.view(rows, block, columns, block)
+            scales = blocks.abs().amax((1, 3)) / 448
+            held[name] = (blocks / scales[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
+            held[f"{name}_scale_inv"] = scales
+            whole[name] = (held[name].float().view(blocks.shape) * scales[:, None, :, None]).reshape(weight.shape)
+    (folder / "model.safetensors").unlink()
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return whole
+
+
+def test_the_recipe_for_float8_works_as_it_stands(tiny_base, tmp_path, monkeypatch):
+    import shutil
+
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "float8"
+    shutil.copytree(tiny_base("qwen3"), folder)
+    whole = as_float8(folder)
+    refused(folder, "F8_E4M3", "quantization_config", "save_original_format=False")
+    settings = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    edit_config(folder, quantization_config=settings)
+    recipe = refused(folder, "is quantized", "FineGrainedFP8Config").split("`")[1]
+    monkeypatch.chdir(tmp_path)
+    eval(recipe, {name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "FineGrainedFP8Config")})
+    assert read_checkpoint(tmp_path / "whole").geometry.num_hidden_layers == 4
+    made = load_file(tmp_path / "whole" / "model.safetensors")
+    assert made.keys() == whole.keys()
+    for name, weight in made.items():
+        assert torch.equal(weight, whole[name].to(weight.dtype)), name
+
+
+def test_a_folder_with_nothing_but_gguf_names_the_file(tmp_path):
+    (tmp_path / "model-Q4_0.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, "convert the file itself", "model-Q4_0.gguf")

@@ -246,7 +246,7 @@ def test_adapters(tmp_path, changes, words):
         4,
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    assert adapters.read_adapter(tmp_path).ranks
+    assert adapters.read_adapter(tmp_path).updates
     edit(tmp_path / "adapter_config.json", **changes)
     with pytest.raises(ModelError, match=words):
         adapters.read_adapter(tmp_path)
@@ -260,10 +260,10 @@ def test_peft_is_given_nothing_of_the_adapters_config(tmp_path):
         "F32",
         4,
     )
-    evil = {**ADAPTER, "megatron_config": {"a": 1}, "megatron_core": "evil", "target_modules": "(a+)+$"}
+    evil = {**ADAPTER, "auto_mapping": {"parent_library": "evil"}, "megatron_core": "evil", "target_modules": "(a+)+$"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(evil))
     config = adapters.peft_config(adapters.read_adapter(tmp_path))
-    assert config.megatron_config is None
+    assert config.auto_mapping is None and config.megatron_core != "evil"
     assert config.target_modules == {"model.layers.0.self_attn.q_proj"}
     assert (config.r, config.lora_alpha) == (2, 4)
 

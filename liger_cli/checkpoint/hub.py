@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from liger_cli.checkpoint.gguf import is_gguf
 from liger_cli.checkpoint.paper_folders import as_base
 from liger_cli.checkpoint.reader import (
     ADAPTER_CONFIG,
@@ -18,6 +19,7 @@ from liger_cli.checkpoint.reader import (
 from liger_cli.system.errors import SetupError, UsageError
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+FILE = re.compile(r"\.(gguf|safetensors|bin|pth?|ckpt|json|zip|gz|onnx)$", re.IGNORECASE)  # no name of a model
 SNAPSHOT = re.compile(r"models--(?P<id>[\w.-]+)/snapshots/(?P<revision>[\w.-]+)", re.ASCII)
 SMALL_FILES = ("config.json", ADAPTER_CONFIG, INDEX, "README.md", *sorted(TOKENIZER_NAMES), "*.model", "*.model.v*",
                "*LICENSE*", "*License*", "*license*", "*LICENCE*", "*NOTICE*", "*COPYING*", "*USE_POLICY*",
@@ -52,11 +54,13 @@ def find_base(base: str, revision: str | None = None, experimental: bool = False
         ModelError: the model on the hub cannot be converted (found out before its weights are downloaded).
     """
     folder = Path(base).expanduser()
+    if folder.is_file() and is_gguf(base):
+        raise UsageError(f"{base} is a GGUF file; `liger convert {base}` makes folders of it, of which name one here")
     if folder.exists():
         if revision is not None:
             raise UsageError(f"--revision is for models of the hub, and {base} is a local path; leave it away")
         return _local(folder)
-    if not HUB_ID.fullmatch(base):
+    if not HUB_ID.fullmatch(base) or FILE.search(base):
         raise UsageError(f"{base} does not exist; give a model's folder or a hub id such as Qwen/Qwen3-8B")
     folder = _download(base, revision, SMALL_FILES)
     supported_family(as_base(read_config(folder.resolve()))[0], base, experimental)

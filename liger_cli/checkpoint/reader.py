@@ -292,7 +292,9 @@ def read_config(folder: Path) -> dict:
     if not os.path.lexists(folder / "config.json"):
         if os.path.lexists(folder / ADAPTER_CONFIG):
             raise ModelError(f"{folder} is an adapter, not a model; merge it into its base first")
-        raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+        found = sorted(folder.glob("*.gguf"))
+        hint = f"; convert the file itself: {found[0]}" if found else ""
+        raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
     return read_json(inside(folder, "config.json"))
 
 
@@ -307,7 +309,9 @@ def supported_family(config: dict, folder: Path, experimental: bool = False) -> 
         raise ModelError(f"{folder} is linearized already; give the base model it was made from")
     for field in ("quantization_config", "compression_config"):
         if config.get(field) is not None:
-            raise ModelError(f"{folder} is quantized (config.json has {field}); give the unquantized model")
+            float8 = isinstance(config[field], dict) and config[field].get("quant_method") == "fp8"
+            advice = _whole_of_float8(folder) if float8 else "give the unquantized model"
+            raise ModelError(f"{folder} is quantized (config.json has {field}); {advice}")
     for field in ("text_config", "llm_config", "language_config", "thinker_config"):
         if isinstance(config.get(field), dict):
             inner = str(config[field].get("model_type", "unknown"))[:100]
@@ -333,6 +337,15 @@ def supported_family(config: dict, folder: Path, experimental: bool = False) -> 
     if architectures and _spelling(wanted) not in map(_spelling, named):
         raise ModelError(f"config.json names the architecture {architectures!r}; only {wanted} can be converted")
     return family
+
+
+def _whole_of_float8(folder) -> str:
+    """How to make whole weights of float8 ones, in words."""
+    return (
+        "make whole weights of it and convert those, with names from transformers: `AutoModelForCausalLM."
+        f"from_pretrained({str(folder)!r}, dtype='bfloat16', quantization_config=FineGrainedFP8Config(dequantize=True))"
+        ".save_pretrained('whole', save_original_format=False)`"
+    )
 
 
 def _spelling(architecture) -> str:
@@ -519,6 +532,11 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         if tensor.shape != shape:
             raise ModelError(
                 f"{folder}: {name} is {list(tensor.shape)} where config.json asks for {list(shape)}; they do not fit"
+            )
+        if tensor.dtype.startswith("F8") and f"{name}_scale_inv" in checkpoint.tensors:
+            raise ModelError(
+                f"{folder}: {name} is {tensor.dtype} with scales, and config.json lacks its quantization_config; put "
+                f"it back (quant_method fp8, weight_block_size), then {_whole_of_float8(folder)}"
             )
         if tensor.dtype not in USABLE_DTYPES:
             raise ModelError(f"{folder}: {name} is {tensor.dtype}; give a model in {', '.join(USABLE_DTYPES)}")

@@ -10,8 +10,8 @@ from pathlib import Path
 from liger_cli import __version__
 from liger_cli.calibration.selection import selected_plan
 from liger_cli.calibration.sizes import sized_plan
+from liger_cli.checkpoint import gguf, publish
 from liger_cli.checkpoint import paper_folders as released
-from liger_cli.checkpoint import publish
 from liger_cli.checkpoint.experimental import family_of
 from liger_cli.checkpoint.families import FAMILIES
 from liger_cli.checkpoint.hub import Source, find_base
@@ -37,7 +37,7 @@ from liger_cli.system.outputs import (
     file_versions,
     place_tree,
 )
-from liger_cli.templates.liger_config import FORMAT, LigerConfigError, layer_specs
+from liger_cli.templates.liger_config import FORMAT, LayerSpec, LigerConfigError, layer_specs
 from liger_cli.training.recipes import model_settings
 
 
@@ -103,7 +103,7 @@ def _converted(options: ConvertOptions) -> tuple[dict, Plan]:
     of_recipe = model_settings(options.recipe) if options.recipe else {}
     settings, share = read_share(of_recipe | options.settings(), calibrate)
     settings, budget = read_budget(settings, calibrate)
-    source = find_base(options.base, options.revision, options.experimental)
+    source, note = _source(options, settings.get("gate") or LayerSpec.gate)
     checkpoint = read_checkpoint(source.folder, options.experimental)
     versions = file_versions(shard.path for shard in checkpoint.shards)
     if "mix" in settings:
@@ -127,6 +127,8 @@ def _converted(options: ConvertOptions) -> tuple[dict, Plan]:
     if checkpoint.released_gate:
         about = released.notes(checkpoint.family.model_type, checkpoint.released_gate, settings)
         plan = replace(plan, notes=plan.notes + about)
+    if note:
+        plan = replace(plan, notes=(*plan.notes, note))
     if checkpoint.left_out:
         fields = ", ".join(checkpoint.left_out)
         note = f"left out of config.json, since it says how to run a model and not what it is: {fields}"
@@ -158,6 +160,21 @@ def _converted(options: ConvertOptions) -> tuple[dict, Plan]:
     if not dry_run:
         report["link"] = write_converted(source, plan, target, link, options.force, measured, values)
     return report, noted
+
+
+def _source(options: ConvertOptions, gate: str) -> tuple[Source, str | None]:
+    """The base's folder, and a sentence where it was made of a GGUF file."""
+    if not gguf.is_gguf(options.base) or Path(options.base).expanduser().is_dir():
+        if options.dtype is not None:
+            raise UsageError("--dtype is for GGUF files; the weights of a folder are linked as they are")
+        return find_base(options.base, options.revision, options.experimental), None
+    path, dtype = Path(options.base).expanduser(), options.dtype or gguf.DEFAULT_DTYPE
+    target = Path(options.output).expanduser() if options.output else Path(f"{path.stem}-liger-{gate}")
+    check_output(target, options.force)
+    folder = gguf.whole_folder(path, target, dtype)
+    gguf.whole_weights(path, folder, dtype, options.dry_run)
+    note = f"whole weights ({dtype}) were made of {path.name}, once, in the folder {folder.name}; they are linked"
+    return Source(folder.resolve(), path.stem, None), note
 
 
 def refresh(folder: str, dry_run: bool = False) -> dict:

@@ -18,7 +18,7 @@ def setting(name: str, help: str, **settings):
 class ConvertOptions:
     """Make a Liger model's folder out of BASE: its weights linked, its config and the model code beside them."""
 
-    base: str = argument("A model's folder, or a hub id.", metavar="BASE")
+    base: str = argument("A model's folder, a hub id, or a GGUF file.", metavar="BASE")
     output: str | None = argument("Folder to write; ./<name>-liger-<gate> by default.", None, metavar="OUTPUT")
     calibrate: bool = option(False, "Fit scores, shares of kept tokens and branch coefficients to the base, untrained.")
     calibration_data: str | None = option(
@@ -55,6 +55,9 @@ class ConvertOptions:
     force: bool = option(False, "Replace an output that liger made.")
     refresh: bool = option(False, "BASE is a folder liger made: only renew its model code.")
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    dtype: str | None = option(
+        None, "Of the whole weights that are made of a GGUF file: bfloat16, float16 or float32.", shown="bfloat16"
+    )
     experimental: bool = option(
         False, "Try a model type that `liger families` does not list; an identity check decides."
     )
