@@ -6,14 +6,16 @@ the family's; only `forward` is new. Any layer can be run as the family's own so
 
 import sys
 from contextlib import nullcontext
+from functools import cache as cache_result
 
 import torch
 from transformers import Cache
 
-from .liger_branches import mixed_attention, packed_attention
+from .liger_branches import Settings, Tokens, by_documents, mixed_attention
 from .liger_config import LayerSpec
 from .liger_extras import NAMES, extra_tensors
 from .liger_gates import GATES, mapped
+from .liger_heads import softmax_heads, split_heads
 from .liger_kept import keep_scores
 from .liger_rows import at_places, document_positions, tokens_last, unpack_rows
 from .liger_transformers import (
@@ -23,7 +25,7 @@ from .liger_transformers import (
     create_sliding_window_causal_mask,
 )
 
-MODES = ("liger", "softmax", "window")
+MODES = ("liger", "softmax", "window", "exact")
 # Elements of a layer's queries from which its branches are computed again in backward: below, they keep little.
 RECOMPUTED = 1 << 20
 
@@ -47,7 +49,8 @@ class LigerAttention:
     Attributes:
         liger_spec: the layer's `LayerSpec`.
         liger_mode: `liger`; `softmax` (the family's own attention); `window` (the recurrent branch off, the window's
-            coefficient 1, softmax heads kept: the control that shows what the recurrence is worth).
+            coefficient 1, no tokens kept by score, softmax heads kept: the control that shows what the rest is worth);
+            `exact` (kept tokens, too: all but the recurrent branch and the rest state).
 
     Parameters of its own it has only where the spec asks for them: see `liger_extras.extra_tensors`.
     """
@@ -72,6 +75,8 @@ class LigerAttention:
             parameter.uniform_(-extra.width, extra.width)
         elif isinstance(extra.init, str):
             parameter.copy_(getattr(self, extra.init))
+        elif isinstance(extra.init, tuple):
+            parameter.copy_(torch.tensor(extra.init))
         else:
             parameter.fill_(extra.init)
 
@@ -89,9 +94,8 @@ class LigerAttention:
 
     def _extras(self):
         config = self.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return extra_tensors(self.liger_spec, config.hidden_size, heads, kv_heads, self.head_dim)
+        heads = (config.num_attention_heads, self._num_key_value_heads)
+        return extra_tensors(self.liger_spec, config.hidden_size, *heads, self.head_dim)
 
     @property
     def keeps_state(self) -> bool:
@@ -113,8 +117,9 @@ class LigerAttention:
 
     @property
     def liger_mix(self) -> float:
-        """The recurrent branch's coefficient in use: 0 in `window` mode, 1 where there is no window branch."""
-        if self.liger_mode == "window":
+        """The recurrent branch's coefficient in use: 0 in the modes without it and beside a rest state, 1 where there
+        is no window branch."""
+        if self.liger_mode != "liger" or self.liger_spec.rest:
             return 0.0
         return self.liger_spec.mix if self.liger_window > 0 else 1.0
 
@@ -122,7 +127,17 @@ class LigerAttention:
     def liger_kept(self) -> int | tuple[int, ...]:
         """Tokens kept by score, of each key/value head where they differ: none in `window` mode, nor in a layer whose
         base never looked beyond its own window."""
-        return self.liger_spec.kept if self.liger_mode == "liger" and self.local_window is None else 0
+        return self.liger_spec.kept if self.liger_mode in ("liger", "exact") and self.local_window is None else 0
+
+    @property
+    def liger_rest(self) -> bool:
+        """Whether a rest state is in use: never in a layer whose base never looked beyond its own window."""
+        in_use = self.liger_mode == "liger" and self.local_window is None
+        return in_use and any(self.liger_spec.rest_by_head(self._num_key_value_heads))
+
+    @property
+    def _num_key_value_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
 
     def forward(
         self,
@@ -166,7 +181,8 @@ class LigerAttention:
         # Under autocast norms and rotary embeddings give float32: the window works in the projections' dtype.
         rotated_q, rotated_k = rotated_q.to(v.dtype), rotated_k.to(v.dtype)
 
-        def within_window(valid):
+        @cache_result
+        def within_window():
             # The whole text lies in the window: the family's own attention, bit for bit.
             mask = self._softmax_mask(hidden_states, valid, None, None)
             return self._family_attention(rotated_q, rotated_k, v, mask, kwargs)
@@ -178,26 +194,41 @@ class LigerAttention:
             if self.liger_spec.positions == "rope":
                 plain_q, plain_k = rotated_q, rotated_k
             features = self._features(plain_q, plain_k, position_embeddings, **kwargs)
-            branches = (*features, v, rotated_q, rotated_k, gate, scores)
-            settings = {
-                "spec": self.liger_spec,
-                "window": self.liger_window,
-                "mix": self.liger_mix,
-                "scales": self._scales(),
-                "key_map": self.feature_k.float() if self.liger_spec.feature_params == "learned" else None,
-                "scaling": self.scaling,
-                "softcap": self._softcap(),
-                "dropout": self._dropout(),
-                "sink_logits": getattr(self, "sinks", None),
-                "local_window": self.local_window,
-                "recompute": self.training and not self.gradient_checkpointing and q.numel() >= RECOMPUTED,
-            }
-            if starts is not None:
-                output = packed_attention(starts, *branches, **settings)
+            tokens = Tokens(*features, v, rotated_q, rotated_k, gate, scores)
+            settings = self._settings(recompute=self.training and q.numel() >= RECOMPUTED)
+
+            def attend(function, tokens, settings, within_window):
+                if starts is not None:
+                    return by_documents(starts, tokens, lambda part: function(part, settings))
+                return function(tokens, settings, valid, cache, within_window)
+
+            if not self.liger_spec.softmax_kv_heads:
+                output = attend(mixed_attention, tokens, settings, within_window)
             else:
-                output = mixed_attention(*branches, **settings, valid=valid, cache=cache, within_window=within_window)
+                output = v.new_empty(*hidden_states.shape[:2], q.shape[1], v.shape[-1])
+                parts = split_heads(self.liger_spec, k.shape[1], q.shape[1] // k.shape[1], q.device)
+                for function, (spec, heads, queries) in zip((softmax_heads, mixed_attention), parts, strict=True):
+                    part = (tokens.of_heads(heads, queries), settings.of_heads(spec, queries))
+                    output[:, :, queries] = attend(function, *part, lambda at=queries: within_window()[:, at])
         output = output if order is None else at_places(output, order.argsort(dim=1))
         return self.project_output(output.flatten(2)), None
+
+    def _settings(self, recompute: bool) -> Settings:
+        spec = self.liger_spec
+        return Settings(
+            spec=spec,
+            window=self.liger_window,
+            mix=self.liger_mix,
+            scaling=self.scaling,
+            softcap=self._softcap(),
+            sink_logits=getattr(self, "sinks", None),
+            dropout=self._dropout(),
+            scales=self._scales(),
+            key_map=self.feature_k.float() if spec.feature_params == "learned" else None,
+            rest=(self.rest_mass, self.rest_slope) if self.liger_rest else None,
+            local_window=self.local_window,
+            recompute=recompute and not self.gradient_checkpointing,
+        )
 
     def project(self, hidden_states):
         """Queries [B, Hq, T, D], keys and values [B, Hkv, T, D], normed where the family does, before RoPE."""
@@ -256,7 +287,7 @@ class LigerAttention:
     def _scales(self):
         """The coefficients of both branches, [Hq] each; None where `mix` decides or a branch is off."""
         spec = self.liger_spec
-        if self.liger_mode == "window" or (spec.mix == 1 and self.liger_window > 0):
+        if self.liger_mode in ("window", "exact") or (spec.mix == 1 and self.liger_window > 0):
             return None
         if spec.normalizer == "joint-max" and spec.mix > 0:
             factor = self.window_factor.sigmoid()

@@ -1,6 +1,7 @@
 """The two branches of Liger attention and their sum (arXiv 2503.01496, eq. 9): o = mix * GRM + (1 - mix) * SWA."""
 
 import math
+from dataclasses import dataclass, fields, replace
 
 import numpy
 import torch
@@ -10,8 +11,8 @@ from .liger_backend import recurrence
 from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
-from .liger_heads import with_softmax_heads
 from .liger_kept import add_kept, attend_kept, empty_memories, priorities
+from .liger_rest import add_rest, empty_rest
 from .liger_window import leaving, reach, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
@@ -20,66 +21,121 @@ PIECE_SIZE = 1024
 CUDA_PIECE_SIZE = 16384
 
 
-def mixed_attention(
-    q, k, v, rotated_q, rotated_k, gate, scores, spec: LayerSpec, window: int, mix: float, scaling: float, valid=None,
-    cache: LigerCacheLayer | None = None, scales=None, softcap=None, sink_logits=None, dropout: float = 0.0,
-    within_window=None, local_window=None, recompute: bool = False, key_map=None,
-):  # fmt: skip
-    """Both branches over T new tokens.
+@dataclass(frozen=True)
+class Tokens:
+    """What a layer's attention reads of T new tokens.
 
-    Args:
-        q: [B, Hq, T, F] and k: [B, Hkv, T, F], read by the recurrence; F is D in k where there is a `key_map`.
+    Attributes:
+        q: [B, Hq, T, F] and k: [B, Hkv, T, F], read by the recurrence; F is D in k where there is a `key_map`. With a
+            rest state q is the query before RoPE.
         v: [B, Hkv, T, D].
         rotated_q: [B, Hq, T, D] and rotated_k: [B, Hkv, T, D], after RoPE, read by the window.
         gate: [B, Hkv, T, W], the gate's logits; [B, Hq, T, W] where query heads of a group differ.
         scores: [B, Hkv, T, 1], by which tokens are kept (see `liger_kept`), or None.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rotated_q: torch.Tensor
+    rotated_k: torch.Tensor
+    gate: torch.Tensor
+    scores: torch.Tensor | None = None
+
+    def changed(self, function) -> "Tokens":
+        """With every tensor changed by the function."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Tokens(**{name: None if x is None else function(x) for name, x in values.items()})
+
+    def of_heads(self, heads, queries) -> "Tokens":
+        """Those of some key/value heads and of their query heads."""
+        count = self.rotated_q.shape[1]
+        return self.changed(lambda x: x[:, queries if x.shape[1] == count else heads])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a layer attends.
+
+    Attributes:
         spec: the layer's settings; `window` and `mix` are those in use.
-        scales: coefficients of the recurrence and of the window, [Hq] each, in place of `mix` where both run.
         scaling, softcap, sink_logits, dropout: of the window, see `window_attention`.
-        valid: [B, T] bool, false at padding; None where there is none.
-        cache: what came before; it is updated.
-        within_window: (valid) -> [B, Hq, T, D], used instead of the window where no token can see beyond it.
+        scales: coefficients of the recurrence and of the window, [Hq] each, in place of `mix` where both run.
+        key_map: [Hq, F, D], a linear map of the recurrence's keys for each query head, or None.
+        rest: `rest_mass` and `rest_slope` (see `liger_rest`) where a rest state is in use, or None.
         local_window: the base's own window, which the layer's softmax heads keep; None where they see the whole text.
         recompute: run each branch again in backward instead of keeping what it computes on the way, which is more than
             a layer's MLP keeps.
-        key_map: [Hq, F, D], a linear map of the recurrence's keys for each query head, or None.
+    """
+
+    spec: LayerSpec
+    window: int
+    mix: float
+    scaling: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+    dropout: float = 0.0
+    scales: tuple | None = None
+    key_map: torch.Tensor | None = None
+    rest: tuple | None = None
+    local_window: int | None = None
+    recompute: bool = False
+
+    def of_heads(self, spec: LayerSpec, queries) -> "Settings":
+        """Those of some query heads; spec is that of their key/value heads."""
+        pick = lambda x: None if x is None else x[queries]  # noqa: E731
+        pair = lambda x: None if x is None else tuple(map(pick, x))  # noqa: E731
+        own = {"sink_logits": pick(self.sink_logits), "key_map": pick(self.key_map)}
+        return replace(self, spec=spec, scales=pair(self.scales), rest=pair(self.rest), **own)
+
+
+def mixed_attention(
+    tokens: Tokens, settings: Settings, valid=None, cache: LigerCacheLayer | None = None, within_window=None
+):
+    """Both branches over T new tokens.
+
+    Args:
+        valid: [B, T] bool, false at padding, which comes first; None where there is none.
+        cache: what came before; it is updated.
+        within_window: () -> [B, Hq, T, D], used instead of the window where no token can see beyond it.
     Returns:
         [B, T, Hq, D] in v's dtype.
     """
-    if spec.softmax_kv_heads:
-        return with_softmax_heads(
-            mixed_attention, q, k, v, rotated_q, rotated_k, gate, scores, spec, valid, cache, scales, sink_logits,
-            within_window, local_window, key_map, window=window, mix=mix, scaling=scaling, softcap=softcap,
-            dropout=dropout, recompute=recompute,
-        )  # fmt: skip
-    length = q.shape[2]
+    spec, window, mix = settings.spec, settings.window, settings.mix
+    q, k, v, gate, rotated_q = tokens.q, tokens.k, tokens.v, tokens.gate, tokens.rotated_q
+    length, heads = q.shape[2], k.shape[1]
     past = 0 if cache is None else cache.get_seq_length()
-    sinks = memory = priority = None
-    counts = tuple(count + spec.sinks for count in spec.kept_by_head(k.shape[1]))
-    if scores is not None:
-        scores = scores.squeeze(-1)
+    counts = tuple(count + spec.sinks for count in spec.kept_by_head(heads))
+    holds = tokens.scores is not None or settings.rest is not None
+    sinks = memory = priority = logits = scores = None
+    if holds:
+        scores = v.new_zeros(v.shape[:3], dtype=torch.float32) if tokens.scores is None else tokens.scores.squeeze(-1)
         priority = priorities(scores, _places(valid, cache, scores), spec.sinks, valid)
         memory = None if cache is None else cache.kept
+        if settings.rest is not None and not GATES[spec.gate].fixed:
+            logits = gate.squeeze(-1)
     elif spec.sinks and mix < 1:
-        sinks = _sinks(rotated_k, v, valid, cache, spec.sinks)
-    keys, values, seen = rotated_k, v, valid
+        sinks = _sinks(tokens.rotated_k, v, valid, cache, spec.sinks)
+    keys, values, seen = tokens.rotated_k, v, valid
     if cache is not None:
-        keys, values, seen, priority = cache.update(keys, values, seen, priority)
+        keys, values, seen, priority, logits = cache.update(keys, values, seen, priority, logits)
     states = None if cache is None else cache.states
     joint = spec.joint and mix > 0
+    evicts = settings.rest is not None or (spec.delayed and mix > 0)
     whole = past == 0 and length <= window and within_window is not None and (spec.delayed or not joint)
     size = CUDA_PIECE_SIZE if v.is_cuda else PIECE_SIZE
-    if torch.is_grad_enabled() or whole or (mix == 0 and scores is None):
+    if torch.is_grad_enabled() or whole or (mix == 0 and not holds):
         size = length
-    run = _twice if recompute and torch.is_grad_enabled() else _once
+    run = _twice if settings.recompute and torch.is_grad_enabled() else _once
     output = _empty_output(v, (q.shape[0], length, q.shape[1], v.shape[-1])) if length > size else None
     before = keys.shape[2] - length
+    attended = {"scaling": settings.scaling, "softcap": settings.softcap, "dropout": settings.dropout}
     for start in range(0, max(length, 1), max(size, 1)):
         at = slice(start, start + size)
         recurrent = local = total = lse = evicted = None
         rows = min(size, length - start)
         if whole:
-            local = within_window(valid)
+            local = within_window()
         elif window == 0 and mix < 1:
             local = torch.zeros_like(rotated_q)
         elif mix < 1:
@@ -90,39 +146,44 @@ def mixed_attention(
                 keys[:, :, seen_from],
                 values[:, :, seen_from],
                 window,
-                scaling,
-                None if seen is None else seen[:, seen_from],
-                softcap,
-                sink_logits,
-                None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
-                need_lse="relative" if joint and spec.normalizer == "joint-max" else joint or scores is not None,
-                dropout=dropout,
+                valid=None if seen is None else seen[:, seen_from],
+                sink_logits=settings.sink_logits,
+                sinks=None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
+                need_lse="relative" if joint and spec.normalizer == "joint-max" else joint or holds,
                 backend=spec.backend,
+                **attended,
             )
-            if scores is not None:
+            if holds:
                 kept, kept_lse, memory, evicted = run(
-                    attend_kept, rotated_q[:, :, at], keys, values, priority, before + start, memory, window,
-                    counts, scaling, softcap, dropout=dropout, scores=None if past else scores,
-                    evict=spec.delayed and mix > 0,
+                    attend_kept, rotated_q[:, :, at], keys, values, priority, before + start, memory, window, counts,
+                    scores=None if past else scores, logits=logits, evict=evicts, **attended,
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
-                lse = lse if joint else None
+            if settings.rest is not None:
+                local, states = run(
+                    add_rest, local, lse, rotated_q[:, :, at], q[:, :, at], evicted, gate[:, :, at], states,
+                    *settings.rest, spec=spec, scaling=settings.scaling,
+                )  # fmt: skip
+            lse = lse if joint else None
         remembers = not spec.delayed or states is not None or before + start + rows > window
         if mix == 1 or (mix > 0 and remembers):
             entering = (k[:, :, at], v[:, :, at], None if valid is None else valid[:, at])
             if evicted is not None:
-                entering = evicted
+                entering = evicted[:3]
             elif spec.delayed:
                 entering = leaving(keys, values, seen, before, start, rows, window, sinks)
-            recurrent, total, states = run(_recurrent, q[:, :, at], *entering, gate[:, :, at], key_map, spec, states)
+            inputs = (q[:, :, at], *entering, gate[:, :, at], settings.key_map)
+            recurrent, total, states = run(_recurrent, *inputs, spec, states)
         if output is None:
-            output = _combine(recurrent, total, local, lse, mix, scales).to(v.dtype).transpose(1, 2)
+            output = _combine(recurrent, total, local, lse, mix, settings.scales).to(v.dtype).transpose(1, 2)
         else:
-            _combine(recurrent, total, local, lse, mix, scales, out=output[:, at].transpose(1, 2))
+            _combine(recurrent, total, local, lse, mix, settings.scales, out=output[:, at].transpose(1, 2))
     if cache is not None:
+        if settings.rest is not None and states is None:
+            states = empty_rest(v, gate, spec)
         cache.states = states
-        if scores is not None:
-            cache.kept = empty_memories(keys, values, counts) if memory is None else memory
+        if holds:
+            cache.kept = empty_memories(keys, values, counts, logits) if memory is None else memory
     return output
 
 
@@ -145,18 +206,22 @@ def _empty_output(like, shape: tuple[int, ...]):
     return torch.from_numpy(memory).view(like.dtype).view(shape)
 
 
-def packed_attention(starts, *tensors, **settings):
-    """`mixed_attention` of every document by itself: state and window begin anew where `starts` ([B, T]) is true.
+def by_documents(starts, tokens: Tokens, attend):
+    """`attend` of every document by itself: state and window begin anew where `starts` ([B, T]) is true.
 
-    `tensors` are those of `mixed_attention`. Documents are taken out of the rows and run side by side, those of
-    similar length together, so that less than half of what is computed is padding. No cache, no other padding. Returns
-    [B, T, Hq, D].
+    Documents are taken out of the rows and run side by side, those of similar length together, so that less than half
+    of what is computed is padding. No cache, no other padding.
+
+    Args:
+        attend: (Tokens) -> [B, T, Hq, D].
+    Returns:
+        [B, T, Hq, D].
     """
     batch, length = starts.shape
     first = starts.flatten().nonzero().squeeze(1)
     lengths = torch.diff(first, append=first.new_tensor([batch * length]))
     buckets = torch.ceil(torch.log2(lengths.float()))
-    flat = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]
+    flat = tokens.changed(lambda x: x.transpose(1, 2).flatten(0, 1))
     places, outputs = [], []
     for bucket in buckets.unique():
         members = buckets == bucket
@@ -164,7 +229,7 @@ def packed_attention(starts, *tensors, **settings):
         inside = offsets < lengths[members, None]
         index = torch.where(inside, first[members, None] + offsets, 0)
         # Padding comes behind each document, where nothing looks.
-        output = mixed_attention(*(None if x is None else x[index].transpose(1, 2) for x in flat), **settings)
+        output = attend(flat.changed(lambda x, index=index: x[index].transpose(1, 2)))
         places.append(index[inside])
         outputs.append(output[inside])
     # The places are a permutation of the tokens; sorting them puts the outputs back in order.

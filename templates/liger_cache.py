@@ -23,9 +23,11 @@ class LigerCacheLayer(CacheLayerMixin):
         sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, which token each is, EMPTY where
             none. None where tokens are kept: then the sinks are among those.
         kept: keys, values [B, Hkv, sinks + kept, D] and priorities [B, Hkv, sinks + kept] int64 of the sinks and kept
-            tokens; three such tensors for each group of heads where they keep different numbers (see
-            `liger_kept.head_groups`). None before the first update.
-        window_priority: [B, Hkv, <= window - 1] int64, of the tokens of `keys`, or None.
+            tokens, and the gate's logits where they go with a token into the rest state; as many such tensors for each
+            group of heads where they keep different numbers (see `liger_kept.head_groups`). None before the first
+            update.
+        window_priority: [B, Hkv, <= window - 1] int64, of the tokens of `keys`, or None. window_logits: of the gate,
+            float32, or None.
         tokens: [B] int64, tokens seen but for padding; None where nothing asks for it.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
         softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
@@ -41,7 +43,7 @@ class LigerCacheLayer(CacheLayerMixin):
     TENSORS = (
         *("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions"),
         *("softmax_keys", "softmax_values", "softmax_valid"),
-        *("window_priority", "tokens"),
+        *("window_priority", "window_logits", "tokens"),
     )
 
     def __init__(self, window: int, sinks: int = 0, local_window: int | None = None):
@@ -57,7 +59,7 @@ class LigerCacheLayer(CacheLayerMixin):
         self.keys = self.values = self.valid = None
         self.softmax_keys = self.softmax_values = self.softmax_valid = None
         self.sink_keys = self.sink_values = self.sink_positions = None
-        self.states = self.kept = self.window_priority = self.tokens = None
+        self.states = self.kept = self.window_priority = self.window_logits = self.tokens = None
         self.cumulative_length = 0
         self.is_initialized = False
 
@@ -72,28 +74,31 @@ class LigerCacheLayer(CacheLayerMixin):
             self.sink_positions = torch.full((batch, self.sinks), self.EMPTY, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, valid=None, priority=None):
+    def update(self, key_states, value_states, valid=None, priority=None, logits=None):
         """Append T tokens to the window.
 
         Args:
             key_states, value_states: [B, Hkv, T, D].
             valid: [B, T] bool, false at padding, or None.
-            priority: [B, Hkv, T], or None where no tokens are kept by their score.
+            priority: [B, Hkv, T], or None where no tokens are kept by their score. logits: [B, Hkv, T], of the gate, or
+                None where they do not go with a token.
         Returns:
-            keys and values [B, Hkv, P + T, D], valid [B, P + T] or None and priority [B, Hkv, P + T] or None: the P
-            tokens held so far, then the new; where there is new padding, all padding first.
+            keys and values [B, Hkv, P + T, D], valid [B, P + T] or None, priority and logits [B, Hkv, P + T] or None:
+            the P tokens held so far, then the new; where there is new padding, all padding first.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before = (self.keys, self.values, None if priority is None else self.window_priority)
-        (keys, values, priority), valid = _appended(before, (key_states, value_states, priority), self.valid, valid)
+        before = (self.keys, self.values, self.window_priority, self.window_logits)
+        new = (key_states, value_states, priority, logits)
+        (keys, values, priority, logits), valid = _appended(before, new, self.valid, valid)
         self.cumulative_length += key_states.shape[2]
         first = max(keys.shape[2] - max(self.window - 1, 0), 0)
         # A slice would keep the whole text's keys alive.
         self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
         self.valid = None if valid is None else valid[:, first:].clone()
         self.window_priority = None if priority is None else priority[:, :, first:].clone()
-        return keys, values, valid, priority
+        self.window_logits = None if logits is None else logits[:, :, first:].clone()
+        return keys, values, valid, priority, logits
 
     def update_sinks(self, key_states, value_states, places):
         """Fill free sink slots with the first tokens that are not padding. Call before `update`.
@@ -216,7 +221,8 @@ def _appended(before, new, valid_before, valid, padding_first: bool = True):
     padding_first: where there is new padding, bring all padding to the front.
     """
     past, length = before[0].shape[2], new[0].shape[2]
-    joined = [x if old is None else torch.cat([old, x], dim=2) for old, x in zip(before, new, strict=True)]
+    both = zip(before, new, strict=True)
+    joined = [x if old is None or x is None else torch.cat([old, x], dim=2) for old, x in both]
     if valid is None and valid_before is None:
         return joined, None
     ones = lambda n: torch.ones(len(new[0]), n, dtype=torch.bool, device=new[0].device)  # noqa: E731
@@ -252,7 +258,7 @@ def adapt_cache(cache: Cache, attentions) -> None:
         if int(layer.get_seq_length()) > 0:
             raise ValueError("this cache was filled in another attention mode; start with an empty one")
         spec = attention.liger_spec
-        keeps = bool(attention.liger_kept)
-        window, local_window = attention.liger_window + (spec.delayed or keeps), attention.local_window
-        sinks = 0 if keeps else spec.sinks
+        holds = bool(attention.liger_kept or attention.liger_rest)
+        window, local_window = attention.liger_window + (spec.delayed or holds), attention.local_window
+        sinks = 0 if holds else spec.sinks
         cache.layers[index] = LigerCacheLayer(window, sinks, local_window) if attention.keeps_state else DynamicLayer()

@@ -38,6 +38,10 @@ class LayerSpec:
         kept: number of tokens that stay visible to the window after they have left it, beside the sinks, chosen by a
             learned score for each key/value head (see `liger_kept`). In JSON a number, or a list of one number a
             key/value head, of which those of softmax heads mean nothing.
+        rest: whether the tokens that are in neither the window nor among the sinks and kept tokens enter a state that
+            takes part in the window's softmax (see `liger_rest`). In JSON true or false, or a list of one a key/value
+            head, of which those of softmax heads mean nothing. It stands in the place of the recurrent branch: the
+            layer has no other, and `mix` and the feature map mean nothing.
         mix: coefficient of the recurrent branch; the window's is 1 - mix (Liger, eq. 9).
         normalizer: `none` sums over the memory as the paper does (`mlstm` divides by max(|phi(q) . z|, 1), which keeps
             mLSTM's bound without its input gate, for which there are no parameters), `running` divides by phi(q) . z,
@@ -78,6 +82,7 @@ class LayerSpec:
     window: int = 64
     sinks: int = 0
     kept: int | tuple[int, ...] = 0
+    rest: bool | tuple[bool, ...] = False
     mix: float = 0.5
     normalizer: str = "none"
     branch_scales: bool = False
@@ -163,6 +168,20 @@ class LayerSpec:
             _require(GATES[self.gate].fixed, "delayed", True, f"false with `{self.gate}`, whose decay the text decides")
             ok = self.positions == "rope" and self.feature_params != "dense"
             _require(ok, "delayed", True, "false where the recurrence does not read the keys of the window")
+        flags = self.rest if isinstance(self.rest, (list, tuple)) else [self.rest]
+        ok = len(flags) > 0 and all(isinstance(flag, bool) for flag in flags)
+        _require(ok, "rest", self.rest, "true or false, or a list of one a key/value head")
+        object.__setattr__(self, "rest", flags[0] if len(set(flags)) == 1 else tuple(flags))
+        if self.rest:
+            _require(self.window > 0, "rest", self.rest, "false where the window is 0")
+            _require(self.normalizer == "none", "normalizer", self.normalizer, "none beside a rest state")
+            _require(not self.branch_scales, "branch_scales", True, "false beside a rest state")
+            _require(not self.delayed, "delayed", True, "false beside a rest state, which is just that")
+            _require(self.feature_params == "fixed", "feature_params", self.feature_params, "fixed beside a rest state")
+            _require(self.positions == "none", "positions", self.positions, "none beside a rest state")
+            ok = GATES[self.gate].one_decay
+            single = ", ".join(name for name, gate in GATES.items() if gate.one_decay)
+            _require(ok, "gate", self.gate, f"one with one decay a head beside a rest state: {single}")
         if self.kind == "liger" and self.window == 0:
             _require(self.mix > 0, "mix", self.mix, "more than 0 where the window is 0, or the layer has no output")
 
@@ -189,6 +208,11 @@ class LayerSpec:
         counts = self.kept if isinstance(self.kept, tuple) else (self.kept,) * num_key_value_heads
         return tuple(count for head, count in enumerate(counts) if head not in self.softmax_kv_heads)
 
+    def rest_by_head(self, num_key_value_heads: int) -> tuple[bool, ...]:
+        """Whether each key/value head of the layer that is not softmax has a rest state."""
+        flags = self.rest if isinstance(self.rest, tuple) else (self.rest,) * num_key_value_heads
+        return tuple(flag for head, flag in enumerate(flags) if head not in self.softmax_kv_heads)
+
     def to_dict(self) -> dict:
         """The JSON form: for layers that are not Liger's only the kind, since nothing else applies."""
         if self.kind != "liger":
@@ -201,11 +225,13 @@ def check_heads(specs: list[LayerSpec], num_key_value_heads: int) -> None:
     number of heads that keep tokens."""
     for index, spec in enumerate(specs):
         heads = spec.softmax_kv_heads
-        if isinstance(spec.kept, tuple) and len(spec.kept) != num_key_value_heads:
-            raise LigerConfigError(
-                f"kept of layer {index} has {len(spec.kept)} numbers, but there are {num_key_value_heads} "
-                "key/value heads"
-            )
+        for name in ("kept", "rest"):
+            values = getattr(spec, name)
+            if isinstance(values, tuple) and len(values) != num_key_value_heads:
+                raise LigerConfigError(
+                    f"{name} of layer {index} has {len(values)} values, but there are {num_key_value_heads} "
+                    "key/value heads"
+                )
         if heads and heads[-1] >= num_key_value_heads:
             raise LigerConfigError(
                 f"softmax_kv_heads of layer {index} names head {heads[-1]}, but the key/value heads are 0 to "

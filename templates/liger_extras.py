@@ -15,6 +15,8 @@ NAMES = (
     "swa_scale",
     "window_factor",
     "keep_score",
+    "rest_mass",
+    "rest_slope",
     "feature_q",
     "feature_k",
     "feature_q_bias",
@@ -31,13 +33,13 @@ class Extra:
 
     Attributes:
         shape: of the parameter.
-        init: a number to fill it with; `normal` or `uniform` for a random distribution around 0; or the name of the
-            layer's tensor whose values it starts with.
+        init: a number to fill it with, or the numbers of its last dimension; `normal` or `uniform` for a random
+            distribution around 0; or the name of the layer's tensor whose values it starts with.
         width: standard deviation of `normal`, largest value of `uniform`.
     """
 
     shape: tuple[int, ...]
-    init: float | str = 0.0
+    init: float | str | tuple[float, ...] = 0.0
     width: float = 0.0
 
 
@@ -46,6 +48,8 @@ def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: i
 
     - `grm_scale`, `swa_scale` [Hq] (`branch_scales`): coefficients of the two branches, for each query head.
     - `keep_score` [Hkv, D] (`kept`): weights of the score of a key; from zero, at which the latest tokens are kept.
+    - `rest_mass` [Hq, D + 3] and `rest_slope` [Hq] (`rest`): what corrects the mass of the rest state, from the mean
+      logit alone, and the slope of its expansion, from 1 (see `liger_rest`).
     - `window_factor` [Hq] (`normalizer: joint-max`): its sigmoid is the coefficient of the window.
     - `feature_q` and `feature_k` [Hq, F, D] (`feature_params: learned`): linear maps before the feature map, for the
       queries and the keys of each query head. Uniform as torch's `kaiming_uniform_` fills a [D, F] tensor of H heads,
@@ -67,6 +71,9 @@ def extra_tensors(spec, hidden_size: int, num_heads: int, num_key_value_heads: i
         found["window_factor"] = Extra((num_heads,), math.log((1 - mix) / mix))
     if spec.kept:
         found["keep_score"] = Extra((num_key_value_heads, head_dim))
+    if spec.rest:
+        found["rest_mass"] = Extra((num_heads, head_dim + 3), (0.0, 1.0, *[0.0] * (head_dim + 1)))
+        found["rest_slope"] = Extra((num_heads,), 1.0)
     if spec.feature_params == "learned":
         width = spec.feature_dim or head_dim
         shape = (num_heads, width, head_dim)

@@ -91,6 +91,11 @@ class Gate:
         """Whether the decay does not come from the text, so that there are no logits that could be learned."""
         return "gate_params" not in self.settings
 
+    @property
+    def one_decay(self) -> bool:
+        """Whether a head forgets all it holds alike."""
+        return self.rule == "decay" and self.width is _one
+
     def state_shapes(self, spec, head_dim: int) -> list[tuple[int, int]]:
         """Shapes of the float32 states of one head (see `state_heads`)."""
         features = feature_width(spec, head_dim) if "feature_map" in self.settings else spec.feature_dim or head_dim

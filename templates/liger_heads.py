@@ -15,69 +15,38 @@ from .liger_window import window_attention
 PIECE_SIZE = 1024
 
 
-def with_softmax_heads(
-    attention, q, k, v, rotated_q, rotated_k, gate, scores, spec, valid=None, cache=None, scales=None, sink_logits=None,
-    within_window=None, local_window=None, key_map=None, **settings,
-):  # fmt: skip
-    """`mixed_attention` for the key/value heads that are Liger's, full softmax attention for `spec.softmax_kv_heads`.
+def split_heads(spec, num_key_value_heads: int, groups: int, device):
+    """The layer's softmax heads and its others.
 
     Args:
-        attention: `mixed_attention`; the others are its arguments.
-        local_window: the base's own window in this layer, which its softmax heads keep; None where it sees all.
+        spec: the layer's settings. groups: query heads of a key/value head.
     Returns:
-        [B, T, Hq, D] in v's dtype.
+        Twice the settings, the key/value heads and the query heads: of the softmax heads, then of the others.
     """
-    batch, heads, length, dim = rotated_q.shape
-    groups = heads // k.shape[1]
-    chosen, others, chosen_queries, other_queries = _indices(spec.softmax_kv_heads, k.shape[1], groups, q.device)
-    family = None
-    if within_window is not None:
-        once: list = []
+    chosen, others, chosen_queries, other_queries = _indices(spec.softmax_kv_heads, num_key_value_heads, groups, device)
+    return (spec, chosen, chosen_queries), (_without(spec, num_key_value_heads), others, other_queries)
 
-        def family(valid):
-            if not once:
-                once.append(within_window(valid))
-            return once[0]
 
-    past = 0 if cache is None else cache.get_seq_length()
-    keys, values, seen = rotated_k[:, chosen], v[:, chosen], valid
+def softmax_heads(tokens, settings, valid=None, cache=None, within_window=None):
+    """As `mixed_attention`, the base's own attention: over the whole text, or over the base's own window."""
+    length, past = tokens.v.shape[2], 0 if cache is None else cache.get_seq_length()
+    keys, values, seen = tokens.rotated_k, tokens.v, valid
     if cache is not None:
         keys, values, seen = cache.update_softmax_heads(keys, values, valid)
-    if past == 0 and length <= settings["window"] and family is not None:
-        full = family(valid)[:, chosen_queries]
-    else:
-        full = softmax_attention(
-            rotated_q[:, chosen_queries],
-            keys,
-            values,
-            settings["scaling"],
-            seen,
-            settings.get("softcap"),
-            None if sink_logits is None else sink_logits[chosen_queries],
-            settings.get("dropout", 0.0),
-            local_window,
-        )
-    linear = attention(
-        q[:, other_queries],
-        k[:, others],
-        v[:, others],
-        rotated_q[:, other_queries],
-        rotated_k[:, others],
-        gate[:, other_queries if gate.shape[1] > k.shape[1] else others],
-        None if scores is None else scores[:, others],
-        spec=_without(spec, k.shape[1]),
-        valid=valid,
-        cache=cache,
-        scales=None if scales is None else tuple(scale[other_queries] for scale in scales),
-        sink_logits=None if sink_logits is None else sink_logits[other_queries],
-        within_window=None if family is None else lambda valid: family(valid)[:, other_queries],
-        key_map=None if key_map is None else key_map[other_queries],
-        **settings,
+    if past == 0 and length <= settings.window and within_window is not None:
+        return within_window().transpose(1, 2)
+    output = softmax_attention(
+        tokens.rotated_q,
+        keys,
+        values,
+        settings.scaling,
+        seen,
+        settings.softcap,
+        settings.sink_logits,
+        settings.dropout,
+        settings.local_window,
     )
-    output = linear.new_empty(batch, length, heads, dim)
-    output[:, :, other_queries] = linear
-    output[:, :, chosen_queries] = full.transpose(1, 2)
-    return output
+    return output.transpose(1, 2)
 
 
 def softmax_attention(
@@ -155,4 +124,4 @@ def _indices(chosen: tuple[int, ...], count: int, groups: int, device):
 
 @lru_cache(maxsize=256)
 def _without(spec, heads: int):
-    return replace(spec, softmax_kv_heads=(), kept=spec.kept_by_head(heads))
+    return replace(spec, softmax_kv_heads=(), kept=spec.kept_by_head(heads), rest=spec.rest_by_head(heads))

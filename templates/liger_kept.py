@@ -68,23 +68,23 @@ def head_groups(counts: tuple[int, ...], groups: int, device):
 
 def attend_kept(
     q, keys, values, priority, first: int, memory, window: int, counts: tuple[int, ...], scaling: float, softcap=None,
-    dropout: float = 0.0, scores=None, evict: bool = False,
+    dropout: float = 0.0, scores=None, logits=None, evict: bool = False,
 ):  # fmt: skip
     """`kept_attention` of heads that may keep different numbers of tokens.
 
     Args:
         counts: of each key/value head.
-        memory: three tensors for each of `head_groups`, one group behind the other, or None.
+        memory: the tensors of each of `head_groups`, one group behind the other, or None.
     """
     groups, order = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
-    found = []
+    found, size = [], 3 if logits is None else 4
     for index, (count, heads, queries) in enumerate(groups):
-        part = (q, keys, values, priority, scores)
+        part = (q, keys, values, priority, scores, logits)
         if heads is not None:
             part = (q[:, queries], *(None if x is None else x[:, heads] for x in part[1:]))
-        before = None if memory is None else memory[3 * index : 3 * index + 3]
+        before = None if memory is None else memory[size * index : size * (index + 1)]
         settings = (first, before, window, count, scaling, softcap, dropout)
-        found.append(kept_attention(*part[:4], *settings, part[4], evict))
+        found.append(kept_attention(*part[:4], *settings, *part[4:], evict))
     outputs, denominators, memories, evicted = zip(*found, strict=True)
     memory = tuple(x for one in memories for x in one)
     if order is None:
@@ -99,44 +99,44 @@ def attend_kept(
 
 def kept_attention(
     q, keys, values, priority, first: int, memory, window: int, count: int, scaling: float, softcap=None,
-    dropout: float = 0.0, scores=None, evict: bool = False,
+    dropout: float = 0.0, scores=None, logits=None, evict: bool = False,
 ):  # fmt: skip
     """Softmax attention over the kept tokens alone.
 
     Args:
         q: [B, Hq, T, D], the queries at `first`, `first + 1`, ... of the S tokens.
         keys, values: [B, Hkv, S, D], after RoPE. priority: [B, Hkv, S] int64, see `priorities`.
-        memory: keys, values and priorities [B, Hkv, count, ...] of what the query before could see; None at the start.
-            Without gradients it is written to.
+        memory: keys, values, priorities (and logits) [B, Hkv, count, ...] of what the query before could see; None at
+            the start. Without gradients it is written to.
         window: a token leaves when it is `window` tokens old.
         scores: [B, Hkv, S], whose gradients are those of logits that they were added to; or None.
+        logits: [B, Hkv, S], of a gate, which go the way of their tokens; or None.
         evict: return the stream of what is evicted, too.
     Returns:
         o [B, Hq, T, D] float32, lse [B, Hq, T] (the lowest number where nothing is visible), the new memory, which
-        holds what the last of these queries could see, and keys and values [B, Hkv, T, D] of the token that is in
-        neither the window nor the memory from each query on, with [B, Hkv, T] bool, false where there is none; or None.
+        holds what the last of these queries could see, and of the token that is in neither the window nor the memory
+        from each query on: keys and values [B, Hkv, T, D], [B, Hkv, T] bool, false where there is none, (and logits
+        [B, Hkv, T]); or None.
     """
     length, start = q.shape[2], first - window
+    held = (keys, values, priority) if logits is None else (keys, values, priority, logits)
     if memory is None:
-        memory = empty_memory(keys, values, count)
+        memory = empty_memory(*held[:2], count, logits)
     if count == 0:
         output = torch.zeros_like(q, dtype=torch.float32)
         lse = torch.full_like(output[..., 0], torch.finfo(torch.float32).min)
-        gone = [_entering(x, start, length, length) for x in (keys, values)] if evict else None
-        there = _entering(priority, start, length, length, EMPTY) > EMPTY
-        return output, lse, memory, (*gone, there) if evict else None
+        return output, lse, memory, _evicted(_entering(held, start, length)) if evict else None
     if length == 1:
-        return _step(q, keys, values, priority, start, memory, scaling, softcap, dropout, evict)
+        return _step(q, held, start, memory, scaling, softcap, dropout, evict)
     attend = _by_spans if length > BLOCK and by_heads(q) else _by_blocks
-    return attend(q, keys, values, priority, start, memory, count, scaling, softcap, dropout, scores, evict)
+    return attend(q, held, start, memory, count, scaling, softcap, dropout, scores, evict)
 
 
-def _by_blocks(q, keys, values, priority, start, memory, count, scaling, softcap, dropout, scores, evict):
-    kv_heads, length = keys.shape[1], q.shape[2]
+def _by_blocks(q, held, start, memory, count, scaling, softcap, dropout, scores, evict):
+    kv_heads, length = held[0].shape[1], q.shape[2]
     rows = min(length, BLOCK)
     blocks = -(-length // rows)
-    entering = [_entering(x, start, length, blocks * rows) for x in (keys, values)]
-    entering.append(_entering(priority, start, length, blocks * rows, EMPTY))
+    entering = _entering(held, start, length, blocks * rows)
     pool = [torch.cat(pair, dim=2) for pair in zip(memory, entering, strict=True)]
     before, index = _scan(pool[2], count, blocks, rows)
 
@@ -156,7 +156,7 @@ def _by_blocks(q, keys, values, priority, start, memory, count, scaling, softcap
         logits = (logits / softcap).tanh() * softcap
     if scores is not None and scores.requires_grad:
         # Zero in value: it lets the score of a kept token learn how much the token is looked at.
-        old = torch.nn.functional.pad(_entering(scores, start, length, blocks * rows), (count, 0))
+        old = torch.nn.functional.pad(_from(scores, start, length, blocks * rows), (count, 0))
         bias = [_at(old, kept).unflatten(2, (blocks, count)), old[:, :, count:].unflatten(2, (blocks, rows))]
         bias = torch.cat(bias, dim=3)
         logits = logits + (bias - bias.detach())[:, :, :, None, None]
@@ -188,15 +188,13 @@ def _softmax(logits, visible):
     return weights, log_denominator(logits, weights).masked_fill(nothing, lowest), nothing
 
 
-def _by_spans(q, keys, values, priority, start, memory, count, scaling, softcap, dropout, scores, evict):
+def _by_spans(q, held, start, memory, count, scaling, softcap, dropout, scores, evict):
     """On a CPU without gradients. Few tokens are ever kept, so long spans of queries share theirs: a span is multiplied
     at once with all that is kept at some time during it."""
     length, lowest = q.shape[2], torch.finfo(torch.float32).min
-    new = [_entering(x, start, length, length) for x in (keys, values)]
-    new.append(_entering(priority, start, length, length, EMPTY))
-    pool = [torch.cat(pair, dim=2) for pair in zip(memory, new, strict=True)]
+    pool = [torch.cat(pair, dim=2) for pair in zip(memory, _entering(held, start, length), strict=True)]
     since, until = lifetimes(pool[2], count)
-    output, lse = q.new_zeros(*q.shape[:3], values.shape[-1], dtype=torch.float32), torch.full(q.shape[:3], lowest)
+    output, lse = q.new_zeros(*q.shape[:3], held[1].shape[-1], dtype=torch.float32), torch.full(q.shape[:3], lowest)
     for begin, end in _spans(since, count):
         index = _alive(since, until, begin, end)
         if index.shape[2] == 0:
@@ -267,10 +265,14 @@ def departures(priority, since, until, count: int):
     return found.scatter_(2, rows, places.expand(rows.shape))[:, :, :length]
 
 
-def _evicted(pool, index):
-    """Keys and values of a pool at index [B, H, T], and where there is one: where the index is not -1."""
-    there = index >= 0
-    return *(_at(x, index.clamp_min(0)) for x in pool[:2]), there
+def _evicted(pool, index=None):
+    """What `kept_attention` returns of a pool's tokens at index [B, H, T], -1 for none; of all, where it is None."""
+    if index is None:
+        there = pool[2] > EMPTY
+    else:
+        there, index = index >= 0, index.clamp_min(0)
+        pool = [_at(x, index) for x in pool]
+    return (*pool[:2], there, *pool[3:])
 
 
 def _spans(since, count: int):
@@ -293,26 +295,21 @@ def _alive(since, until, start: int, stop: int):
     return alive.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[:, :, :most]
 
 
-def _step(q, keys, values, priority, start: int, memory, scaling: float, softcap, dropout: float, evict: bool):
+def _step(q, held, start: int, memory, scaling: float, softcap, dropout: float, evict: bool):
     """One query: the token that leaves the window takes the place of the lowest kept one, where it is higher."""
-    evicted = None
+    new = _entering(held, start, 1)
+    gone = new
     if start >= 0:
-        new = [x[:, :, start : start + 1] for x in (keys, values, priority)]
         lowest, place = memory[2].min(dim=2, keepdim=True)
         better = new[2] > lowest
         places = [place if x.ndim == 3 else place.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]) for x in memory]
         old = [x.gather(2, index) for x, index in zip(memory, places, strict=True)]
-        choose = lambda a, b: [torch.where(better if x.ndim == 3 else better.unsqueeze(-1), x, y)  # noqa: E731
-                               for x, y in zip(a, b, strict=True)]  # fmt: skip
         put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
-        memory = tuple(put(x, 2, at, y) for x, at, y in zip(memory, places, choose(new, old), strict=True))
-        if evict:
-            *gone, which = choose(old, new)
-            evicted = (*gone, which > EMPTY)
-    elif evict:
-        gone = [x.new_zeros(*x.shape[:2], 1, x.shape[-1]) for x in (keys, values)]
-        evicted = (*gone, torch.zeros_like(priority[:, :, :1], dtype=torch.bool))
-    keys, values, priority = memory
+        entries = zip(memory, places, _chosen(better, new, old), strict=True)
+        memory = tuple(put(x, 2, index, entry) for x, index, entry in entries)
+        gone = _chosen(better, old, new) if evict else None
+    evicted = _evicted(gone) if evict else None
+    keys, values, priority, *_ = memory
     visible = (priority > EMPTY).unsqueeze(2)
     logits = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() @ keys.float().mT * scaling  # [B, Hkv, G, count]
     if softcap is not None:
@@ -329,26 +326,37 @@ def add_kept(local, lse, kept, kept_lse):
     return torch.lerp(local.float(), kept, share), torch.logaddexp(lse, kept_lse)
 
 
-def empty_memory(keys, values, count: int):
+def _chosen(which, yes, no):
+    """Of each pair of tensors [B, H, 1, ...] the first where `which` [B, H, 1] is true, else the second."""
+    return [torch.where(which if a.ndim == 3 else which.unsqueeze(-1), a, b) for a, b in zip(yes, no, strict=True)]
+
+
+def empty_memory(keys, values, count: int, logits=None):
     """Nothing kept yet: zeros that are never visible."""
     batch, heads = keys.shape[:2]
-    return (
+    found = (
         keys.new_zeros(batch, heads, count, keys.shape[-1]),
         values.new_zeros(batch, heads, count, values.shape[-1]),
         torch.full((batch, heads, count), EMPTY, device=keys.device),
     )
+    return found if logits is None else (*found, logits.new_zeros(batch, heads, count))
 
 
-def empty_memories(keys, values, counts: tuple[int, ...]):
+def empty_memories(keys, values, counts: tuple[int, ...], logits=None):
     """`empty_memory` for each of `head_groups`, one group behind the other."""
     groups, _ = head_groups(counts, 1, keys.device)
-    parts = [(keys, values, count) if heads is None else (keys[:, heads], values[:, heads], count)
+    pick = lambda x, heads: x if x is None or heads is None else x[:, heads]  # noqa: E731
+    parts = [empty_memory(pick(keys, heads), pick(values, heads), count, pick(logits, heads))
              for count, heads, _ in groups]  # fmt: skip
-    return tuple(x for part in parts for x in empty_memory(*part))
+    return tuple(x for part in parts for x in part)
 
 
-def _entering(x, start: int, length: int, padded: int, fill: float = 0.0):
-    """The tokens that leave the window before each query: those from `start` on, `fill` where there is none."""
+def _entering(held, start: int, length: int, padded: int | None = None):
+    """The tokens that leave the window before each query: those from `start` on, nothing where there is none."""
+    return [_from(x, start, length, padded or length, EMPTY if x.dtype == torch.int64 else 0.0) for x in held]
+
+
+def _from(x, start: int, length: int, padded: int, fill: float = 0.0):
     inside = x[:, :, max(start, 0) : max(start + length, 0)]
     missing = min(max(-start, 0), length)
     behind = [0, 0] * (x.ndim - 3)

@@ -161,12 +161,13 @@ class LigerForCausalLM:
         return attention_mask
 
     def set_attention_mode(self, mode: str, layers: list[int] | None = None) -> None:
-        """Run Liger layers as `liger`, as the original `softmax` attention, or with the `window` alone. No reload.
+        """Run Liger layers as `liger`, as the original `softmax` attention, or as a control. No reload.
 
-        Softmax heads inside a layer stay softmax in every mode: `window` only turns the recurrent branch off.
+        Softmax heads inside a layer stay softmax in every mode.
 
         Args:
-            mode: `liger`, `softmax` or `window`.
+            mode: `liger`, `softmax`, `window` (window and sinks alone) or `exact` (and kept tokens: all but the
+                recurrent branch and the rest state).
             layers: 0-based indices; None means all. Layers that are not Liger's stay softmax in every mode.
         Raises:
             ValueError: an unknown mode or layer.

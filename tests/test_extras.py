@@ -48,10 +48,14 @@ LEARNED = {
     "kept, joint": {"kept": 5, "normalizer": "joint", "branch_scales": True},
     "kept, sinks": {"kept": 6, "sinks": 3},
     "kept by head": {"kept": [8, 0]},
-    "rest": {
+    "delayed, kept": {
         **{"kept": [6, 0], "sinks": 2, "gate": "retnet", "delayed": True},
         **{"normalizer": "joint", "positions": "rope"},
     },
+    "rest": {"kept": [6, 0], "sinks": 2, "rest": True, "gate": "none"},
+    "rest in one head": {"kept": 5, "rest": [False, True], "gate": "retention"},
+    "rest, no kept, softmax head": {"rest": True, "gate": "retnet", "softmax_kv_heads": [1]},
+    "rest, learned gate": {"kept": 4, "rest": True, "gate": "mamba2", "gate_params": "learned", "gate_rank": 4},
     "kept by head, sinks, joint": {"kept": [3, 11], "sinks": 2, "normalizer": "joint"},
     "kept, sinks, joint, softmax head": {
         **{"kept": 5, "sinks": 2, "normalizer": "joint", "branch_scales": True, "softmax_kv_heads": [0]},
@@ -89,7 +93,7 @@ def shaken(folder):
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in ("grm_scale", "swa_scale"):
             parameter.data.uniform_(0.2, 1.2)
-        elif name.rpartition(".")[2].startswith(("gate_", "feature_", "keep_", "window_")):
+        elif name.rpartition(".")[2].startswith(("gate_", "feature_", "keep_", "rest_", "window_")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 

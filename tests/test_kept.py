@@ -265,10 +265,11 @@ def test_families(tiny_base, tmp_path, model_type):
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("rest", [{}, {"rest": True, "gate": "mamba2"}])
 @torch.no_grad()
-def test_generation_with_beams_and_padding(tiny_base, tmp_path, sinks):
+def test_generation_with_beams_and_padding(tiny_base, tmp_path, sinks, rest):
     """Beams reorder the memory: beam search is the same with the cache and without."""
-    model = shaken(converted(tiny_base(), tmp_path, kept=8, sinks=sinks))
+    model = shaken(converted(tiny_base(), tmp_path, kept=8, sinks=sinks, **rest))
     ids = tokens(50, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :21] = 0

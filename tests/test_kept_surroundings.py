@@ -29,6 +29,8 @@ KEPT = {
     "kept and sinks": {"window": 16, "kept": 24, "sinks": 4},
     "kept by head": {"window": 16, "kept": [0, 24], "sinks": 2},
     "kept by head beside a softmax head": {"window": 16, "kept": [7, 24], "softmax_kv_heads": [0]},
+    "rest": {"window": 16, "kept": [5, 24], "sinks": 2, "rest": [True, False], "gate": "mamba2"},
+    "rest, no kept, long window": {"window": 160, "rest": True, "gate": "retnet"},
     "joint": {"window": 16, "kept": 24, "normalizer": "joint", "branch_scales": True},
     "no recurrence": {"window": 16, "kept": 24, "mix": 0.0},
     "recurrence alone": {"window": 16, "kept": 24, "mix": 1.0},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recurrence_examples import relative_rms, tuple_of
 
-from liger_cli.templates.liger_branches import mixed_attention
+from liger_cli.templates.liger_branches import Settings, Tokens, mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
@@ -79,7 +79,8 @@ def test_scan_of_128k_tokens(name, kind):
 def attend(name, q, k, v, valid=None, cache=None, **settings):
     spec = LayerSpec(gate=name, slots=8, **settings)
     gate = GATES[name].pool(k, spec)
-    return mixed_attention(q, k, v, q, k, gate, None, spec, 64, 0.5, q.shape[-1] ** -0.5, valid, cache)
+    settings = Settings(spec, window=64, mix=0.5, scaling=q.shape[-1] ** -0.5)
+    return mixed_attention(Tokens(q, k, v, q, k, gate), settings, valid, cache)
 
 
 def layer(name: str, kind: str, dtype, length: int) -> None:

@@ -19,9 +19,10 @@ SETTINGS = {
     "delayed": {
         **{"gate": "none", "delayed": True, "sinks": 2, "normalizer": "joint", "positions": "rope"},
     },
-    "rest": {
+    "delayed, kept": {
         **{"gate": "retnet", "delayed": True, "kept": [5, 8], "sinks": 2, "normalizer": "joint", "positions": "rope"},
     },
+    "rest": {"gate": "mamba2", "rest": True, "kept": [5, 8], "sinks": 2},
     "softmax": {},
 }
 

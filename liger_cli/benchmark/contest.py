@@ -163,7 +163,7 @@ def token_tensors(cache) -> list[tuple[object, str, int | None]]:
         names = dict.fromkeys(("keys", "values"))
         if isinstance(layer, LigerCacheLayer):
             local = getattr(layer, "local_window", None)
-            names = dict.fromkeys((*names, "window_priority"), max(layer.window - 1, 0))
+            names = dict.fromkeys((*names, "window_priority", "window_logits"), max(layer.window - 1, 0))
             names |= dict.fromkeys(("softmax_keys", "softmax_values"), None if local is None else local - 1)
         elif getattr(layer, "is_sliding", False):
             names = dict.fromkeys(names, layer.sliding_window - 1)
@@ -178,11 +178,13 @@ def growing(cache) -> list[tuple[object, str]]:
 
 def _fill_kept(layer, tokens: int) -> None:
     """Random kept tokens where the layer keeps any: as many as have left the window of a text so long."""
+    import torch
+
     if getattr(layer, "kept", None) is None:
         return
     layer.kept = tuple(_random(x.shape, x) for x in layer.kept)
     left = max(tokens - layer.window + 1, 0)
-    for priority in layer.kept[2::3]:
+    for priority in (x for x in layer.kept if x.dtype == torch.int64):
         priority[:, :, left:] = EMPTY
 
 

@@ -25,6 +25,7 @@ MODULES = (
     "liger_model",
     "liger_recurrence",
     "liger_products",
+    "liger_rest",
     "liger_rows",
     "liger_rules",
     "liger_transformers",

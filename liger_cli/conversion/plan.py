@@ -13,7 +13,7 @@ from liger_cli.templates.liger_gates import GATES, state_heads
 
 CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
 OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
-STATE_BYTES = 4  # float32
+STATE_BYTES = LOGIT_BYTES = 4  # float32
 POSITION_BYTES = PRIORITY_BYTES = 8
 
 
@@ -74,21 +74,26 @@ class Plan:
         """Bytes that a Liger layer keeps of one sequence, after any text (or one of `tokens` tokens): state, window,
         sinks and kept tokens. What its softmax heads keep grows with the text and does not count."""
         sizes = self.checkpoint.geometry
-        shapes = GATES[spec.gate].state_shapes(spec, sizes.head_dim)
+        gate = GATES[spec.gate]
         heads = sizes.num_key_value_heads - len(spec.softmax_kv_heads)
         groups = sizes.num_attention_heads // sizes.num_key_value_heads
-        states = state_heads(spec, heads * groups, heads)
-        state = sum(math.prod(shape) for shape in shapes) * states * STATE_BYTES if spec.mix else 0
         local = self.local_window(index) is not None
-        scored = bool(spec.kept) and not local
+        rest = 0 if local else sum(spec.rest_by_head(sizes.num_key_value_heads))
+        if spec.rest:
+            state = state_heads(spec, rest * groups, rest) * (sizes.head_dim + 1) ** 2
+        else:
+            shapes = gate.state_shapes(spec, sizes.head_dim) if spec.mix else []
+            state = state_heads(spec, heads * groups, heads) * sum(math.prod(shape) for shape in shapes)
+        scored = bool(spec.kept or rest) and not local
         window = min(spec.window, self.local_window(index) or spec.window) + (spec.delayed or scored)
         kept = sum(spec.kept_by_head(sizes.num_key_value_heads)) if not local else 0
         in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
         # Room for sinks and kept tokens is there from the first token on.
         cached = (in_window + spec.sinks) * heads + kept
         places = 1 if scored else spec.sinks + bool(spec.sinks)  # of each sink, and how many tokens came by
-        other = cached * PRIORITY_BYTES * scored + places * POSITION_BYTES
-        return state + cached * self._token_bytes() // sizes.num_key_value_heads + other
+        each = PRIORITY_BYTES * scored + LOGIT_BYTES * (rest > 0 and not gate.fixed)
+        other = cached * each + places * POSITION_BYTES
+        return state * STATE_BYTES + cached * self._token_bytes() // sizes.num_key_value_heads + other
 
     def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
         grown = self._base_cache(index, tokens)

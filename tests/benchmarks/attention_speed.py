@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liger_cli.templates.liger_branches import mixed_attention
+from liger_cli.templates.liger_branches import Settings, Tokens, mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
@@ -43,7 +43,8 @@ def liger(q, k, v, gate: str, cache=None, kept: int = 0):
     spec = LayerSpec(gate=gate, kept=kept)
     pooled = GATES[gate].pool(k, spec)
     scores = keep_scores(k, torch.linspace(-1, 1, DIM).expand(KV_HEADS, -1)) if kept else None
-    return mixed_attention(q, k, v, q, k, pooled, scores, spec, window=64, mix=0.5, scaling=DIM**-0.5, cache=cache)
+    settings = Settings(spec, window=64, mix=0.5, scaling=DIM**-0.5)
+    return mixed_attention(Tokens(q, k, v, q, k, pooled, scores), settings, cache=cache)
 
 
 def softmax(q, k, v):

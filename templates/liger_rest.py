@@ -1,0 +1,108 @@
+"""The rest state: what a head remembers of the tokens that are in neither its window nor its sinks and kept tokens.
+
+Softmax attention over those tokens, expanded to first order around their mean logit: their number, their mean value,
+their mean logit, and the covariance of value and logit, all read off one (D + 1) x (D + 1) state of rotated keys. It
+takes part in one softmax with the exact tokens; its share is positive whatever the state holds. The mass that the
+expansion leaves out is corrected by a linear term for each query head, the slope by a factor.
+
+Exact memory for what matters and a linear state for the rest, as in LoLA (arXiv 2505.23666).
+"""
+
+from functools import lru_cache
+
+import torch
+
+from .liger_backend import recurrence
+from .liger_gates import GATES
+from .liger_kept import add_kept
+
+LOG_COUNT = 6.0  # about the log of the number of tokens that the linear term for the number is fitted at
+
+
+def add_rest(local, lse, q, plain_q, evicted, gate_logits, states, mass, slope, spec, scaling: float):
+    """One softmax over the exact tokens and the rest state, for the heads that have one.
+
+    Args:
+        local: [B, Hq, T, D] and lse: [B, Hq, T], of the exact tokens.
+        q: [B, Hq, T, D], after RoPE. plain_q: before it.
+        evicted: keys, values, which are there, and the gate's logits where they depend on the token: the token that
+            enters the state before each query (see `liger_kept.kept_attention`).
+        gate_logits: [B, Hkv or Hq, T, 1], the gate's, where they do not depend on the token.
+        states: what came before, or None.
+        mass: [Hq, D + 3]. slope: [Hq].
+    Returns:
+        [B, Hq, T, D] float32, and the states.
+    """
+    keys, values, there, *logits = evicted
+    gate_logits = logits[0].unsqueeze(-1) if logits else gate_logits
+    heads, queries, gates = rest_heads(spec.rest_by_head(keys.shape[1]), q.shape[1], gate_logits.shape[1], q.device)
+    if heads is None:
+        found = rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, slope, spec, scaling)
+        return add_kept(local, lse, *found[:2])[0], found[2]
+    kv = (x[:, heads] for x in (keys, values, there))
+    own = (q[:, queries], plain_q[:, queries], *kv, gate_logits[:, gates], states, mass[queries], slope[queries])
+    output, rest_lse, states = rest_attention(*own, spec, scaling)
+    output, _ = add_kept(local[:, queries], lse[:, queries], output, rest_lse)
+    return local.float().index_copy(1, queries, output), states
+
+
+def rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, slope, spec, scaling: float):
+    """Attention to the rest state alone: arguments as `add_rest`, of heads that all have one.
+
+    Returns:
+        o [B, Hq, T, D] and lse [B, Hq, T], the lowest number where the state is empty, and the states.
+    """
+    dim, heads = q.shape[-1], gate_logits.shape[1]  # a state for each query head where their decays differ
+    keys, values = (_for_heads(x.float().masked_fill(~there.unsqueeze(-1), 0.0), heads) for x in (keys, values))
+    there = _for_heads(there, heads).unsqueeze(-1)
+    logits = gate_logits.float()
+    log_decay = GATES[spec.gate].inputs(logits, logits, logits, logits, spec).log_decay.masked_fill(~there, 0.0)
+    keys, values = (torch.cat([x, there.to(x.dtype)], dim=-1) for x in (keys, values))
+    # One more query for each state reads the row of the ones: the sum of the values, and the number of tokens.
+    reading = torch.nn.functional.pad(q.float() * scaling, (0, 1)).unflatten(1, (heads, -1))
+    counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
+    reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
+    kernels = recurrence("decay", reading, log_decay, spec.backend)
+    function = kernels.step if q.shape[2] == 1 and states is not None else kernels.chunk
+    read, state = function(reading, keys, values, log_decay, None if states is None else states[0])
+    read = read.unflatten(1, (heads, -1))
+    read, sums = read[:, :, :-1], read[:, :, -1:]
+
+    count = sums[..., dim:]
+    empty = count <= 0
+    count = torch.where(empty, 1.0, count)
+    mean_value, mean_logit = sums[..., :dim] / count, read[..., dim:] / count
+    covariance = read[..., :dim] / count - mean_logit * mean_value
+    output = mean_value + slope.float().view(heads, -1, 1, 1) * covariance
+    log_count = count.log()
+    shape = (heads, -1, 1, dim + 3)
+    weight = mass.float().view(shape)
+    terms = (scaling**0.5 * plain_q.float().unflatten(1, (heads, -1)) * weight[..., 3:]).sum(-1, keepdim=True)
+    lse = log_count + weight[..., :1] + weight[..., 1:2] * mean_logit + weight[..., 2:3] * (log_count - LOG_COUNT)
+    lse = (lse + terms).masked_fill(empty, torch.finfo(torch.float32).min)
+    output = output.masked_fill(empty, 0.0)
+    return output.flatten(1, 2), lse.squeeze(-1).flatten(1, 2), (state,)
+
+
+def empty_rest(values, gate_logits, spec):
+    """The states before the first token is evicted. values [B, Hkv, T, D]"""
+    each = max(gate_logits.shape[1] // values.shape[1], 1)
+    count = sum(spec.rest_by_head(values.shape[1])) * each
+    width = values.shape[-1] + 1
+    return (values.new_zeros(values.shape[0], count, width, width, dtype=torch.float32),)
+
+
+def _for_heads(x, heads: int):
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+@lru_cache(maxsize=256)
+def rest_heads(flags: tuple[bool, ...], num_heads: int, num_gates: int, device):
+    """The key/value heads that have a rest state, their query heads and their gates' heads; None where all have."""
+    if all(flags):
+        return None, None, None
+    with torch.inference_mode(False):
+        heads = torch.tensor([head for head, flag in enumerate(flags) if flag], device=device)
+        each = [heads[:, None] * (count // len(flags)) + torch.arange(count // len(flags), device=device)
+                for count in (num_heads, num_gates)]  # fmt: skip
+        return heads, *(index.flatten() for index in each)
