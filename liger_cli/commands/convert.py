@@ -74,12 +74,15 @@ def convert(base: str, output: str | None = None, *, settings: dict | None = Non
     """
     given = dict(settings or {})
     layer = given.pop("layers", None)
-    return carry_out(ConvertOptions(base=base, output=output, layer=layer, **given, **options))
+    known = {name: given.pop(name) for name in tuple(given) if name in ConvertOptions.__dataclass_fields__}
+    return carry_out(ConvertOptions(base=base, output=output, layer=layer, **known, **options), given)
 
 
-def carry_out(options: ConvertOptions) -> tuple[dict, Plan]:
+def carry_out(options: ConvertOptions, others: dict | None = None) -> tuple[dict, Plan]:
     """Convert a base model, and upload the folder where asked.
 
+    Args:
+        others: fields of `LayerSpec` that are no options, such as `softmax_kv_heads`.
     Returns:
         The report (what `--json` prints) and the plan.
     Raises:
@@ -88,7 +91,7 @@ def carry_out(options: ConvertOptions) -> tuple[dict, Plan]:
     repo = options.push_to_hub
     if repo:
         publish.check(repo, options.dry_run)
-    report, plan = _converted(options)
+    report, plan = _converted(options, others or {})
     if repo and options.dry_run:
         report["push"] = publish.preview(repo, planned_files(plan))
     elif repo:
@@ -96,12 +99,12 @@ def carry_out(options: ConvertOptions) -> tuple[dict, Plan]:
     return report, plan
 
 
-def _converted(options: ConvertOptions) -> tuple[dict, Plan]:
+def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     calibrate, dry_run, link = options.calibrate, options.dry_run, options.link
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
     of_recipe = model_settings(options.recipe) if options.recipe else {}
-    settings, share = read_share(of_recipe | options.settings(), calibrate)
+    settings, share = read_share(of_recipe | options.settings() | others, calibrate)
     settings, budget = read_budget(settings, calibrate)
     source, note = _source(options, settings.get("gate") or LayerSpec.gate)
     checkpoint = read_checkpoint(source.folder, options.experimental)

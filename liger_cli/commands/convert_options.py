@@ -85,6 +85,12 @@ class ConvertOptions:
     branch_scales: bool = option(
         LayerSpec.branch_scales, "Two coefficients a head in place of --mix, which can be calibrated.", panel=EXPERT
     )
+    rest: bool = option(
+        LayerSpec.rest,
+        "Tokens that are neither in the window nor kept enter a state that takes part in the window's softmax, in "
+        "place of the recurrent branch; needs a gate with one decay a head.",
+        panel=EXPERT,
+    )
     delayed: bool = option(LayerSpec.delayed, "Tokens enter the recurrence when they leave the window.", panel=EXPERT)
     positions: str | None = setting(
         "positions",
