@@ -94,7 +94,7 @@ class Gate:
     @property
     def one_decay(self) -> bool:
         """Whether a head forgets all it holds alike."""
-        return self.rule == "decay" and self.width is _one
+        return self.rule is DECAY and self.width is _one
 
     def state_shapes(self, spec, head_dim: int) -> list[tuple[int, int]]:
         """Shapes of the float32 states of one head (see `state_heads`)."""

@@ -15,6 +15,7 @@ import torch
 from .liger_backend import recurrence
 from .liger_gates import GATES
 from .liger_kept import add_kept
+from .liger_rules import RecurrenceInputs
 
 LOG_COUNT = 6.0  # about the log of the number of tokens that the linear term for the number is fitted at
 
@@ -62,9 +63,8 @@ def rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, s
     reading = torch.nn.functional.pad(q.float() * scaling, (0, 1)).unflatten(1, (heads, -1))
     counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
     reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
-    kernels = recurrence("decay", reading, log_decay, spec.backend)
-    function = kernels.step if q.shape[2] == 1 and states is not None else kernels.chunk
-    read, state = function(reading, keys, values, log_decay, None if states is None else states[0])
+    inputs = RecurrenceInputs(reading, keys, values, log_decay)
+    read, states = recurrence(GATES[spec.gate].rule, inputs, states, spec.backend)
     read = read.unflatten(1, (heads, -1))
     read, sums = read[:, :, :-1], read[:, :, -1:]
 
@@ -81,7 +81,7 @@ def rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, s
     lse = log_count + weight[..., :1] + weight[..., 1:2] * mean_logit + weight[..., 2:3] * (log_count - LOG_COUNT)
     lse = (lse + terms).masked_fill(empty, torch.finfo(torch.float32).min)
     output = output.masked_fill(empty, 0.0)
-    return output.flatten(1, 2), lse.squeeze(-1).flatten(1, 2), (state,)
+    return output.flatten(1, 2), lse.squeeze(-1).flatten(1, 2), states
 
 
 def empty_rest(values, gate_logits, spec):
