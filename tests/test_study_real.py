@@ -7,7 +7,7 @@ import pytest
 
 from liger_cli.shipped import BASE_DIR, prose
 from study import real
-from study.real import planned, table
+from study.real import best_rates, compared, planned, table
 
 
 @pytest.fixture
@@ -33,6 +33,24 @@ def test_every_row_has_a_name_of_its_own():
     assert len(names) == len(set(names))
     assert names[:3] == ["base", "plain", "calibrated"] and {"paper-0.1M", "best-0.1M", "best-0.5M"} <= set(names)
     assert not any(budget for name, row, budget in planned(1000, None) if row.recipe is None)
+
+
+def test_the_comparison_is_fair(base):
+    """As many sinks as ours, other rates than the published ones, windows of the methods' bytes."""
+    rows = {name: row for name, row, _ in planned(100_000, None, compared(base))}
+    assert rows["lolcats-sinks4-0.1M"].convert == ("--recipe", "lolcats", "--sinks", "4")
+    assert rows["paper-sinks4-0.1M"].recipe == "paper" and "supra-sinks4-0.1M" not in rows
+    for name in ("paper", "lolcats", "supra"):
+        published, other = rows[f"{name}-0.1M"], rows[f"{name}-lr3x-0.1M"]
+        assert other.convert == published.convert and other.recipe == published.recipe and other.changes["stages"]
+    for name in ("gla", "lolcats", "supra"):
+        assert rows[f"window-only-as-{name}"].convert[-2:] == ("--sinks", "4")
+        assert rows[f"window-only-as-{name}-trained-0.1M"].changes["attention"] == "window"
+    tried = [
+        {"name": f"{row}-0.1M", "row": row, "budget": 100_000, "training": {"held_out_perplexity": held_out}}
+        for row, held_out in (("lolcats", 9.0), ("lolcats-lr3x", 8.0), ("lolcats-lr10x", 8.5), ("supra", 7.0))
+    ]
+    assert [result["name"] for result in best_rates(tried)] == ["lolcats, best rate: lolcats-lr3x-0.1M"]
 
 
 def test_rows_are_computed_once(base, tmp_path, capsys):

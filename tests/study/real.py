@@ -21,7 +21,7 @@ from pathlib import Path
 
 from liger_cli.system.errors import LigerError, UsageError, guarded
 from liger_cli.system.outputs import write_whole
-from study.rows import Row, parse_tokens, show_tokens
+from study.rows import RATED, RATES, Row, at_rate, parse_tokens, show_tokens, windows_of_equal_bytes, with_sinks
 from study.unit import liger
 
 FORMAT = 1  # raised when what is measured changes
@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--longer", default="0.5M", help="training tokens of one more run of the best, or none (0.5M)")
     parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
     parser.add_argument("--only", default="*", metavar="ROWS", help="names of rows, with * and ?, by commas")
+    parser.add_argument(
+        "--fair", action="store_true",
+        help="also the published methods with our sinks, at other learning rates, and windows of their bytes",
+    )  # fmt: skip
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no row after that long")
     parser.add_argument("--plan", action="store_true", help="print the rows and compute nothing")
     return parser
@@ -119,7 +123,9 @@ def _run(options: argparse.Namespace) -> None:
             raise UsageError(f"{path} is not there")
     longer = None if options.longer == "none" else parse_tokens(options.longer)
     wanted = [part.strip() for part in options.only.split(",")]
-    rows = [row for row in planned(parse_tokens(options.budget), longer) if any(fnmatch(row[0], one) for one in wanted)]
+    more = compared(options.base) if options.fair else ()
+    units = planned(parse_tokens(options.budget), longer, more)
+    rows = [row for row in units if any(fnmatch(row[0], one) for one in wanted)]
     if any(budget for _, _, budget in rows) and options.data is None:
         raise UsageError("--data names what the rows are trained on; name it, or leave the trained rows out (--only)")
     if options.plan:
@@ -143,9 +149,19 @@ def _run(options: argparse.Namespace) -> None:
         print(path)
 
 
-def planned(budget: int, longer: int | None) -> list[tuple[str, Row, int]]:
-    """(name of the result, row, training tokens), in the order of the table."""
-    found = [(row.name if not row.recipe else f"{row.name}-{show_tokens(budget)}", row, budget) for row in ROWS]
+def compared(base: Path) -> tuple[Row, ...]:
+    """Rows that make the comparison with the published methods a fair one."""
+    published = [row for row in ROWS if row.recipe in RATED]
+    sinks = [replace(with_sinks(row, SINKS), name=f"{row.name}-sinks{SINKS}") for row in published]
+    sinks = [row for row, plain in zip(sinks, published, strict=True) if row.convert != plain.convert]
+    rates = [at_rate(row, factor) for row in published for factor in RATES]
+    return (*sinks, *rates, *(with_sinks(row, SINKS) for row in windows_of_equal_bytes(base, SINKS)))
+
+
+def planned(budget: int, longer: int | None, more: tuple[Row, ...] = ()) -> list[tuple[str, Row, int]]:
+    """(name of the result, row, training tokens), in the order of the table; `more` rows behind the study's own."""
+    rows = (*ROWS, *more)
+    found = [(row.name if not row.recipe else f"{row.name}-{show_tokens(budget)}", row, budget) for row in rows]
     found = [(name, row, tokens if row.recipe else 0) for name, row, tokens in found]
     if longer:
         found += [(f"{row.name}-{show_tokens(longer)}", row, longer) for row in ROWS if row.name in LONGER]
@@ -261,6 +277,7 @@ def _train(row: Row, budget: int, question: Question, converted: Path, adapter: 
         "parameters": report["trainable_parameters"],
         "first_loss": report["first_loss"],
         "last_loss": report["last_loss"],
+        "held_out_perplexity": report["held_out_perplexity"],
         "seconds": time.perf_counter() - began,
     }
 
@@ -342,7 +359,8 @@ def write(home: Path) -> tuple[Path, Path]:
     """Write `rows.jsonl`, every result in a line, and `table.md`."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in (home / "rows").glob("*.json")]
     order = [row.name for row in ROWS]
-    results.sort(key=lambda result: (order.index(result["row"]), result["budget"]) if "row" in result else (99, 0))
+    place = lambda name: order.index(name) if name in order else len(order)  # noqa: E731
+    results.sort(key=lambda result: (place(result["row"]), result["budget"]) if "row" in result else (99, 0))
     write_whole(home / "rows.jsonl", "".join(json.dumps(result) + "\n" for result in results))
     write_whole(home / "table.md", table(results))
     return home / "rows.jsonl", home / "table.md"
@@ -351,6 +369,7 @@ def write(home: Path) -> tuple[Path, Path]:
 def table(results: list[dict]) -> str:
     """One Markdown table for each text, and one of the tasks."""
     done = [result for result in results if "failed" not in result]
+    done += best_rates(done)
     lines = []
     for text in dict.fromkeys(name for result in done for name in result["texts"]):
         buckets = list(done[0]["texts"][text]["kl_by_position"])
@@ -378,6 +397,21 @@ def table(results: list[dict]) -> str:
         lines.append(_line(["examples", *(str((examples.get(name) or {}).get("examples") or "") for name in names)]))
     lines += [f"\nfailed: {result['name']} ({result['failed']})" for result in results if "failed" in result]
     return "\n".join(lines) + "\n"
+
+
+def best_rates(results: list[dict]) -> list[dict]:
+    """Of each published method, where other learning rates were tried, the run with the lowest held-out perplexity."""
+    found = []
+    for name in RATED:
+        names = {name, *(f"{name}-lr{factor:g}x" for factor in RATES)}
+        tried = [
+            result for result in results if result["row"] in names and result["training"].get("held_out_perplexity")
+        ]
+        for budget in dict.fromkeys(result["budget"] for result in tried if result["row"] != name):
+            here = [result for result in tried if result["budget"] == budget]
+            best = min(here, key=lambda result: result["training"]["held_out_perplexity"])
+            found.append({**best, "name": f"{name}, best rate: {best['name']}"})
+    return found
 
 
 def _task(tasks: dict, name: str) -> str:

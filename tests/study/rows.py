@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from pathlib import Path
 
 from liger_cli.checkpoint.reader import read_checkpoint
 from liger_cli.conversion.plan import make_plan, with_defaults
@@ -194,12 +195,13 @@ RATES = (0.3, 3.0, 10.0)
 EQUAL = ("gla", "lolcats", "supra")  # methods beside which a window alone of as many bytes stands
 
 
-def _at_rate(row: Row, factor: float) -> Row:
+def at_rate(row: Row, factor: float) -> Row:
+    """The row at other learning rates."""
     stages = [{**stage, "lr": stage["lr"] * factor} for stage in load_recipe(row.recipe).to_dict()["stages"]]
     return replace(row, name=f"{row.name}-lr{factor:g}x", changes={**row.changes, "stages": stages}, group="rates")
 
 
-SWEEP = tuple(_at_rate(row, factor) for row in TRAINED if row.name in RATED for factor in RATES)
+SWEEP = tuple(at_rate(row, factor) for row in TRAINED if row.name in RATED for factor in RATES)
 
 
 # Rows between which a difference is claimed.
@@ -216,14 +218,18 @@ def base_rows(base: StudyBase) -> tuple[Row, ...]:
     count = layers(base)
     window, alone = ("--mix", "0"), {"window": WINDOW, "mix": 0.0}
     calibrated = with_defaults({"window": WINDOW}, calibrate=True)
+    kept = _cache_bytes(base.folder, {**alone, "kept": KEPT})
     spaced = [every for every in (2, 3, 4, count) if every <= count]
     return (
-        Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base, alone)}")),
+        Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base.folder, alone)}")),
         Row("kept-alone64", (*window, "--calibrate", "--kept", str(KEPT))),
         Row("kept-share64", (*window, "--calibrate", "--kept", f"share:{KEPT}")),
-        Row("kept-auto64", (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base, {**alone, 'kept': KEPT})}")),
+        Row(
+            "kept-auto64",
+            (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base.folder, {**alone, 'kept': KEPT})}"),
+        ),
         # At the bytes of `calibrated`.
-        Row("calibrated-kept-auto", ("--calibrate", "--kept", f"auto:{_cache_bytes(base, calibrated)}")),
+        Row("calibrated-kept-auto", ("--calibrate", "--kept", f"auto:{_cache_bytes(base.folder, calibrated)}")),
         *(
             Row(f"layers-every{every}", (*window, "--softmax-layers", f"every:{every}"), group="softmax kept")
             for every in sorted(set(spaced), reverse=True)
@@ -235,14 +241,14 @@ def base_rows(base: StudyBase) -> tuple[Row, ...]:
     )
 
 
-def windows_of_equal_bytes(base: StudyBase, sinks: int) -> tuple[Row, ...]:
+def windows_of_equal_bytes(folder: Path, sinks: int) -> tuple[Row, ...]:
     """For every published method the window alone with as many bytes (and sinks), untrained and trained."""
     rows = []
     for name in EQUAL:
         settings = {} if name == "gla" else load_recipe(name).model
         kept = 0 if settings.get("window") == 0 else sinks
-        whole = _cache_bytes(base, {**settings, "sinks": kept})
-        alone = [_cache_bytes(base, {"window": window, "mix": 0.0, "sinks": sinks}) for window in (1, 2)]
+        whole = _cache_bytes(folder, {**settings, "sinks": kept})
+        alone = [_cache_bytes(folder, {"window": window, "mix": 0.0, "sinks": sinks}) for window in (1, 2)]
         window = 1 + max(0, whole - alone[0]) // (alone[1] - alone[0])
         options = ("--window", str(window))
         rows.append(Row(f"window-only-as-{name}", ("--mix", "0", *options), control=None, group="control"))
@@ -257,9 +263,9 @@ def with_sinks(row: Row, sinks: int) -> Row:
     return replace(row, convert=(*row.convert, "--sinks", str(sinks)))
 
 
-def _cache_bytes(base: StudyBase, settings: dict) -> int:
-    """Bytes of one sequence's constant cache where every layer has these settings."""
-    return constant_bytes(make_plan(read_checkpoint(base.folder), settings))
+def _cache_bytes(folder: Path, settings: dict) -> int:
+    """Bytes of one sequence's constant cache where every layer of a base has these settings."""
+    return constant_bytes(make_plan(read_checkpoint(folder), settings))
 
 
 def planned(
@@ -305,7 +311,7 @@ def _ordered(bases: list[StudyBase], budgets: list[int], seeds: int, large: int 
         more = {base.name: (*GATE_ROWS, *base_rows(base)) for base in bases}
         if seed == 0:
             yield from (Unit(row, base.name) for base in bases for row in more[base.name])
-            equal = {base.name: windows_of_equal_bytes(base, sinks) for base in bases}
+            equal = {base.name: windows_of_equal_bytes(base.folder, sinks) for base in bases}
             yield from (Unit(row, base.name) for base in bases for row in equal[base.name] if row.recipe is None)
             for budget in budgets:
                 rows = {base.name: (*SWEEP, *(row for row in equal[base.name] if row.recipe)) for base in bases}
