@@ -224,10 +224,7 @@ def base_rows(base: StudyBase) -> tuple[Row, ...]:
         Row("window-auto", (*window, "--window", f"auto:{_cache_bytes(base.folder, alone)}")),
         Row("kept-alone64", (*window, "--calibrate", "--kept", str(KEPT))),
         Row("kept-share64", (*window, "--calibrate", "--kept", f"share:{KEPT}")),
-        Row(
-            "kept-auto64",
-            (*window, "--calibrate", "--kept", f"auto:{_cache_bytes(base.folder, {**alone, 'kept': KEPT})}"),
-        ),
+        Row("kept-auto64", (*window, "--calibrate", "--kept", f"auto:{kept}")),
         # At the bytes of `calibrated`.
         Row("calibrated-kept-auto", ("--calibrate", "--kept", f"auto:{_cache_bytes(base.folder, calibrated)}")),
         *(
