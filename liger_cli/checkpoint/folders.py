@@ -1,5 +1,6 @@
 """Which folder a command takes when none is named: the newest fitting one in the current folder."""
 
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +39,22 @@ def resolve_model(given: str | Path | None, command: str, here: Path | None = No
     if is_main_process():
         print(f"liger: taking {printable(found)}, the newest {kind} model here", file=sys.stderr)
     return found
+
+
+def next_step(kind: str, folder: Path | str) -> str:
+    """What a user does next with a folder of a kind: `plain` (converted and nothing fitted), `calibrated`, ..."""
+    name = shlex.quote(str(folder))
+    return {
+        "plain": (
+            "this folder is the start of a model and none to use yet: nothing in its recurrent branch is fitted; next: "
+            f"liger finetune {name} (which calibrates it first), or convert again with --calibrate (trains nothing)"
+        ),
+        "calibrated": f"next: liger finetune {name}, or liger eval {name} to see what it is worth untrained",
+        "window-only": f"next: liger eval {name}",
+        "adapter": f"next: liger merge {name}",
+        "merged": f"next: liger eval {name}",
+        "evaluated": f"next: liger bench {name}",
+    }[kind]
 
 
 def newest(kinds: tuple[str, ...], here: Path) -> Path:

@@ -326,10 +326,11 @@ def supported_family(config: dict, folder: Path, experimental: bool = False) -> 
         family = experimental_family(str(model_type), config)
     if family is None:
         model_type = model_type if model_type is None else str(model_type)[:100]
-        near = get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
+        near = get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.8)
+        nearest = f" (the nearest is {near[0]})" if near else ""
         raise ModelError(
-            f"model type {model_type!r} is not supported; the nearest is {near[0] if near else 'none'} (`liger "
-            "families` lists all), and --experimental tries the generic mechanism"
+            f"model type {model_type!r} is not supported{nearest}; `liger families` lists what is, and --experimental "
+            "tries the generic mechanism"
         )
     architectures = config.get("architectures")
     wanted = f"{family.prefix}ForCausalLM"

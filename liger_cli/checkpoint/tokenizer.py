@@ -4,12 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from liger_cli.checkpoint.reader import Checkpoint, support_files
+from liger_cli.checkpoint.reader import SENTENCEPIECE, Checkpoint, support_files
 from liger_cli.system.errors import ModelError, is_panic
 from liger_cli.system.untrusted import read_json
 
 CONFIG = "tokenizer_config.json"
 VOCABULARY = "tokenizer.json"
+VOCABULARIES = (VOCABULARY, "vocab.json", "vocab.txt", "tekken.json")
 VOCABULARIES = (VOCABULARY, "vocab.json", "vocab.txt", "tokenizer.model")
 SPARE_IDS = 1 << 20  # that a vocabulary may leave out
 BACKEND = "TokenizersBackend"  # of transformers: tokenizer.json as it stands
@@ -35,6 +36,11 @@ UNNAMED = {
 FILE_FIELD = re.compile(r"\w+_file(_name)?")
 
 
+def has_tokenizer(names) -> bool:
+    """Whether a vocabulary is among a folder's files."""
+    return any(name in VOCABULARIES or SENTENCEPIECE.fullmatch(name) for name in names)
+
+
 def load_tokenizer(folder: Path, config=None):
     """The tokenizer of a folder, as transformers makes it.
 
@@ -48,6 +54,8 @@ def load_tokenizer(folder: Path, config=None):
 
     folder = Path(folder).resolve()
     names = support_files(folder)
+    if not has_tokenizer(names):
+        raise ModelError(f"{folder} has no tokenizer; put the base's tokenizer files (tokenizer.json, ...) there")
     if VOCABULARY in names:
         _check_vocabulary(names[VOCABULARY])
     try:

@@ -22,6 +22,7 @@ from liger_cli.checkpoint.reader import (
     read_checkpoint,
     read_config,
 )
+from liger_cli.checkpoint.tokenizer import has_tokenizer
 from liger_cli.commands.convert_options import ConvertOptions
 from liger_cli.conversion.folder import planned_files, replace_text, write_converted
 from liger_cli.conversion.identity_check import run_gate
@@ -135,6 +136,12 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     if checkpoint.left_out:
         fields = ", ".join(checkpoint.left_out)
         note = f"left out of config.json, since it says how to run a model and not what it is: {fields}"
+        plan = replace(plan, notes=(*plan.notes, note))
+    if not calibrate and any(spec.kept for spec in plan.specs):
+        note = "the scores that choose kept tokens are not fitted: --calibrate fits them"
+        plan = replace(plan, notes=(*plan.notes, note))
+    if not has_tokenizer(checkpoint.support_files):
+        note = f"{source.name} has no tokenizer, so the output has none: finetune and eval need one beside the weights"
         plan = replace(plan, notes=(*plan.notes, note))
     gate = next(spec.gate for spec in plan.specs if spec.kind == "liger")
     target = Path(options.output).expanduser() if options.output else Path(f"{source.short_name}-liger-{gate}")

@@ -7,13 +7,14 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from liger_cli import __version__
 from liger_cli.benchmark.roofline import processor_name
 from liger_cli.system.errors import SetupError
+from liger_cli.system.manifest import pip_install
 from liger_cli.system.wording import counted, size
 
 OPTIONAL = {
-    "flash-linear-attention": "the recurrences on CUDA; pip install 'flash-linear-attention[cuda]>=0.6'",
-    "flash-attn": "the window on CUDA in half precision; pip install 'flash-attn>=2.7'",
+    "flash-linear-attention": "the recurrences on CUDA; " + pip_install("cuda"),
+    "flash-attn": "the window on CUDA in half precision; " + pip_install("cuda"),
     "bitsandbytes": "4-bit bases on CUDA",
-    "lm-eval": "liger eval --tasks; pip install 'lm-eval[ruler,longbench]'",
+    "lm-eval": "liger eval --tasks; " + pip_install("eval"),
     "tensorboard": "liger finetune --report-to tensorboard",
     "wandb": "liger finetune --report-to wandb",
 }

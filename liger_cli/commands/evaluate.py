@@ -5,7 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from liger_cli.checkpoint.folders import resolve_model
+from liger_cli.checkpoint.folders import next_step, resolve_model
 from liger_cli.checkpoint.reader import context_length
 from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.commands.evaluate_options import EvaluateOptions
@@ -76,7 +76,7 @@ def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False,
         subject,
         parts=parts or (() if tasks or asked.samples else PARTS),
         texts=texts,
-        source=SHIPPED_TEXT if asked.data is None else str(asked.data),
+        source=SHIPPED_TEXT if asked.data is None else Path(asked.data).name,
         tasks=tasks,
         distances=distances,
         count=asked.recall_count,
@@ -90,6 +90,7 @@ def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False,
         from liger_cli.evaluation.results_card import keep_result
 
         notes += keep_result(folder, "eval", result)
+    notes.append(next_step("adapter" if subject.kind == "adapter" else "evaluated", folder))
     if quiet:
         return result
     if output_format == "json":

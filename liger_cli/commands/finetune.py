@@ -14,17 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from liger_cli.checkpoint.adapters import ADAPTER_WEIGHTS
-from liger_cli.checkpoint.folders import resolve_model
+from liger_cli.checkpoint.folders import next_step, resolve_model
 from liger_cli.checkpoint.model_code import load_config
-from liger_cli.checkpoint.reader import fingerprint, read_json, read_shard
+from liger_cli.checkpoint.reader import context_length, fingerprint, read_json, read_shard
 from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
 from liger_cli.commands.finetune_options import FinetuneOptions
+from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, ModelError, UsageError
-from liger_cli.system.escape import code_span, markdown, yaml_string
+from liger_cli.system.escape import code_span, markdown, printable, yaml_string
 from liger_cli.system.manifest import new_manifest, write_manifest
 from liger_cli.system.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
 from liger_cli.system.processes import is_launched, is_main_process, launch
+from liger_cli.system.wording import counted, without_folders
 from liger_cli.training.calibrated import (
     calibrated_base,
     calibrated_specs,
@@ -45,6 +47,7 @@ from liger_cli.training.plan import (
 )
 from liger_cli.training.recipes import Recipe, load_recipe, override, recipe_from
 from liger_cli.training.run import train
+from liger_cli.training.view import outcome
 
 RUN = "run.json"
 NONE = "none"  # of --long-data
@@ -69,16 +72,25 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
     _check_calibration_data(asked.calibration_data, base, copy)
     target = Path(asked.output) if asked.output else Path(f"{copy.name if copy else base.folder.name}-lora")
     partial = _partial(target)
+    limit, changes = None if asked.beyond_context else context_length(base.config), asked.changes()
+    if limit and changes.get("seq_len", 0) > limit:
+        _say_limit(changes["seq_len"], limit)
+        changes["seq_len"] = limit
     if copy and resume and not asked.dry_run:
         base, copy = calibrated_base(base, copy, text=asked.calibration_data, make=False), None
     starts = asked.processes > 1 and not is_launched()
     if resume and not starts:
-        recipe, data, checked = _resumed(partial, target, base, recipe, data, asked.changes())
+        recipe, data, checked = _resumed(partial, target, base, recipe, data, changes)
     elif not resume:
         if is_main_process():
             _sweep(partial)
             check_output(target, force, base=base.folder)
-        checked = _with_data(load_recipe(recipe or default_recipe(base)), data, asked.changes())
+        checked = _with_data(load_recipe(recipe or default_recipe(base)), data, changes)
+        if limit and checked.seq_len > limit:
+            _say_limit(checked.seq_len, limit)
+            checked = override(checked, seq_len=limit)
+        if starts:  # here, where it is one sentence, and not in every process
+            check_setup(checked, asked.report_to, fsdp, asked.processes)
         data = data or checked.data
         if (partial / RUN).exists() and not force and not asked.dry_run and is_main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
@@ -176,7 +188,10 @@ def finetune(
         if is_main_process():
             _finish(base, recipe, settings, report, target, partial, force or resume)
             if not quiet:
-                print(f"liger: wrote {target}; merge it with `liger merge {target}`", file=sys.stderr)
+                say(printable(f"wrote {target}"))
+                for sentence in outcome(report):
+                    say(sentence)
+                say(printable(next_step("adapter", target)))
     return report
 
 
@@ -199,6 +214,14 @@ def _check_calibration_data(calibration_data: str | None, base: Base, copy: Path
         )
     if not Path(calibration_data).is_file():
         raise UsageError(f"--calibration-data {calibration_data} is not a file; name a text or a .jsonl file")
+
+
+def _say_limit(seq_len: int, limit: int) -> None:
+    if is_main_process():
+        say(
+            f"the base's context is {limit:,} tokens, so rows have that and not {seq_len:,}; --beyond-context goes "
+            "further"
+        )
 
 
 def default_recipe(base: Base) -> str:
@@ -278,7 +301,8 @@ def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Pa
         f"---\nlibrary_name: peft\nbase_model: {yaml_string(base.folder.name)}\ntags: [liger, lora]\n---\n"
         f"# {markdown(target.name)}\n\n"
         f"A LoRA adapter for the Liger model {code_span(base.folder.name)}, trained with the recipe "
-        f"{code_span(recipe.name)} (recipe.yaml) on {code_span(settings['data'])} for {report['steps_done']} steps. "
+        f"{code_span(recipe.name)} (recipe.yaml) on {code_span(without_folders(settings['data']))} for "
+        f"{counted(report['steps_done'], 'step')}. "
         "log.jsonl and loss.png show the run; `liger merge` makes a model of its own of it.\n"
     )
     with atomic_folder(target, force) as folder:

@@ -72,6 +72,7 @@ class FinetuneOptions:
         "best 0, paper 0",
         panel=BATCHES,
     )
+    beyond_context: bool = option(False, "Rows longer than the context that the base was made for.", panel=BATCHES)
     seed: int | None = of_recipe("Of LoRA's start and the order of the data.", "best 0, paper 0", panel=BATCHES)
     dtype: str = option(
         "auto", "Of the frozen weights in training; auto is bfloat16 on CUDA, float32 elsewhere.", panel=MACHINE

@@ -19,7 +19,7 @@ from liger_cli.checkpoint.adapters import (
     window_only,
 )
 from liger_cli.checkpoint.converted import read_converted
-from liger_cli.checkpoint.folders import resolve_model
+from liger_cli.checkpoint.folders import next_step, resolve_model
 from liger_cli.checkpoint.merged_shards import DTYPES, is_rewritten, write_shard
 from liger_cli.checkpoint.model_code import code_hashes, model_files
 from liger_cli.checkpoint.reader import (
@@ -34,11 +34,14 @@ from liger_cli.checkpoint.reader import (
     read_weights,
 )
 from liger_cli.commands.merge_options import MergeOptions
+from liger_cli.conversion.card import UNTRAINED
+from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
 from liger_cli.system.escape import code_span, markdown, printable
 from liger_cli.system.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
 from liger_cli.system.outputs import LINKS, atomic_folder, check_output, copy_file, place, unchanged
 from liger_cli.system.untrusted import read_bytes
+from liger_cli.system.wording import counted, without_folders
 
 REPLACED = ("README.md", MANIFEST, "config.json")
 
@@ -99,10 +102,12 @@ def run(
     elif not quiet:
         done = "would write" if dry_run else "wrote"
         print(
-            f"liger: {done} {printable(target)}: {report['merged_tensors']} weights merged, "
-            f"{report['linked_shards']} of {report['shards']} shards linked",
+            f"liger: {done} {printable(target)}: {counted(report['merged_tensors'], 'weight')} merged, "
+            f"{report['linked_shards']} of {counted(report['shards'], 'shard')} linked",
             file=sys.stderr,
         )
+        if not dry_run:
+            say(next_step("merged", target))
     return report
 
 
@@ -232,10 +237,11 @@ def _card(adapters: list[Adapter], model: Path, target: Path) -> str:
         text = read_bytes(inside(model, card.name)).decode("utf-8", "replace")
     else:
         text = f"# {markdown(target.name)}\n"
+    text = text.replace(UNTRAINED, "Converting changed no weight; the fine-tuning below did.")
     lines = []
     for adapter in adapters:
         settings = (adapter.manifest or {}).get("settings") or {}
-        recipe, data = recipe_of(adapter).get("name", "unknown"), settings.get("data", "unknown")
+        recipe, data = recipe_of(adapter).get("name", "unknown"), without_folders(settings.get("data", "unknown"))
         lines.append(f"- {code_span(adapter.folder.name)}: recipe {code_span(recipe)}, data {code_span(data)}")
     return (
         f"{text.rstrip()}\n\n## Fine-tuned\n\nThese LoRA adapters are merged into the weights:\n\n"

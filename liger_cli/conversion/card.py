@@ -9,8 +9,9 @@ from liger_cli.checkpoint.reader import Checkpoint, inside
 from liger_cli.conversion.plan import Plan
 from liger_cli.system.errors import ModelError
 from liger_cli.system.escape import code_span, yaml_string
-from liger_cli.system.wording import by_layer
+from liger_cli.system.wording import by_layer, size, without_folders
 
+UNTRAINED = "**Converting changes no weight, and until it is fine-tuned a converted model is worse than its base.**"
 FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
 
 
@@ -22,9 +23,11 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["yaml"] = yaml_string
     environment.filters["code"] = code_span
+    environment.filters["size"] = size
     template = files("liger_cli.templates").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     kinds = [spec.kind for spec in plan.specs]
     return environment.from_string(template).render(
+        untrained=UNTRAINED,
         name=source.name,
         revision=source.revision,
         spec=next(spec for spec in plan.specs if spec.kind == "liger"),
@@ -56,7 +59,7 @@ def _shown_calibration(report: dict | None) -> dict | None:
     kept = report["recurrent_layers"]
     rows = [("the window alone", report["window_only_kl"]), ("this model as converted", report["kl"])]
     return {
-        "text": report["text"],
+        "text": without_folders(report["text"]),
         "tokens": f"{report['tokens']:,}",
         "held_out": f"{report['held_out_tokens']:,}",
         "rows": [(name, f"{value:.4f}") for name, value in rows],

@@ -5,13 +5,13 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 from liger_cli.checkpoint.extras import count as count_extras
-from liger_cli.checkpoint.reader import Checkpoint, layer_index
+from liger_cli.checkpoint.reader import Checkpoint, context_length, layer_index
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.wording import did_you_mean
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 from liger_cli.templates.liger_gates import GATES, state_heads
 
-CONTEXTS = (4 << 10, 32 << 10, 128 << 10)  # tokens
+SHORTEST, LONGEST = 256, 128 << 10  # tokens that memory is told for
 OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
 STATE_BYTES = LOGIT_BYTES = 4  # float32
 POSITION_BYTES = PRIORITY_BYTES = 8
@@ -54,10 +54,11 @@ class Plan:
         """Bytes of all tensors; the shards' headers come on top."""
         return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
 
-    def memory(self, contexts: tuple[int, ...] = CONTEXTS) -> list[dict]:
-        """For one sequence of each length in tokens: bytes that the converted model and the base keep."""
+    def memory(self) -> list[dict]:
+        """For one sequence of each length in tokens, up to the base's context: bytes that model and base keep."""
         rows = []
-        for tokens in contexts:
+        longest = min(LONGEST, context_length(self.checkpoint.config) or LONGEST)
+        for tokens in (longest // part for part in (32, 4, 1) if part == 1 or longest // part >= SHORTEST):
             converted = sum(self._kept(index, spec, tokens) for index, spec in enumerate(self.specs))
             base = sum(self._base_cache(index, tokens) for index in range(len(self.specs)))
             rows.append(
@@ -160,6 +161,12 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
             option = f"--{name.replace('_', '-')} {getattr(spec, name)}"
             why = "without --gate-params learned" if name == "gate_rank" else f"with the gate {spec.gate}"
             notes.append(f"{option} changes nothing {why}")
+    context = context_length(checkpoint.config)
+    for window, mix in dict.fromkeys((spec.window, spec.mix) for spec in specs if spec.kind == "liger"):
+        if window == 0 and mix < 1:
+            notes.append(f"--window 0 leaves out the window: a layer gives {mix:g} of its recurrence (--mix 1: all)")
+        elif context and window >= context:
+            notes.append(f"--window {window} covers the base's context of {context:,} tokens: nothing ever leaves it")
     return Plan(checkpoint, specs, tuple(notes))
 
 

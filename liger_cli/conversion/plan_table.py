@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from liger_cli.checkpoint.folders import next_step
 from liger_cli.conversion.plan import Plan
 from liger_cli.system.console import print_table
 from liger_cli.system.escape import printable
@@ -33,6 +34,13 @@ def print_plan(report: dict, plan: Plan) -> None:
         console.print(f"dry run: {output} was not written", soft_wrap=True)
     else:
         console.print(f"wrote {output} (weights: {report['link']})", soft_wrap=True)
+        console.print(printable(next_step(_state(report, plan), report["output"])), soft_wrap=True)
+
+
+def _state(report: dict, plan: Plan) -> str:
+    if "calibration" in report:
+        return "calibrated"
+    return "plain" if any(spec.kind == "liger" and spec.mix > 0 for spec in plan.specs) else "window-only"
 
 
 def _layers(report: dict) -> Table:
@@ -70,10 +78,10 @@ def describe(layer: dict) -> tuple[str, str]:
 
 
 def _memory(report: dict) -> Table:
-    table = Table(title="memory of one sequence", title_justify="left")
+    table = Table(title="memory of one sequence, up to the base's context", title_justify="left")
     for name in ("tokens", "this model", "base's KV cache", "less by"):
         table.add_column(name, justify="right")
     for row in report["memory"]:
         kept, cache = size(row["state_bytes"]), size(row["kv_cache_bytes"])
-        table.add_row(f"{row['tokens'] // 1024}K", kept, cache, f"{row['ratio']:g}x")
+        table.add_row(f"{row['tokens']:,}", kept, cache, f"{row['ratio']:g}x")
     return table

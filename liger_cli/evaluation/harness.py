@@ -13,6 +13,7 @@ from liger_cli.checkpoint.hub import spare_retries
 from liger_cli.evaluation.scoring import LOGITS_BYTES
 from liger_cli.evaluation.subject import COLUMNS, Subject
 from liger_cli.system.errors import LigerError, SetupError, UsageError
+from liger_cli.system.manifest import pip_install
 from liger_cli.system.wording import did_you_mean
 
 SUITES = {
@@ -182,7 +183,7 @@ def _import():
         from lm_eval.models import huggingface
     except ModuleNotFoundError as error:
         raise SetupError(
-            f"--tasks needs lm-evaluation-harness ({error.name} is missing); pip install 'liger-cli[eval]'"
+            f"--tasks needs lm-evaluation-harness ({error.name} is missing); {pip_install('eval')}"
         ) from None
     return lm_eval, lm_eval.tasks, huggingface
 
@@ -266,7 +267,7 @@ def _as_sentence(error: Exception, tasks) -> LigerError:
         if isinstance(cause, ImportError):
             return SetupError(
                 f"{', '.join(tasks)} needs a package that is missing ({' '.join(str(cause).split())}); "
-                "pip install 'liger-cli[eval]' has those of RULER and LongBench"
+                f"{pip_install('eval')} gets those of RULER and LongBench"
             )
         reasons.append(f"{type(cause).__name__}: {cause}")
         cause = cause.__cause__ or cause.__context__

@@ -5,6 +5,7 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from liger_cli.evaluation.recovery import BASE_FAILS, ERRORS, FAILS_BELOW, LEAST_NATS, NO_GAP, recall_gap, task_gap
 from liger_cli.evaluation.subject import BASE, TITLES
@@ -271,7 +272,7 @@ def eval_notes(result: dict) -> list[str]:
     notes = [f"{column['label']}: {column['source']}. {control}."]
     if column["label"] != BASE:
         notes.append("The original base is not at hand, so no recovery is shown; name it with --against.")
-    else:
+    elif any(table.header[-1] == "recovery" for table in eval_tables(result)):
         notes.append(
             "recovery: the share of the gap between window only and base that the model closes, less than 0 where the "
             "model is worse than window only; of perplexities in nats."
@@ -406,7 +407,7 @@ def bench_tables(result: dict) -> list[Table]:
     rows = {(row["which"], row["position"]): row for row in result["rows"]}
     settings = result["settings"]
     sides = list(dict.fromkeys(row["which"] for row in result["rows"]))
-    where = f"{result['model']['folder']}, {result['model']['dtype']}, batch {settings['batch_size']}"
+    where = f"{Path(result['model']['folder']).name}, {result['model']['dtype']}, batch {settings['batch_size']}"
     tables = []
     for title, columns in BENCH_TABLES.items():
         header = ["tokens", *(f"{which}, {unit}" for _, unit, _ in columns for which in sides)]

@@ -139,12 +139,12 @@ def open_subject(
         "digest"
     ):
         subject.base_label = TUNED
-        subject.base_source = f"{SWITCH}; the weights in {weights} are not the ones that were converted"
+        subject.base_source = f"{SWITCH}; the weights in {weights.name} are not the ones that were converted"
     if against is not None:
         base = _base_folder(against)
         subject.original = _load_original(base, torch_dtype, device)
         _check_same_tokens(subject, base, against)
-        subject.base_label, subject.base_source = BASE, against
+        subject.base_label, subject.base_source = BASE, base.name if Path(against).exists() else against
     elif kind == "merged" and original:
         base = named_base(manifest)
         if base is None:
@@ -153,7 +153,7 @@ def open_subject(
             subject.base_source = f"{SWITCH}; {why if 'created' in manifest else 'no liger.json names the base'}"
         else:
             subject.original = _load_original(base, torch_dtype, device)
-            subject.base_source = str(base)
+            subject.base_source = base.name
     elif kind == "merged":
         subject.base_label, subject.base_source = TUNED, SWITCH
     return subject

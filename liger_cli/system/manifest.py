@@ -52,6 +52,14 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat()
 
 
+def pip_install(extra: str) -> str:
+    """The command that gets the packages of an extra of liger's own, however liger itself was installed."""
+    from importlib.metadata import requires
+
+    wanted = [line.partition(";")[0].strip() for line in requires("liger-cli") or [] if f'extra == "{extra}"' in line]
+    return "pip install " + " ".join(f"'{one}'" for one in wanted)
+
+
 def package_versions() -> dict[str, str | None]:
     """Installed versions, read without importing the packages; None where one is missing."""
     found = {"liger": __version__, "python": ".".join(map(str, sys.version_info[:3]))}

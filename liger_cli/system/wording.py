@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import groupby
 
+FILE = re.compile(r"\.(jsonl?|csv|parquet|txt)(:[\d.]+)?$", re.IGNORECASE)
+FOLDERS = re.compile(r"^.*[/\\\\]")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -19,7 +21,7 @@ def size(count: float, places: int = 1) -> str:
 
 def counted(count: int, what: str) -> str:
     """`1 thread`, `2 threads`."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def read_size(text: str) -> int | None:
@@ -46,6 +48,11 @@ def _runs(numbers: list[int]) -> str:
         str(first) if first == last else f"{first}-{last}"
         for first, last in ((group[0][1], group[-1][1]) for group in groups)
     )
+
+
+def without_folders(sources: str) -> str:
+    """Names of data for others to read: files, by commas, by their names alone; a hub id stays as it is."""
+    return ",".join(FOLDERS.sub("", one.strip()) if FILE.search(one) else one.strip() for one in sources.split(","))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

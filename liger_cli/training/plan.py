@@ -54,9 +54,11 @@ def read_base(folder: Path) -> Base:
     )
 
 
-def check_setup(recipe: Recipe, report_to: str, fsdp: bool) -> None:
+def check_setup(recipe: Recipe, report_to: str, fsdp: bool, processes: int = 1) -> None:
     """Refuse what this machine cannot do, before anything is read or loaded.
 
+    Args:
+        processes: that are going to be started.
     Raises:
         UsageError: an unknown tracker, options that exclude one another. SetupError: a package or device is missing.
     """
@@ -72,7 +74,7 @@ def check_setup(recipe: Recipe, report_to: str, fsdp: bool) -> None:
             raise UsageError("--fsdp cannot change what is trained from stage to stage; run the stages one by one")
         if device() != "cuda":
             raise SetupError("--fsdp needs CUDA devices and there are none: accelerate would run plain DDP instead")
-        if world_size() < 2:
+        if max(processes, world_size()) < 2:
             raise UsageError("--fsdp shards the weights over several processes; give --processes 2 or more")
     if recipe.load_in_4bit:
         if device() != "cuda":

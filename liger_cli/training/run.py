@@ -1,5 +1,6 @@
 """One fine-tuning run: the model, the trainer and its callbacks put together, trained, evaluated and saved."""
 
+import math
 import os
 import pickle
 import shutil
@@ -98,6 +99,7 @@ def train(
         last_step = [one for one in trainer.state.log_history if one["step"] == trainer.state.global_step]
         if loaded.held_out and not any("eval_loss" in one for one in last_step):
             trainer.evaluate()
+        base_loss = trainer.base_loss() if loaded.held_out else None
     seconds = time.perf_counter() - began
     records = read_log(log)
     losses = [record["loss"] for record in records if "loss" in record]
@@ -122,6 +124,7 @@ def train(
         "tokens_per_second": round(view.tokens / view.seconds, 1) if view.seconds else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+        "held_out_perplexity_base": None if base_loss is None else math.exp(min(base_loss, 700)),
         "held_out_perplexity_before": evaluations[0]["eval_perplexity"] if evaluations else None,
         "held_out_perplexity": kept["eval_perplexity"] if kept else None,
     }  # fmt: skip

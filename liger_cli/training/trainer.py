@@ -18,7 +18,7 @@ from liger_cli.system.errors import LigerError, SetupError, write_errno
 from liger_cli.system.processes import is_main_process
 from liger_cli.training.data import Example
 from liger_cli.training.extras import set_trained
-from liger_cli.training.objectives import TrainedModel, counts, divisor, window_dropout
+from liger_cli.training.objectives import TrainedModel, counts, divisor, teacher, window_dropout
 from liger_cli.training.packing import Collator, Schedule, make_rows
 from liger_cli.training.recipes import Recipe, Stage
 from liger_cli.training.streaming import StreamSchedule
@@ -201,6 +201,15 @@ class LigerTrainer(Trainer):
         if stop is not None and stop.best_step == self.state.global_step > 0:
             self.save_adapter(Path(self.args.output_dir, BEST))
         return metrics
+
+    def base_loss(self) -> float:
+        """Cross-entropy a token of the original model on the held-out examples."""
+        self.model.eval()
+        stage, means = self.model.stage, self.model.loss_mean
+        with teacher(self.model):
+            loss = self._held_out(Stage("ce"), "tokens")
+        self.model.stage, self.model.loss_mean = stage, means
+        return loss
 
     def _held_out(self, stage: Stage, means: str) -> float:
         """A stage's objective on the held-out examples."""

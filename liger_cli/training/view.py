@@ -5,12 +5,13 @@ import time
 from pathlib import Path
 
 from liger_cli.system.escape import printable
-from liger_cli.system.wording import size
+from liger_cli.system.wording import counted, size
 from liger_cli.training.reach import LITTLE
 
 SMOOTHING = 0.9
 LINES = 20  # progress lines of a run that is not on a terminal
 ETA_AFTER = 20  # steps
+NOTHING = 0.005  # of a perplexity: a smaller change is none
 
 
 def print_plan(plan: dict) -> None:
@@ -44,7 +45,7 @@ def print_plan(plan: dict) -> None:
     else:
         length = f"{plan['epochs']:g} epochs, {plan['tokens']:,} tokens"
     say(
-        f"recipe {plan['recipe']} ({' then '.join(plan['objectives'])}): {plan['steps']:,} steps of "
+        f"recipe {plan['recipe']} ({' then '.join(plan['objectives'])}): {counted(plan['steps'], 'step')} of "
         f"{plan['batch_size']} x {plan['seq_len']} tokens, {length}"
     )
     if (beyond := plan["beyond_exact_memory"]) is not None:
@@ -61,6 +62,27 @@ def print_plan(plan: dict) -> None:
         f"{size(plan['memory_estimate_bytes'])} of memory (estimate) on the {plan['device']} in {plan['dtype']}"
         + (" over 4-bit weights" if plan["load_in_4bit"] else "")
     )
+
+
+def outcome(report: dict) -> list[str]:
+    """What a run has done to the held-out perplexity, beside the base's, and a sentence where that is nothing."""
+    base, before, after = (
+        report[name] for name in ("held_out_perplexity_base", "held_out_perplexity_before", "held_out_perplexity")
+    )
+    if after is None or before is None:
+        return []
+    beside = f", {base:.3f} the base" if base else ""
+    found = [f"held-out perplexity: {before:.3f} before, {after:.3f} after{beside}"]
+    if base and before - base < NOTHING * base:
+        found.append(
+            "the base was hardly better on this data before the training, so there was nothing to win back; examples "
+            "this short may lie within window and kept tokens (liger eval reads a long text)"
+        )
+    elif abs(before - after) < NOTHING * before:
+        found.append("the training changed next to nothing; try more steps, a higher --lr or other data")
+    elif after > before:
+        found.append("the training made it worse; try a lower --lr")
+    return found
 
 
 class TrainView:
