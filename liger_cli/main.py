@@ -142,7 +142,9 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier demo.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert, fine-tune, merge, evaluate and time the small model that liger ships: minutes on a CPU."""
+    """Convert, fine-tune, merge, evaluate and time the small model that liger ships: minutes on a CPU.
+
+    A demo that was stopped is taken up again by the same command."""
     from liger_cli.commands import demo as module
 
     module.run(folder, force=force, as_json=as_json)

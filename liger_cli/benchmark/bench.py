@@ -33,7 +33,7 @@ def bench(
     new_tokens: int = 16,
     repetitions: int = 5,
     base_limit: float = 60.0,
-    sides: tuple[str, ...] = SIDES,
+    beside: dict[str, Subject] | None = None,
     batch_sweep: bool = False,
 ) -> dict:
     """Measure the model and, with the same weights, its softmax base, both as `generate` runs them.
@@ -44,7 +44,7 @@ def bench(
         new_tokens: steps of each repetition, whose median is one figure.
         repetitions: figures that mean and spread are taken from.
         base_limit: seconds after which a prefill is stopped; longer ones are then not tried.
-        sides: of `SIDES`.
+        beside: other models by what their rows are called, timed in turn with these two.
         batch_sweep: find the largest batch of `seq_len` tokens that fits, too.
     Returns:
         What `--json` prints: `rows`, one for each side and position, with times as means with their spread,
@@ -68,12 +68,17 @@ def bench(
     backend = model_backends(model)
     weights = sum(x.numel() * x.element_size() for x in subject.model.parameters())
     masked = mask_is_given(model)
+    run = {
+        **{which: (subject, which) for which in SIDES},
+        **{name: (one, "model") for name, one in (beside or {}).items()},
+    }
     contestants = [
-        Side(which, _activation(subject, which), model.config.vocab_size, device, batch_size, masked) for which in sides
+        Side(name, _activation(*which), which[0].liger_model.config.vocab_size, device, batch_size, masked)
+        for name, which in run.items()
     ]
     positions = grown_positions(seq_len)
     rows: dict[tuple[str, int], dict] = {}
-    with progress("prefill", len(sides) * len(positions)) as step:
+    with progress("prefill", len(run) * len(positions)) as step:
         for side in contestants:
             _prefills(side, positions, base_limit, PeakMemory(device, weights), rows, step)
     ready = [contestant for side in contestants for contestant in _decodings(side, positions, rows, device)]
@@ -81,7 +86,8 @@ def bench(
     speeds = measure_machine(device, model.dtype)
     for row in rows.values():
         if row["latency_ms"] is not None:
-            cost = step_cost(model, row["cache_shapes"], batch_size, softmax=row["which"] == "base")
+            own = run[row["which"]][0].liger_model
+            cost = step_cost(own, row["cache_shapes"], batch_size, softmax=row["which"] == "base")
             row["roofline_ms"] = limit_ms(cost, speeds)
             row["roofline_fraction"] = row["roofline_ms"] / row["latency_ms"]["mean"]
     sweep = [largest_batch(side, seq_len, base_limit) for side in contestants] if batch_sweep else []

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from liger_cli.benchmark import bench
@@ -12,11 +12,13 @@ from liger_cli.commands import convert, evaluate, finetune, merge
 from liger_cli.evaluation.report import Table, number, percent, print_tables
 from liger_cli.evaluation.results import stamp
 from liger_cli.evaluation.results_card import keep_result
+from liger_cli.evaluation.samples import write_samples
 from liger_cli.evaluation.subject import Subject, open_subject
 from liger_cli.shipped import BASE_DIR
 from liger_cli.shipped.probes import evaluate_recall, held_out_text
-from liger_cli.system.errors import UsageError
+from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.outputs import write_whole
+from liger_cli.system.untrusted import read_json
 from liger_cli.system.wording import size
 
 FOLDER = "liger-demo"
@@ -45,62 +47,41 @@ DISTANCES = (32, 64, 128, 256, 512)
 COUNT = 32
 CHARACTERS = 60_000
 SEQ_LEN = 8192
+SHOWN = (1024, 4096, 8192)  # positions
 
 
 def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool = False) -> dict:
     """Convert, fine-tune, merge, evaluate and time the shipped base; print the table.
 
     Args:
-        folder: to work in; `./liger-demo` by default.
-        force: replace the folder of an earlier demo.
+        folder: to work in; `./liger-demo` by default. A demo that was stopped there is taken up again.
+        force: begin anew in the folder of an earlier demo.
         as_json: print one JSON object instead of the table.
     Returns:
         What `--json` prints; it is also `demo.json` in the folder.
     Raises:
         UsageError: the folder is in the way. LigerError in all its kinds, OSError.
     """
-    import yaml
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    began = time.perf_counter()
-    home = _fresh(Path(folder or FOLDER), force)
-    base = home / "base"
-    shutil.copytree(BASE_DIR, base)
-    write_whole(home / RECIPE_FILE, yaml.safe_dump(RECIPE, sort_keys=False))
-    columns: dict[str, dict] = {}
-    seconds: dict[str, float] = {}
-    # The hybrid first: what `liger eval` takes in this folder afterwards, the newest, is then the plain model.
-    for name, softmax_heads in ((HYBRID, SOFTMAX_HEADS), (NAME, "none")):
-        plain = name == NAME
-        converted, adapter, merged = home / name, home / f"{name}-lora", home / f"{name}-merged"
-        kept = "" if plain else f" --softmax-heads {softmax_heads}"
-        with _step(f"liger convert base {name} --calibrate{kept}", seconds):
-            convert.convert(str(base), str(converted), calibrate=True, softmax_heads=softmax_heads)
-        if plain:
-            with _step(f"liger eval {name}", seconds):
-                columns |= _columns(open_subject(converted), {"model": "converted", "window_only": "window_untrained"})
-        with _step(f"liger finetune {name} --recipe {RECIPE_FILE} --max-steps {STEPS[name]}", seconds):
-            finetune.run(converted, recipe=str(home / RECIPE_FILE), output=adapter, max_steps=STEPS[name])
-        with _step(f"liger merge {name}-lora", seconds):
-            merge.run(adapter, output=merged, quiet=True)
-        with _step(f"liger eval {name}-merged", seconds):
-            subject = open_subject(merged)
-            wanted = {"base": "base", "model": "trained", "window_only": "window"} if plain else {"model": "hybrid"}
-            columns |= _columns(subject, wanted, keep=merged)
-        with _step(f"liger bench {name}-merged --seq-len {SEQ_LEN}", seconds):
-            sides = bench.SIDES if plain else ("model",)
-            timed = bench.bench(subject, seq_len=SEQ_LEN, new_tokens=8, repetitions=3, base_limit=20, sides=sides)
-            keep_result(merged, "bench", timed)
-            _add_speed(columns["trained" if plain else "hybrid"], timed, "model")
-            if plain:
-                _add_speed(columns["base"], timed, "base")
+    home = Path(folder or FOLDER)
+    steps = _Steps(home, _begun(home, force))
+    for name in (NAME, HYBRID):
+        _make(home, name, steps)
+    columns = {one: figures for result in steps.results.values() for one, figures in result.get("columns", {}).items()}
+    timed = steps(f"liger bench {NAME}-merged --seq-len {SEQ_LEN}", lambda: _time(home))
+    for column, figures in timed["columns"].items():
+        columns[column] |= figures
+    seconds = {command: result["seconds"] for command, result in steps.results.items()}
     report = {
         **stamp(),
         "folder": str(home),
+        "finished": True,
         "columns": columns,
+        "sample": steps.results[f"liger eval {NAME}-merged"]["sample"],
         "softmax_heads_of_the_hybrid": SOFTMAX_HEADS,
-        "seconds": {**seconds, "all": round(time.perf_counter() - began, 1)},
+        "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
         "plot": str(home / f"{NAME}-merged" / "bench.png"),
     }
     write_whole(home / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -109,6 +90,71 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
     else:
         print_tables([demo_table(report)], notes=tuple(demo_notes(report)))
     return report
+
+
+class _Steps:
+    """Runs the demo's commands, each once: what one has given stands in the folder's `demo.json`.
+
+    Args:
+        results: of an earlier demo that was stopped: command -> what it gave and the seconds it took.
+    """
+
+    def __init__(self, home: Path, results: dict[str, dict]):
+        self.home, self.results = home, results
+
+    def __call__(self, command: str, work: Callable[[], dict | None]) -> dict:
+        """The result of a command; one of an earlier demo is not run again."""
+        if command in self.results:
+            print(f"$ {command}   (done before)", file=sys.stderr, flush=True)
+            return self.results[command]
+        print(f"$ {command}", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        found = work() or {}
+        self.results[command] = {**found, "seconds": round(time.perf_counter() - began, 1)}
+        write_whole(self.home / REPORT, json.dumps({"finished": False, "steps": self.results}) + "\n")
+        return self.results[command]
+
+
+def _make(home: Path, name: str, steps: _Steps) -> None:
+    """One of the two models: converted, trained, merged and evaluated."""
+    base, converted, adapter, merged = home / "base", home / name, home / f"{name}-lora", home / f"{name}-merged"
+    heads = "none" if name == NAME else SOFTMAX_HEADS
+    option = "" if name == NAME else f" --softmax-heads {heads}"
+    steps(
+        f"liger convert base {name} --calibrate{option}",
+        lambda: convert.convert(str(base), str(converted), calibrate=True, softmax_heads=heads, force=True) and None,
+    )
+    if name == NAME:
+        wanted = {"model": "converted", "window_only": "window_untrained"}
+        steps(f"liger eval {name}", lambda: _evaluated(open_subject(converted), wanted))
+    tuning = {"recipe": str(home / RECIPE_FILE), "output": adapter, "max_steps": STEPS[name], "force": True}
+    steps(
+        f"liger finetune {name} --recipe {RECIPE_FILE} --max-steps {STEPS[name]}",
+        lambda: finetune.run(converted, **tuning) and None,
+    )
+    steps(f"liger merge {name}-lora", lambda: merge.run(adapter, output=merged, quiet=True, force=True) and None)
+    wanted = {"base": "base", "model": "trained", "window_only": "window"} if name == NAME else {"model": "hybrid"}
+    untrained = converted if name == NAME else None
+    steps(f"liger eval {name}-merged", lambda: _evaluated(open_subject(merged), wanted, merged, untrained))
+
+
+def _time(home: Path) -> dict:
+    """The base, the model and the hybrid, step by step in turn: a busy moment of the machine meets them all alike."""
+    merged = home / f"{NAME}-merged"
+    beside = {"hybrid": open_subject(home / f"{HYBRID}-merged")}
+    timed = bench.bench(
+        open_subject(merged), seq_len=SEQ_LEN, new_tokens=8, repetitions=3, base_limit=20, beside=beside
+    )
+    own = {**timed, "rows": [row for row in timed["rows"] if row["which"] not in beside]}
+    own["flatness"] = {which: found for which, found in timed["flatness"].items() if which not in beside}
+    keep_result(merged, "bench", own)
+    columns: dict[str, dict] = {}
+    for which, column in (("base", "base"), ("model", "trained"), ("hybrid", "hybrid")):
+        rows = [row for row in timed["rows"] if row["which"] == which and row["position"] in SHOWN]
+        columns[column] = {
+            name: {str(row["position"]): row[name] for row in rows} for name in ("latency_ms", "cache_bytes")
+        }
+    return {"columns": columns}
 
 
 TITLES = {
@@ -139,25 +185,34 @@ def demo_table(report: dict) -> Table:
 
 
 def demo_notes(report: dict) -> list[str]:
-    """What the columns are, and where everything lies."""
-    columns, home = report["columns"], report["folder"]
+    """What the columns are, one text continued by three of them, and what to do next."""
+    columns, home, sample = report["columns"], report["folder"], report["sample"]
     untrained = columns["window_untrained"]
     return [
         "recall at n: exact answers to questions whose answer stands n tokens back.",
         "base: softmax attention. converted: every layer linearized (gla, window 64, 128 tokens a layer kept by their "
         "score) and calibrated, the weights untouched. trained: after LoRA and merge. window: the trained weights with "
         f"recurrence and kept tokens off (without any training: perplexity {number(untrained['perplexity'])}). "
-        f"hybrid: softmax kept in key/value head {report['softmax_heads_of_the_hybrid']} (layer:head), one of twelve, "
-        "then trained. Speed is a matter of shapes: converted is as fast as trained.",
+        f"hybrid: the same, but that key/value head {report['softmax_heads_of_the_hybrid']} (layer:head), one of "
+        "twelve, keeps its softmax attention and the cache that grows with it: what the memory of constant size does "
+        "not hold, it does. Speed is a matter of shapes: converted is as fast as trained.",
+        f"One text continued: ...{sample['prompt'][-60:]}",
+        *(f"  {name}: {sample[name].strip()}" for name in ("base", "converted", "trained")),
         f"This took {report['seconds']['all']:.0f} s. The models are in {home}; the plot is {report['plot']}.",
-        f"Next: cd {home} && liger eval, or liger bench --seq-len 32768.",
+        "Your own model: liger convert FOLDER-OR-HUB-ID, then liger finetune, liger merge, liger eval and liger bench.",
     ]
 
 
-def _columns(subject: Subject, wanted: dict[str, str], keep: Path | None = None) -> dict[str, dict]:
+def _evaluated(
+    subject: Subject, wanted: dict[str, str], keep: Path | None = None, untrained: Path | None = None
+) -> dict:
     """Perplexity and recall of the wanted columns, under the names they have in the demo.
 
     The base knows nothing but the texts it was trained on: it is read and asked by held-out ones of the same kind.
+
+    Args:
+        keep: the folder that the results are put into.
+        untrained: the converted folder, whose continuation of a text is shown beside the base's and the model's.
     """
     texts = held_out_text(CHARACTERS)
     result = evaluate.evaluate(
@@ -165,38 +220,41 @@ def _columns(subject: Subject, wanted: dict[str, str], keep: Path | None = None)
     )
     if keep is not None:
         keep_result(keep, "eval", result)
-    found = {}
+    columns = {}
     for column, name in wanted.items():
         with subject.column(column) as model:
             recall = evaluate_recall(model, subject.tokenizer, DISTANCES, COUNT)
-        found[name] = {
+        columns[name] = {
             "perplexity": result["perplexity"][column]["token"],
             "recall": {str(distance): share for distance, share in recall.items()},
         }
-    return found
+    if untrained is None:
+        return {"columns": columns}
+    (sample,) = write_samples(subject, texts, 1, ("base", "model"))
+    (before,) = write_samples(open_subject(untrained), texts, 1, ("model",))
+    written = {"prompt": sample["prompt"], "base": sample["base"], "trained": sample["model"]}
+    return {"columns": columns, "sample": {**written, "converted": before["model"]}}
 
 
-def _add_speed(column: dict, timed: dict, which: str) -> None:
-    rows = [row for row in timed["rows"] if row["which"] == which and row["position"] in (1024, SEQ_LEN // 2, SEQ_LEN)]
-    for name in ("latency_ms", "cache_bytes"):
-        column[name] = {str(row["position"]): row[name] for row in rows}
+def _begun(home: Path, force: bool) -> dict[str, dict]:
+    """What was done in the folder before; an empty one, or that of an earlier demo with `force`, is begun anew."""
+    import yaml
 
-
-def _fresh(home: Path, force: bool) -> Path:
+    done: dict[str, dict] = {}
     if home.exists() and any(home.iterdir() if home.is_dir() else (home,)):
-        if not force:
+        found = None if home.is_symlink() or not (home / REPORT).is_file() else read_json(home / REPORT, LigerError)
+        stopped = found is not None and found.get("finished") is False and isinstance(found.get("steps"), dict)
+        if stopped and not force:
+            done = found["steps"]
+        elif not force:
             raise UsageError(f"{home} exists already; name another folder, or replace an earlier demo with --force")
-        if home.is_symlink() or not (home / REPORT).is_file():
+        elif found is None:
             raise UsageError(f"{home} is not the folder of an earlier demo, so --force does not replace it")
-        shutil.rmtree(home)
-    home.mkdir(parents=True, exist_ok=True)
-    write_whole(home / REPORT, json.dumps({"folder": str(home), "finished": False}) + "\n")
-    return home
-
-
-@contextmanager
-def _step(command: str, seconds: dict[str, float]):
-    print(f"$ {command}", file=sys.stderr, flush=True)
-    began = time.perf_counter()
-    yield
-    seconds[command] = round(time.perf_counter() - began, 1)
+        else:
+            shutil.rmtree(home)
+    if not done:
+        home.mkdir(parents=True, exist_ok=True)
+        write_whole(home / REPORT, json.dumps({"finished": False, "steps": {}}) + "\n")
+        shutil.copytree(BASE_DIR, home / "base", dirs_exist_ok=True)
+        write_whole(home / RECIPE_FILE, yaml.safe_dump(RECIPE, sort_keys=False))
+    return done

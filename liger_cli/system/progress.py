@@ -1,7 +1,12 @@
-"""A progress line on stderr that leaves nothing behind, and that is silent where stderr is no terminal."""
+"""Progress on stderr: a line that leaves nothing behind, or, where stderr is no terminal, a line now and then."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from liger_cli.system.console import say
+
+EVERY = 20.0  # seconds between two lines off a terminal
 
 
 @contextmanager
@@ -13,5 +18,14 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
+        task, done, told = bar.add_task(title, total=total), 0, time.monotonic()
+
+        def step() -> None:
+            nonlocal done, told
+            bar.advance(task)
+            done += 1
+            if not console.is_terminal and time.monotonic() - told > EVERY:
+                told = time.monotonic()
+                say(f"{title}: {done} of {total}")
+
+        yield step
