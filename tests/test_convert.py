@@ -157,7 +157,9 @@ def test_local_layers_of_a_mixed_base_stay(sparse_base, here):
 
 
 def test_a_base_of_local_layers_is_linearized_as_a_whole(sparse_base, here):
-    base = sparse_base(model_type="mistral", config={**TINY, "sliding_window": 4096})
+    base = sparse_base(
+        model_type="mistral", config={**TINY, "sliding_window": 4096, "max_position_embeddings": 128 << 10}
+    )
     report, plan = convert(str(base), dry_run=True)
     assert kinds(plan) == ["liger"] * 4
     assert "4096" in report["notes"][0]
