@@ -1,4 +1,4 @@
-"""What the README says can be done: a gate of one's own in ten lines, the paper's ablations by flags alone."""
+"""What the guide to the gates says can be done: one of one's own in ten lines, the paper's ablations by flags alone."""
 
 import json
 import re
@@ -18,17 +18,17 @@ from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_recurrence import chunk_decay, naive_decay
 from liger_cli.training.recipes import load_recipe
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[1] / "liger_cli" / "guides" / "gates.md").read_text(encoding="utf-8")
 ABLATIONS = [
     [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-    for line in README.partition("### The paper's ablations")[2].partition("\n## ")[0].splitlines()
+    for line in GUIDE.partition("## The paper's ablations")[2].partition("\n## ")[0].splitlines()
     if line.startswith("|")
 ][2:]
 
 
 def test_a_gate_in_ten_lines(monkeypatch):
-    """The README's own lines, put into the gates' module, give a gate that the recurrence takes."""
-    code = README.partition("To add one:")[2].partition("```python\n")[2].partition("```")[0]
+    """The guide's own lines, put into the gates' module, give a gate that the recurrence takes."""
+    code = GUIDE.partition("To add one:")[2].partition("```python\n")[2].partition("```")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     function, row = code.split("# in GATES:\n")
     namespace = dict(vars(liger_gates))

@@ -43,6 +43,7 @@ def installed(wheel, tmp_path_factory):
 def test_wheel_holds_every_file_of_the_package(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "liger_cli").rglob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "liger_cli" / "guides").iterdir()}
     for path in (ROOT / "templates").rglob("*"):
         if path.suffix in (".py", ".jinja", ".yaml", ".md"):
             expected.add(f"liger_cli/templates/{path.relative_to(ROOT / 'templates')}")

@@ -1,6 +1,7 @@
-"""The study's summary, which is what the README shows: a column for each base, and what single changes do."""
+"""The study's summary, which the guide shows: a column for each base, what it says, and what single changes do."""
 
 from liger_cli.evaluation.report import Table
+from study.findings import findings
 from study.rows import DOCUMENTS, EQUAL, RATED, WINDOW_ONLY, show_tokens
 
 ROWS = (
@@ -28,7 +29,9 @@ def summary(rows: list[dict]) -> str:
             shown = ("-" if cell is None else f"{_nats(cell['kl'])}; {_share(cell['recall_beyond'])}" for cell in cells)
             table.rows.append([name, tokens, *shown, f"{' / '.join(states)} KiB"])
     varied = [pair for pair in VARIED.items() if any(row["group"] == pair[0] for row in rows)]
-    return "\n\n".join([table.markdown(), *(_varied(rows, *pair) for pair in varied)]) + "\n"
+    said = "\n".join(f"- {sentence}" for sentence in findings(rows))
+    parts = [table.markdown(), *([said] if said else []), *(_varied(rows, *pair) for pair in varied)]
+    return "\n\n".join(parts) + "\n"
 
 
 def best_rates(rows: list[dict]) -> list[dict]:
