@@ -160,6 +160,16 @@ def test_batch(subject):
     assert four == 4 * one
 
 
+def test_another_model_in_the_same_race(subject, sliding):
+    """Its rows stand under its own name, with its own cache; the two sides are what they are without it."""
+    result = bench.bench(subject, seq_len=300, new_tokens=1, repetitions=1, beside={"other": sliding})
+    rows = {row["which"]: row for row in result["rows"]}
+    assert list(rows) == ["model", "base", "other"] and all(row["latency_ms"]["mean"] > 0 for row in rows.values())
+    wanted = cache_bytes(_side(sliding, "model").prefill(300, float("inf"))[1])
+    assert rows["other"]["cache_bytes"] == wanted != rows["model"]["cache_bytes"]
+    assert rows["other"]["roofline_ms"] != rows["model"]["roofline_ms"]
+
+
 @pytest.mark.parametrize("which", ["model", "base"])
 def test_runs_what_generate_runs(subject, which):
     """Reading and stepping hand the model what `generate` does: positions, one position's logits, the text in one

@@ -51,7 +51,7 @@ def test_models_pickle(folder, tmp_path, loader):
     queue = context.Queue()
     worker = context.Process(target=_logits_elsewhere, args=(data, queue))
     worker.start()
-    found = queue.get(timeout=120)
+    found = queue.get(timeout=600)
     worker.join()
     assert torch.equal(torch.from_numpy(found), expected)
 

@@ -359,7 +359,7 @@ def test_load_without_liger(folder_of, tmp_path):
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-I", "-c", script, json.dumps(folders)]
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [f"Liger{family.prefix}ForCausalLM" for family in FAMILIES.values()]
     for name, folder in folders.items():

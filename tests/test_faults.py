@@ -85,7 +85,7 @@ def start(command: list[str], cwd: Path) -> subprocess.Popen:
 
 def run(command: list[str], cwd: Path, **options) -> subprocess.CompletedProcess:
     options = {"env": environment(), **options}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **options)
 
 
 def one_sentence(stderr: str) -> str:
@@ -128,7 +128,7 @@ def kill_and_go_on(here: Path, command: str, number: int, moment: float) -> None
     process = start(words(command), here)
     time.sleep(moment)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert "Traceback" not in stderr, stderr
     # While Python itself is taken down, after the work, a signal ends it by default; a shell shows the same 130 or 143.
     assert process.returncode in (0, KILLED[number], -number), (process.returncode, stderr)
@@ -165,12 +165,12 @@ def test_killed_at_a_random_moment(place, command, number):
 
 def interrupted_when(process: subprocess.Popen, happened, number: int) -> str:
     """Wait for a moment of the run, send the signal, return stderr."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not happened() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()
     process.send_signal(number)
-    return process.communicate(timeout=120)[1]
+    return process.communicate(timeout=600)[1]
 
 
 def test_terminated_training_says_how_to_go_on(place):
@@ -214,7 +214,7 @@ def test_ctrl_c_while_evaluating_leaves_nothing(place):
     assert "measuring" in process.stderr.readline()
     time.sleep(random.Random(1).uniform(0, 0.5))
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 130
     assert one_sentence(stderr) == "liger: interrupted"
     assert digest(place / "made") == before
@@ -231,7 +231,7 @@ def test_killed_calibration_leaves_nothing(place, number):
     said = process.stderr.readline()
     assert said.startswith("liger: calibrating on"), said + process.communicate()[1]
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == KILLED[number]
     if number == signal.SIGTERM:
         assert one_sentence(stderr) == "liger: interrupted"
@@ -255,7 +255,7 @@ def test_signals_before_the_command_begins_are_quiet(place):
         process = start([sys.executable, "-m", "liger_cli", "families"], place)
         time.sleep(moment)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=600)
         # Python itself takes some hundredths of a second to get to our first line; there its own words are unavoidable
         assert process.returncode in (0, KILLED[number], -number), stderr
 
@@ -334,7 +334,7 @@ def test_a_full_standard_output_is_a_sentence(place):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "liger_cli", "families"],
-            cwd=place, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            cwd=place, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=600,
         )  # fmt: skip
     assert done.returncode == 1
     assert "No space left" in one_sentence(done.stderr) and done.stderr.count("\n") == 1
@@ -424,7 +424,7 @@ def test_two_conversions_into_one_output(sparse_base, tmp_path):
     line = [sys.executable, "-m", "liger_cli", "convert", str(base), "out", "--link", "copy"]
     for _ in range(3):
         both = [start(line, tmp_path) for _ in range(2)]
-        ends = [process.communicate(timeout=120)[1] for process in both]
+        ends = [process.communicate(timeout=600)[1] for process in both]
         codes = sorted(process.returncode for process in both)
         assert codes == [0, 2], ends
         assert "exists already" in one_sentence(next(end for end in ends if "exists" in end))

@@ -275,7 +275,7 @@ def command(converted, corpus, output, *more):
 def kill_while_running(words, cwd, after_line):
     """Start, wait for a line of the log that depends on `after_line`, kill."""
     process = subprocess.Popen(words, cwd=cwd, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     log = cwd / "killed.partial" / "log.jsonl"
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and len(log.read_text().splitlines()) >= after_line:

@@ -87,7 +87,7 @@ def test_two_sharded_processes_follow_the_curve_of_one(tiny_base, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "losses.json").read_text())

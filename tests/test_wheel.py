@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command, **options):
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
