@@ -624,6 +624,8 @@ def test_what_the_harness_says_of_a_task():
         }
     }
     assert _details(results, "t") == {"num_fewshot": 5, "version": 1.0, "examples": 3}
+    results["group_subtasks"] = {"group": ["part", "t"], "part": ["t"], "t": []}
+    assert _details(results, "group") == {"num_fewshot": None, "version": None, "examples": 6}
 
 
 def test_groups_without_figures_give_those_of_their_tasks():

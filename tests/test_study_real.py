@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from liger_cli.shipped import BASE_DIR, prose
+from liger_cli.system.errors import UsageError
 from study import real
-from study.real import best_rates, compared, planned, table
+from study.real import best_rates, compared, parse_limits, planned, table
 
 
 @pytest.fixture
@@ -88,6 +89,12 @@ def test_windows_need_the_calibrated_row(base, tmp_path, capsys):
     options = [str(base), "--output", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), "--only", "window"]
     assert real.main(options) == 2
     assert "need the row 'calibrated'" in capsys.readouterr().err
+
+
+def test_limits():
+    assert parse_limits("200,mmlu_local:5") == (200, {"mmlu_local": 5})
+    with pytest.raises(UsageError, match="--limits is '5:mmlu'"):
+        parse_limits("5:mmlu")
 
 
 def test_tasks_have_their_errors():

@@ -205,11 +205,13 @@ def _of_task(results: dict, name: str) -> dict[str, dict]:
 
 
 def _details(results: dict, name: str) -> dict:
-    """What a task's figures rest on; None where a group's tasks differ."""
+    """What a task's figures rest on; None where a group's tasks differ. A group's examples are those of its tasks."""
+    children = results.get("group_subtasks", {}).get(name, [])
+    own = (results.get("n-samples", {}).get(name) or {}).get("effective")
     return {
         "num_fewshot": results.get("n-shot", {}).get(name),
         "version": results.get("versions", {}).get(name),
-        "examples": (results.get("n-samples", {}).get(name) or {}).get("effective"),
+        "examples": sum(_details(results, child)["examples"] or 0 for child in children) if children else own,
     }
 
 

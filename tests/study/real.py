@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ FORMAT = 1  # raised when what is measured changes
 SINKS = 4
 CALIBRATED = "calibrated"
 EQUAL = "EQUAL"  # stands for the window that takes the bytes of the row `calibrated`
+LIMITS = "200,mmlu_local:5"
 TASKS = "piqa_local,arc_easy_local,arc_challenge_local,hellaswag_local,winogrande_local,mmlu_local"
 CONTEXTS = (2048, 8192, 32768)
 # The same for every recipe: what a step sees, how often it is interrupted.
@@ -65,7 +67,7 @@ class Question:
 
     Attributes:
         base, text, data, long_data, calibration_data, include_path: paths, or None. text: files to evaluate on.
-        tasks: of the harness; limit: examples of each.
+        tasks: of the harness; limits: examples of each, see `parse_limits`.
         rows: of 2,048 tokens of each text. needles: at each distance.
         seed: of the training.
     """
@@ -77,7 +79,7 @@ class Question:
     calibration_data: str | None
     include_path: str | None
     tasks: str
-    limit: int
+    limits: str
     rows: int
     needles: int
     seed: int
@@ -101,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration-data", metavar="FILE", help="by default what `liger convert --calibrate` takes")
     parser.add_argument("--tasks", default=TASKS, help="of the harness, by commas; empty for none")
     parser.add_argument("--include-path", metavar="DIR", help="the tasks' YAML files")
-    parser.add_argument("--limit", type=int, default=200, help="examples of each task (200)")
+    parser.add_argument("--limits", default=LIMITS, help=f"examples of each task, others for some ({LIMITS})")
     parser.add_argument("--rows", type=int, default=8, help="rows of 2,048 tokens of each text (8)")
     parser.add_argument("--needles", type=int, default=10, help="at each distance (10)")
     parser.add_argument("--budget", default="0.1M", help="training tokens (0.1M)")
@@ -121,6 +123,7 @@ def _run(options: argparse.Namespace) -> None:
     for path in (options.base, *options.text):
         if not path.exists():
             raise UsageError(f"{path} is not there")
+    parse_limits(options.limits)
     longer = None if options.longer == "none" else parse_tokens(options.longer)
     wanted = [part.strip() for part in options.only.split(",")]
     more = compared(options.base) if options.fair else ()
@@ -136,7 +139,7 @@ def _run(options: argparse.Namespace) -> None:
     absolute = lambda path: None if path is None else str(Path(path).resolve()) if Path(path).exists() else path  # noqa: E731
     question = Question(
         absolute(options.base), tuple(map(absolute, options.text)), absolute(options.data), absolute(options.long_data),
-        absolute(options.calibration_data), absolute(options.include_path), options.tasks, options.limit, options.rows,
+        absolute(options.calibration_data), absolute(options.include_path), options.tasks, options.limits, options.rows,
         options.needles, options.seed,
     )  # fmt: skip
     ends = time.monotonic() + 3600 * options.hours
@@ -193,10 +196,10 @@ def _one(home: Path, name: str, row: Row, budget: int, question: Question) -> st
         ).returncode  # fmt: skip
     if code == 0:
         return "done"
-    if code < 0 or code == 130:
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     lines = [line for line in Path(log.name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    sentence = lines[-1][:400] if lines else "it said nothing"
+    sentence = f"killed by signal {-code}" if code < 0 else lines[-1][:400] if lines else "it said nothing"
     _write(home, name, {"name": name, "key": key, "failed": sentence})
     return f"failed ({sentence})"
 
@@ -305,7 +308,7 @@ def measure(folder: Path, column: str, question: Question) -> dict:
 
     Returns:
         `texts`: for each text perplexity, `kl`, both by position, `needle` and `second_reading`. `tasks`: the
-        harness's figures with their standard errors, and `examples` of each.
+        harness's figures with their standard errors, and its details (how many examples).
     """
     import math
 
@@ -334,14 +337,24 @@ def measure(folder: Path, column: str, question: Question) -> dict:
             "needle": needle(own, subject.tokenizer, text, count=question.needles)[column],
             "second_reading": second_reading(own, text)[column],
         }
-    tasks = None
-    if question.tasks:
-        found = run_tasks(
-            subject, parse_tasks(question.tasks), limit=question.limit, include_path=question.include_path,
-            columns=(column,),
-        )  # fmt: skip
-        tasks = {"figures": found[column], "details": found["details"], "chance": found["chance"]}
+    tasks = {"figures": {}, "details": {}}
+    usual, others = parse_limits(question.limits)
+    names = parse_tasks(question.tasks) if question.tasks else ()
+    for limit in dict.fromkeys(others.get(name, usual) for name in names):
+        chosen = tuple(name for name in names if others.get(name, usual) == limit)
+        found = run_tasks(subject, chosen, limit=limit, include_path=question.include_path, columns=(column,))
+        tasks["figures"] |= found[column]
+        tasks["details"] |= found["details"]
     return {"texts": texts, "tasks": tasks}
+
+
+def parse_limits(text: str) -> tuple[int, dict[str, int]]:
+    """`200,mmlu_local:5` -> 200 examples of a task, but 5 of each of mmlu_local's. Raises UsageError."""
+    usual, *others = text.split(",")
+    try:
+        return int(usual), {name: int(count) for name, count in (other.split(":") for other in others)}
+    except ValueError:
+        raise UsageError(f"--limits is {text!r}, but has to be like {LIMITS}") from None
 
 
 def read(home: Path, name: str) -> dict | None:
@@ -388,13 +401,11 @@ def table(results: list[dict]) -> str:
             cells.append(f"{result['seconds']['convert'] + result['seconds'].get('training', 0):.0f}")
             lines.append(_line([result["name"], *cells]))
         lines.append("")
-    names = list(dict.fromkeys(task for result in done if result["tasks"] for task in result["tasks"]["figures"]))
+    names = list(dict.fromkeys(task for result in done for task in result["tasks"]["figures"]))
     if names:
         lines += _head(["row", *names])
-        for result in (result for result in done if result["tasks"]):
-            lines.append(_line([result["name"], *(_task(result["tasks"], name) for name in names)]))
-        examples = next(result for result in done if result["tasks"])["tasks"]["details"]
-        lines.append(_line(["examples", *(str((examples.get(name) or {}).get("examples") or "") for name in names)]))
+        lines += [_line([result["name"], *(_task(result["tasks"], name) for name in names)]) for result in done]
+        lines.append(_line(["examples", *(_examples(done[0]["tasks"], name) for name in names)]))
     lines += [f"\nfailed: {result['name']} ({result['failed']})" for result in results if "failed" in result]
     return "\n".join(lines) + "\n"
 
@@ -422,6 +433,11 @@ def _task(tasks: dict, name: str) -> str:
         return ""
     error = f" ± {100 * figure['stderr']:.1f}" if figure.get("stderr") is not None else ""
     return f"{100 * figure['value']:.1f}{error}"
+
+
+def _examples(tasks: dict, name: str) -> str:
+    """How many examples a figure rests on; of a group its tasks are not counted."""
+    return str((tasks["details"].get(name) or {}).get("examples") or "")
 
 
 def _head(cells: list[str]) -> list[str]:
