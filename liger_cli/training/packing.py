@@ -17,6 +17,7 @@ from liger_cli.training.data import IGNORED, Example
 if TYPE_CHECKING:
     import torch
 
+SAMPLE = 10_000  # examples, about, that stand for all of them
 POOL = 512  # examples fitted into rows at a time: enough to fill them, small enough to keep batches varied
 
 Row = list[Example]
@@ -109,7 +110,7 @@ class Schedule:
 
     def samples(self) -> list[tuple[float, list[Example]]]:
         """Examples that stand for those of the run, in groups, each with its share of the rows."""
-        return [(1.0, self.examples)]
+        return [(1.0, self.examples[:: max(1, len(self.examples) // SAMPLE)])]
 
     def tokens(self) -> tuple[int, int]:
         """Tokens of the whole run, and how many more are computed as padding."""
