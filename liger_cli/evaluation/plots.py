@@ -72,12 +72,11 @@ def position_plot(result: dict, folder: Path) -> list[str]:
 def _kl_panel(result: dict, axis) -> None:
     values = result["agreement"]
     names = list(values["model"]["by_position"])
-    for column in ("model", "window_only"):
+    for column, shift in (("model", -0.2), ("window_only", 0.2)):
         kl = [values[column]["by_position"][name] for name in names]
-        axis.plot(names, kl, label=TITLES[column], color=COLOURS[column], marker=MARKERS[column], markersize=4)
-    base = result["model"]["base_column"]["label"]
-    axis.set(xlabel="position, tokens", ylabel=f"KL from {base}, nats a token", yscale="log")
-    axis.tick_params(axis="x", labelsize=7)
+        axis.bar([place + shift for place in range(len(names))], kl, 0.4, label=TITLES[column], color=COLOURS[column])
+    axis.set(xlabel="position, tokens", ylabel=f"KL from {result['model']['base_column']['label']}, nats a token")
+    axis.set_xticks(range(len(names)), names, fontsize=7)
 
 
 def _needle_panel(result: dict, axis) -> None:
