@@ -11,7 +11,7 @@ from .liger_backend import recurrence
 from .liger_cache import LigerCacheLayer, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
-from .liger_kept import add_kept, attend_kept, empty_memories, priorities
+from .liger_kept import add_kept, attend_kept, attend_step, empty_memories, priorities
 from .liger_rest import add_rest, empty_rest
 from .liger_window import leaving, reach, window_attention
 
@@ -110,7 +110,9 @@ def mixed_attention(
     sinks = memory = priority = logits = scores = None
     if holds:
         scores = v.new_zeros(v.shape[:3], dtype=torch.float32) if tokens.scores is None else tokens.scores.squeeze(-1)
-        priority = priorities(scores, _places(valid, cache, scores), spec.sinks, valid)
+        sinks_went_by = valid is None and cache is not None and cache.tokens is None and past >= spec.sinks
+        places = _places(valid, cache, scores)
+        priority = priorities(scores, places, 0 if sinks_went_by else spec.sinks, valid)
         memory = None if cache is None else cache.kept
         if settings.rest is not None and not GATES[spec.gate].fixed:
             logits = gate.squeeze(-1)
@@ -138,6 +140,12 @@ def mixed_attention(
             local = within_window()
         elif window == 0 and mix < 1:
             local = torch.zeros_like(rotated_q)
+        elif mix < 1 and length == 1 and memory is not None:
+            local, lse, memory, evicted = run(
+                attend_step, rotated_q, keys, values, priority, seen, memory, window, counts, **attended,
+                sink_logits=settings.sink_logits, logits=logits, need_lse=joint or settings.rest is not None,
+                evict=evicts,
+            )  # fmt: skip
         elif mix < 1:
             seen_from = slice(max(before + start - reach(window), 0), before + start + size)
             local, lse = run(
@@ -159,12 +167,12 @@ def mixed_attention(
                     scores=None if past else scores, logits=logits, evict=evicts, **attended,
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
-            if settings.rest is not None:
-                local, states = run(
-                    add_rest, local, lse, rotated_q[:, :, at], q[:, :, at], evicted, gate[:, :, at], states,
-                    *settings.rest, spec=spec, scaling=settings.scaling,
-                )  # fmt: skip
-            lse = lse if joint else None
+        if settings.rest is not None and lse is not None:
+            local, states = run(
+                add_rest, local, lse, rotated_q[:, :, at], q[:, :, at], evicted, gate[:, :, at], states,
+                *settings.rest, spec=spec, scaling=settings.scaling,
+            )  # fmt: skip
+        lse = lse if joint else None
         remembers = not spec.delayed or states is not None or before + start + rows > window
         if mix == 1 or (mix > 0 and remembers):
             entering = (k[:, :, at], v[:, :, at], None if valid is None else valid[:, at])
@@ -303,16 +311,16 @@ def _for_heads(x, heads: int):
 def _places(valid, cache, like):
     """Which tokens of the text these are, padding aside. valid [B, T] or None -> [B, T]; what it says of padding has
     no meaning."""
-    batch, _, length = like.shape
-    there = valid if valid is not None else torch.ones(batch, length, dtype=torch.bool, device=like.device)
-    return there.cumsum(1) - 1 if cache is None else cache.places(there)
+    if cache is not None:
+        return cache.places(valid, like)
+    return torch.arange(like.shape[2], device=like.device)[None] if valid is None else valid.cumsum(1) - 1
 
 
 def _sinks(k, v, valid, cache, count: int):
     """Keys and values of the first tokens, and how far each lies before the first query (see `window_attention`)."""
     places = _places(valid, cache, k[..., 0])
     first = places[:, -1:] - places.shape[1] + 1  # of the first query, if there were no padding behind it
-    places = places if valid is None else places.masked_fill(~valid, LigerCacheLayer.EMPTY)
+    places = places.expand(len(k), -1) if valid is None else places.masked_fill(~valid, LigerCacheLayer.EMPTY)
     if cache is not None:
         keys, values, places = cache.update_sinks(k, v, places)
     else:

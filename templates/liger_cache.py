@@ -28,7 +28,7 @@ class LigerCacheLayer(CacheLayerMixin):
             update.
         window_priority: [B, Hkv, <= window - 1] int64, of the tokens of `keys`, or None. window_logits: of the gate,
             float32, or None.
-        tokens: [B] int64, tokens seen but for padding; None where nothing asks for it.
+        tokens: [B] int64, tokens seen but for padding; None while no padding was seen, or where nothing asks for it.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
         softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
             layer has none. softmax_valid: [B, S] bool, None while no padding was seen.
@@ -93,11 +93,11 @@ class LigerCacheLayer(CacheLayerMixin):
         (keys, values, priority, logits), valid = _appended(before, new, self.valid, valid)
         self.cumulative_length += key_states.shape[2]
         first = max(keys.shape[2] - max(self.window - 1, 0), 0)
-        # A slice would keep the whole text's keys alive.
-        self.keys, self.values = keys[:, :, first:].clone(), values[:, :, first:].clone()
+        # A slice would keep the whole text's keys alive; after a step that is one token.
+        step = key_states.shape[2] == 1
+        last = lambda x: None if x is None else x[:, :, first:] if step else x[:, :, first:].clone()  # noqa: E731
+        self.keys, self.values, self.window_priority, self.window_logits = map(last, (keys, values, priority, logits))
         self.valid = None if valid is None else valid[:, first:].clone()
-        self.window_priority = None if priority is None else priority[:, :, first:].clone()
-        self.window_logits = None if logits is None else logits[:, :, first:].clone()
         return keys, values, valid, priority, logits
 
     def update_sinks(self, key_states, value_states, places):
@@ -119,9 +119,21 @@ class LigerCacheLayer(CacheLayerMixin):
         )
         return self.sink_keys, self.sink_values, self.sink_positions
 
-    def places(self, valid):
-        """Count T tokens. valid [B, T] bool, false at padding -> which tokens of the text they are, from 0, [B, T]."""
-        counted = valid.cumsum(1) if self.tokens is None else self.tokens[:, None] + valid.cumsum(1)
+    def places(self, valid, like):
+        """Count T tokens. Call before `update`.
+
+        Args:
+            valid: [B, T] bool, false at padding, or None.
+            like: [B, Hkv, T], of the same tokens.
+        Returns:
+            [B or 1, T], which tokens of the text they are, from 0.
+        """
+        batch, _, length = like.shape
+        if valid is None and self.tokens is None:
+            return torch.arange(length, device=like.device)[None] + self.cumulative_length
+        there = torch.ones(batch, length, dtype=torch.bool, device=like.device) if valid is None else valid
+        before = self.cumulative_length if self.tokens is None else self.tokens[:, None]
+        counted = before + there.cumsum(1)
         self.tokens = counted[:, -1].clone()
         return counted - 1
 

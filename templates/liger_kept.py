@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from .liger_products import by_heads, product
-from .liger_window import log_denominator, soft_capped
+from .liger_window import log_denominator, soft_capped, softmax_weights
 
 # Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
 BLOCK = 64
@@ -29,6 +29,8 @@ EMPTY = torch.iinfo(torch.int64).min  # priority of padding, and of a place wher
 def keep_scores(k, weight):
     """Scores of keys. k [B, Hkv, T, D] before RoPE, weight [Hkv, D] -> [B, Hkv, T, 1] float32, with gradients."""
     scores = k.float() @ weight.float().unsqueeze(-1)
+    if not torch.is_grad_enabled():
+        return scores  # `priorities` rounds them
     return scores + ((scores.detach() * STEPS).round() / STEPS - scores.detach())
 
 
@@ -36,7 +38,7 @@ def priorities(scores, places, sinks: int = 0, valid=None):
     """By which tokens are kept: the highest are.
 
     Args:
-        scores: [B, Hkv, T]. places: [B, T] int64, which tokens of the text they are.
+        scores: [B, Hkv, T]. places: [B or 1, T] int64, which tokens of the text they are.
         sinks: the first tokens, which come before all others.
         valid: [B, T] bool, false at padding; None where there is none.
     Returns:
@@ -44,7 +46,8 @@ def priorities(scores, places, sinks: int = 0, valid=None):
     """
     places = places.unsqueeze(1)
     steps = (scores.detach() * STEPS).round().clamp(-HIGHEST, HIGHEST).to(torch.int64)
-    found = (steps.masked_fill(places < sinks, HIGHEST + 1) << 32) + places
+    steps = steps.masked_fill(places < sinks, HIGHEST + 1) if sinks else steps
+    found = (steps << 32) + places
     return found if valid is None else found.masked_fill(~valid.unsqueeze(1), EMPTY)
 
 
@@ -53,17 +56,18 @@ def head_groups(counts: tuple[int, ...], groups: int, device):
     """Key/value heads that keep equal numbers of tokens, in order of these.
 
     Returns:
-        For each group its number, its key/value heads and their query heads; and where each query head is found when
-        the groups' lie one behind the other. None in place of indices where there is only one group.
+        For each group its number, its key/value heads and their query heads; and where each query head and each
+        key/value head is found when the groups' lie one behind the other. None in place of indices where there is only
+        one group.
     """
     if len(set(counts)) == 1:
-        return ((counts[0], None, None),), None
+        return ((counts[0], None, None),), None, None
     with torch.inference_mode(False):
         found = []
         for count in sorted(set(counts)):
             heads = torch.tensor([head for head, other in enumerate(counts) if other == count], device=device)
             found.append((count, heads, (heads[:, None] * groups + torch.arange(groups, device=device)).flatten()))
-        return tuple(found), torch.cat([queries for *_, queries in found]).argsort()
+        return tuple(found), *(torch.cat([one[place] for one in found]).argsort() for place in (2, 1))
 
 
 def attend_kept(
@@ -76,7 +80,7 @@ def attend_kept(
         counts: of each key/value head.
         memory: the tensors of each of `head_groups`, one group behind the other, or None.
     """
-    groups, order = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
+    groups, order, back = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
     found, size = [], 3 if logits is None else 4
     for index, (count, heads, queries) in enumerate(groups):
         part = (q, keys, values, priority, scores, logits)
@@ -89,11 +93,7 @@ def attend_kept(
     memory = tuple(x for one in memories for x in one)
     if order is None:
         return outputs[0], denominators[0], memory, evicted[0]
-    if evict:
-        back = torch.cat([heads for _, heads, _ in groups]).argsort()
-        evicted = tuple(torch.cat(parts, dim=1)[:, back] for parts in zip(*evicted, strict=True))
-    else:
-        evicted = None
+    evicted = tuple(torch.cat(parts, dim=1)[:, back] for parts in zip(*evicted, strict=True)) if evict else None
     return torch.cat(outputs, dim=1)[:, order], torch.cat(denominators, dim=1)[:, order], memory, evicted
 
 
@@ -298,16 +298,7 @@ def _alive(since, until, start: int, stop: int):
 def _step(q, held, start: int, memory, scaling: float, softcap, dropout: float, evict: bool):
     """One query: the token that leaves the window takes the place of the lowest kept one, where it is higher."""
     new = _entering(held, start, 1)
-    gone = new
-    if start >= 0:
-        lowest, place = memory[2].min(dim=2, keepdim=True)
-        better = new[2] > lowest
-        places = [place if x.ndim == 3 else place.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]) for x in memory]
-        old = [x.gather(2, index) for x, index in zip(memory, places, strict=True)]
-        put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
-        entries = zip(memory, places, _chosen(better, new, old), strict=True)
-        memory = tuple(put(x, 2, index, entry) for x, index, entry in entries)
-        gone = _chosen(better, old, new) if evict else None
+    memory, gone = _replaced(memory, new, evict) if start >= 0 else (memory, new)
     evicted = _evicted(gone) if evict else None
     keys, values, priority, *_ = memory
     visible = (priority > EMPTY).unsqueeze(2)
@@ -318,6 +309,77 @@ def _step(q, held, start: int, memory, scaling: float, softcap, dropout: float, 
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     output = (weights @ values.float()).masked_fill(nothing.unsqueeze(-1), 0.0)
     return output.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2), memory, evicted
+
+
+def _replaced(memory, new, evict: bool):
+    """The memory with a token [B, H, 1, ...] in the place of the lowest kept one, where it is higher; and what is not
+    in it any more, or None. Without gradients the memory is written to."""
+    if memory[2].shape[2] == 0:
+        return memory, new
+    lowest, place = memory[2].min(dim=2, keepdim=True)
+    better = new[2] > lowest
+    places = [place if x.ndim == 3 else place.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]) for x in memory]
+    old = [x.gather(2, index) for x, index in zip(memory, places, strict=True)]
+    put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
+    entries = zip(memory, places, _chosen(better, new, old), strict=True)
+    memory = tuple(put(x, 2, index, entry) for x, index, entry in entries)
+    return memory, _chosen(better, old, new) if evict else None
+
+
+def attend_step(
+    q, keys, values, priority, valid, memory, window: int, counts: tuple[int, ...], scaling: float, softcap=None,
+    sink_logits=None, dropout: float = 0.0, logits=None, need_lse: bool = False, evict: bool = False,
+):  # fmt: skip
+    """One query: window, sinks and kept tokens in one softmax.
+
+    Args:
+        q: [B, Hq, 1, D]. keys, values, priority, logits: [B, Hkv, S, ...], of the S <= window + 1 last tokens.
+        valid: [B, S] bool, false at padding; None where there is none.
+        memory, counts: as of `attend_kept`. sink_logits: as of `window_attention`.
+    Returns:
+        o [B, Hq, 1, D] float32, lse [B, Hq, 1] or None, the new memory and what is evicted, as `attend_kept`.
+    """
+    groups, _, back = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
+    held = (keys, values, priority) if logits is None else (keys, values, priority, logits)
+    size, leaves, lowest = len(held), keys.shape[2] > window, torch.finfo(torch.float32).min
+    new = [x[:, :, :1] for x in held] if leaves else _entering(held, -1, 1) if evict else None
+    found, gone = [], []
+    for index, (_, heads, _) in enumerate(groups):
+        part = memory[size * index : size * (index + 1)]
+        own = new if new is None or heads is None else [x[:, heads] for x in new]
+        part, left = _replaced(part, own, evict) if leaves else (part, own)
+        found.append(part)
+        gone.append(left)
+
+    def scored(q, keys, hidden):
+        scores = q @ keys.float().mT
+        scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+        return scores if hidden is None else scores.masked_fill(hidden, lowest)
+
+    q = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() * scaling  # [B, Hkv, G, D]
+    near = slice(int(leaves), None)
+    parts = []
+    for (count, heads, _), part in zip(groups, found, strict=True):
+        own = scored(q if heads is None else q[:, heads], part[0], (part[2] == EMPTY).unsqueeze(2))
+        parts.append(own if back is None else torch.nn.functional.pad(own, (0, max(counts) - count), value=lowest))
+    far = parts[0] if back is None else torch.cat(parts, dim=1)[:, back]
+    local = scored(q, keys[:, :, near], None if valid is None else ~valid[:, None, None, near])
+    sink_logits = None if sink_logits is None else sink_logits.float().view(1, keys.shape[1], -1)
+    weights, lse = softmax_weights(torch.cat([local, far], dim=3), sink_logits, need_lse, dropout)
+    width = local.shape[3]
+    outputs = [
+        (weights if heads is None else weights[:, heads])[..., width : width + count] @ part[1].float()
+        for (count, heads, _), part in zip(groups, found, strict=True)
+    ]
+    output = outputs[0] if back is None else torch.cat(outputs, dim=1)[:, back]
+    output = output + weights[..., :width] @ values[:, :, near].float()
+    evicted = None
+    if evict:
+        evicted = tuple(
+            x if back is None else x[:, back] for x in _evicted([torch.cat(x, dim=1) for x in zip(*gone, strict=True)])
+        )
+    lse = None if lse is None else lse.flatten(1, 2).unsqueeze(2)
+    return output.flatten(1, 2).unsqueeze(2), lse, tuple(x for part in found for x in part), evicted
 
 
 def add_kept(local, lse, kept, kept_lse):
@@ -344,7 +406,7 @@ def empty_memory(keys, values, count: int, logits=None):
 
 def empty_memories(keys, values, counts: tuple[int, ...], logits=None):
     """`empty_memory` for each of `head_groups`, one group behind the other."""
-    groups, _ = head_groups(counts, 1, keys.device)
+    groups, *_ = head_groups(counts, 1, keys.device)
     pick = lambda x, heads: x if x is None or heads is None else x[:, heads]  # noqa: E731
     parts = [empty_memory(pick(keys, heads), pick(values, heads), count, pick(logits, heads))
              for count, heads, _ in groups]  # fmt: skip

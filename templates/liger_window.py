@@ -207,7 +207,7 @@ def _attend_by_heads(q, k, v, blocks, window, scaling, valid, softcap, sink_logi
     else:
         scores = soft_capped(scores, bias, scaling, softcap)
     logits = None if sink_logits is None else sink_logits.to(scores.dtype).view(1, -1, 1, 1)
-    weights, lse = _weights(scores, logits, need_lse, dropout)
+    weights, lse = softmax_weights(scores, logits, need_lse, dropout)
     o = product(weights.to(v.dtype), v.mT)
     return o.view(q.shape), None if lse is None else lse.flatten(2)
 
@@ -265,7 +265,7 @@ def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dr
     if sink_logits is not None:
         logits = sink_logits.to(scores.dtype).view(1, k.shape[1], 1, groups, 1)
         logits = logits.expand(-1, -1, -1, -1, shape[3] // groups).reshape(1, k.shape[1], 1, -1)
-    weights, lse = _weights(scores, logits, need_lse, dropout)
+    weights, lse = softmax_weights(scores, logits, need_lse, dropout)
     return weights.to(v.dtype) @ v, lse
 
 
@@ -295,7 +295,7 @@ class _LogDenominator(torch.autograd.Function):
         return gradient.unsqueeze(-1) * weights, None
 
 
-def _weights(scores, sink_logits, need_lse, dropout):
+def softmax_weights(scores, sink_logits, need_lse, dropout):
     """Softmax weights, and the log of their denominator or None. sink_logits broadcast to the scores' rows, or None."""
     weights = scores.softmax(-1)
     lse = log_denominator(scores, weights) if need_lse is True or sink_logits is not None else None

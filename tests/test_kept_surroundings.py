@@ -86,9 +86,7 @@ def test_roofline_counts_kept_tokens(tiny_base, tmp_path):
     added += sum(x.numel() for name, x in named.items() if name.endswith("swa_scale"))
     assert added == 4 * (2 * 16 + 4 + 4)
     cost = step_cost(subject.model, shapes, batch_size=1)
-    held = (
-        2 * (16 + 24) * (2 * 16 * 4 + 8) + 8
-    )  # keys, values and priorities of two heads, and how many tokens there were
+    held = 2 * (16 + 24) * (2 * 16 * 4 + 8)  # keys, values and priorities of two heads
     assert cost["bytes"] == 4 * ours + 4 * held
     assert cost["flops"] == 2 * ours + 4 * 2 * 2 * (16 + 24) * 16 * 4
     assert step_cost(subject.model, [], 1, softmax=True)["bytes"] == 4 * (ours - added)

@@ -91,7 +91,7 @@ class Plan:
         in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
         # Room for sinks and kept tokens is there from the first token on.
         cached = (in_window + spec.sinks) * heads + kept
-        places = 1 if scored else spec.sinks + bool(spec.sinks)  # of each sink, and how many tokens came by
+        places = 0 if scored else spec.sinks
         each = PRIORITY_BYTES * scored + LOGIT_BYTES * (rest > 0 and not gate.fixed)
         other = cached * each + places * POSITION_BYTES
         return state * STATE_BYTES + cached * self._token_bytes() // sizes.num_key_value_heads + other
