@@ -29,8 +29,7 @@ COPY, LORA = "plain-calibrated", "plain-calibrated-lora"
 @pytest.fixture
 def here(tiny_base, tmp_path, monkeypatch):
     """The current folder: a base, its plain conversion (window 4), one with a softmax layer, and a text."""
-    for name, value in (("ROW_TOKENS", 64), ("ROWS", 6), ("HELD_OUT", 2)):
-        monkeypatch.setattr(calibrate, name, value)
+    monkeypatch.setattr(calibrate, "SEQ_LEN", 64)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base(), "base")
     convert.convert("base", "plain", settings={"window": 4}, softmax_layers="3")

@@ -136,10 +136,11 @@ def text(tmp_path_factory):
 def made(tiny_base, text, tmp_path_factory):
     """A calibrated folder that keeps so many tokens that they cannot but help; tests must not write into it."""
     folder = tmp_path_factory.mktemp("calibrated") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "ROW_TOKENS", 64)
-        settings = {"window": 4, "kept": 40}
-        convert(str(tiny_base()), str(folder), settings=settings, calibrate=True, calibration_data=str(text))
+    settings = {"window": 4, "kept": 40, "sinks": 0, "normalizer": "running"}
+    convert(
+        str(tiny_base()), str(folder), settings=settings, calibrate=True, calibration_data=str(text),
+        calibration_seq_len=64,
+    )  # fmt: skip
     return folder
 
 
@@ -151,9 +152,10 @@ def test_card(made, text):
     section = card.partition("## Calibration")[2].partition("## Use")[0]
     shown = str(text).replace("`", "'").replace("|", "\\|")
     assert f"{measured['tokens']:,} tokens of `{shown}`" in section
-    assert f"Measured on {measured['held_out_tokens']:,} tokens of held-out rows of that text" in section
-    assert f"| the window alone | {measured['window_only_kl']:.4f} |" in section
-    assert f"| this model as converted | {measured['kl']:.4f} |" in section
+    assert f"Measured on {measured['held_out_tokens']:,} tokens of `{measured['held_out']}`, a text" in section
+    for name, title in (("window_only", "the windows and sinks alone"), ("model", "this model as converted")):
+        row = " | ".join(f"{value:.4f}" for value in measured["kl_by_position"][name].values())
+        assert f"| {title} | {row} |" in section
     assert "calibrated on" not in card.partition("## Calibration")[0]
 
 

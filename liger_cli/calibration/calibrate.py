@@ -2,381 +2,472 @@
 
 The base runs as it is; each layer is fitted on the hidden states that the base gives it, so no layer waits for another:
 
-1. `keep_score`: logistic regression, on a key before its rotary embedding, of how much later queries attend to it from
-   beyond the window.
-2. Where asked for, the kept tokens are shared out between the layers (see `kept_shares`).
-3. `grm_scale`, `swa_scale`: ridge regression of the softmax layer's output, after the output projection, on the output
-   of each head's two branches. The penalty draws towards the window alone (0 and 1). With the joint normaliser only the
-   odds of the two branches count, and those are searched for each head.
+1. One pass over the rows to fit on: which tokens each key/value head keeps (`fits.fit_keep_score`), and what the state of
+   the evicted ones stands for, for every number of kept tokens (`fits.StateFit`).
+2. One pass forward and backward over other rows: what every head lacks with every number of kept tokens, with and without
+   a state, and what that costs (`costs`). Exact memory goes where it is worth most (`allotment`).
+3. A third text, of another kind and in longer rows, says what came of it; nothing is chosen by it.
 
-No weight of the base changes. Rows that took no part decide whether a layer keeps its recurrent branch, and whether the
-whole model is nearer to the base than its window; where it is not, the window and the kept tokens run alone.
+No weight of the base changes.
 """
 
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from liger_cli.calibration.kept_shares import shared_out
-from liger_cli.calibration.meter import Meter, distances, load_base, not_finite, open_meter
+from liger_cli.calibration.allotment import Head, Option, allot
+from liger_cli.calibration.base import extra_values, load_base, not_finite
+from liger_cli.calibration.branches import fit_branches
+from liger_cli.calibration.costs import HeadCosts
+from liger_cli.calibration.fits import StateFit, fit_keep_score
+from liger_cli.calibration.layerwise import visit, visit_backward
+from liger_cli.calibration.memories import draw_queries, parts_of, ranks, sizes_below
 from liger_cli.calibration.text import Text
 from liger_cli.checkpoint.extras import extra_shapes
-from liger_cli.conversion.card import share_note
+from liger_cli.checkpoint.reader import context_length
 from liger_cli.conversion.plan import Plan
-from liger_cli.conversion.plan_edits import resized, without_recurrence
+from liger_cli.conversion.plan_edits import liger_layers, with_heads, with_softmax
+from liger_cli.conversion.requests import Request
+from liger_cli.evaluation.position import modes, score_positions
+from liger_cli.evaluation.scoring import make_rows, read_texts
+from liger_cli.evaluation.subject import load_tokenizer
+from liger_cli.shipped import prose
 from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, UsageError
-from liger_cli.system.progress import progress
-from liger_cli.templates.liger_transformers import CACHE
+from liger_cli.system.wording import duration, size
+from liger_cli.templates.liger_kept import keep_scores
 
-ROWS, SHARED_BY, HELD_OUT, ROW_TOKENS = 24, 8, 8, 512
-TEXT_KINDS = ("story", "facts", "recall", "drill", "chat")
-RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
-NEWTON_STEPS = 12
-PENALTY = 1.0  # of the logistic regression, on weights of standardised channels
-SCORED = "window attention with kept tokens, scores fitted, without a recurrence"
-ODDS = [2.0**power for power in range(-8, 13)]  # of the recurrence against the window, for the joint normaliser
+SEQ_LEN = 2048  # tokens of a row that is fitted on
+FIT_ROWS, CHOICE_ROWS, HELD_OUT_ROWS = 4, 2, 2
+LEAST_ROWS, LEAST_LENGTH = 3, 32  # shorter rows where the text has fewer; in tokens
+OWN = "self"  # the base writes the text
+LONGER = 1.5  # held-out rows, than the others
+SCORE_QUERIES, FIT_QUERIES, CHOICE_QUERIES = 256, 128, 256  # of a row that stand for all
+FITTED_ON, HELD_OUT = "shipped prose (Moby-Dick)", "shipped prose (Opticks)"
+PASSES = 9  # of a row's length through the base, about, that a calibration takes for each row
 
 
 @dataclass
-class Statistics:
-    """What one layer's fit needs, summed over the rows.
+class Rows:
+    """Token ids: to fit on, to choose by, and to judge by; the last with one token more, [N, T] and [N, T + 1]."""
 
-    Attributes:
-        keys: per batch [Hkv, N, D], before the rotary embedding; weights [Hkv, N] in [0, 1]: how much each is attended
-            to from beyond the window.
-        gram: [2 Hq, 2 Hq] products of the branches' outputs, the recurrences first; target: [2 Hq], with the softmax
-            layer's output; power: of the softmax layer's output.
-    """
-
-    keys: list
-    weights: list
-    gram: torch.Tensor | None = None
-    target: torch.Tensor | None = None
-    power: float = 0.0
+    fit: torch.Tensor
+    choice: torch.Tensor
+    held_out: torch.Tensor
+    text: str
 
 
-def calibrate(plan: Plan, data: str | Text | None = None, share: bool = False) -> tuple[Plan, dict, dict]:
-    """Fit the extra tensors of a plan.
+def wanted_tokens() -> int:
+    """Tokens that a calibration fits on and chooses by, where the text has as many."""
+    return (FIT_ROWS + CHOICE_ROWS) * SEQ_LEN
+
+
+def calibrate(
+    plan: Plan,
+    data: str | Text | None = None,
+    request: Request | None = None,
+    fit: bool = True,
+    seq_len: int | None = None,
+) -> tuple[Plan, dict, dict]:
+    """Fit the extra tensors of a plan, and choose where exact memory stays.
 
     Args:
-        plan: its Liger layers have `branch_scales` or `kept` tokens.
-        data: a text or .jsonl file, or token ids; a shipped text by default.
-        share: share the kept tokens out between the layers; see `kept_shares`.
+        plan: its Liger layers have `kept` tokens, a state of evicted tokens (`rest`), or `branch_scales`.
+        data: a text or .jsonl file, token ids, or `self` for text that the base writes; shipped prose by default.
+        request: what is to be chosen.
+        fit: with False layers and heads are chosen beside the windows alone, and nothing is fitted.
+        seq_len: tokens of a row, at most the base's context; `SEQ_LEN` by default.
     Returns:
-        The plan, with the kept tokens shared out, or without any where even they made the window worse; the values of
-        its extra tensors, NumPy arrays by name; and what was measured: the section `calibration` of liger.json.
+        The plan with what was chosen; the values of its extra tensors, NumPy arrays by name; and what was measured.
     Raises:
-        UsageError: nothing to fit. ModelError: the base cannot be loaded. LigerError: too little text, or numbers that
-        are not finite.
+        UsageError: nothing to fit, or more to choose than there is. ModelError: the base cannot be loaded. LigerError:
+        too little text, or numbers that are not finite.
     """
-    if not any(spec.branch_scales or spec.kept for spec in plan.specs):
-        raise UsageError("--calibrate has nothing to fit; add --branch-scales or --kept")
+    request = request or Request()
+    if fit and not any(spec.branch_scales or spec.kept or spec.rest for spec in plan.specs):
+        raise UsageError("--calibrate has nothing to fit; add --kept or --branch-scales")
+    check_data(data)
     start = time.perf_counter()
-    model = load_base(plan)
-    rows, shared_by, held_out = text_rows(plan, model, data)
-    tokens = rows.numel() + share * shared_by.numel()
-    say(f"calibrating on {tokens:,} tokens, held out {held_out.numel():,}")
-    name = data.name if isinstance(data, Text) else data or "the shipped text"
-    report = {"text": name, "tokens": tokens, "held_out_tokens": held_out.numel()}
-    fit_keep_scores(model, rows)
-    if share:
-        plan, shares = shared_out(plan, model, shared_by)
-        report |= {"kept_shares": shares} if shares else {}
-    fit_branches(model, rows, held_out)
-    report |= judge(model, held_out)
-    if not math.isfinite(report["kl"] + report["window_only_kl"]):
-        raise not_finite(model, held_out, "the calibration")
-    if report["kl"] > report["window_only_kl"]:
-        plan = replace(plan, specs=tuple(replace(spec, kept=0) for spec in plan.specs))
-        report |= {"dropped_kl": report["kl"], "kl": report["window_only_kl"]}
-        report.pop("kept_shares", None)
+    plan = with_heads(plan, request.named)
+    check_request(plan, request)
+    # A layer that keeps no token yet may get some.
+    opened = replace(plan, specs=tuple(_open(spec, request) for spec in plan.specs)) if fit else plan
+    model = load_base(opened)
+    rows = text_rows(plan, model, data, seq_len or SEQ_LEN)
+    tokens = rows.fit.numel() * fit + rows.choice.numel()
+    say(_announcement(model, rows, tokens))
+    attentions = [one for one in model.get_decoder().liger_attentions() if one.liger_spec.kind == "liger"]
+    far = [one for one in attentions if one.local_window is None and one.liger_window > 0]
+    sizes = [0]
+    if far and fit:
+        length, window = rows.fit.shape[1], min(one.liger_window for one in far)
+        own = {_kept_of(plan, head) for head in _free_heads(plan)}
+        sizes = sorted({*sizes_below(length, window), *(kept for kept in own if kept < length - window)})
+    report = {"text": rows.text, "tokens": tokens, "seq_len": rows.fit.shape[1]}
+    states = fit_layers(model, far, rows.fit, sizes) if fit else {}
+    if request.chooses or request.kept is not None or any(one.liger_spec.rest for one in far):
+        costs = head_costs(model, far, rows.choice, sizes, states)
+        found = choose(plan, costs, request, fit)
+        plan = chosen_plan(plan, found, request)
+        report |= {"sizes": sizes, "heads": _described(costs, found)}
+        _apply(model, plan, costs, found, states)
+    if not fit:
+        report["seconds"] = time.perf_counter() - start
+        return plan, {}, report
+    fit_branches(model, rows.fit, rows.choice)
+    report |= judge(model, plan, rows)
     report["seconds"] = time.perf_counter() - start
     wanted = extra_shapes(plan.specs, plan.checkpoint.geometry)
     return plan, {name: value for name, value in extra_values(model).items() if name in wanted}, report
 
 
-def wanted_tokens() -> int:
-    """Tokens that a calibration reads where the text has as many."""
-    return (ROWS + SHARED_BY + HELD_OUT) * ROW_TOKENS
+def check_data(data: str | Text | None) -> None:
+    """Raises UsageError where a text to calibrate on is no file."""
+    if isinstance(data, str) and data != OWN and not Path(data).is_file():
+        raise UsageError(f"--calibration-data {data} is not a file; name a text or a .jsonl file, or {OWN}")
 
 
-def text_rows(plan: Plan, model, data: str | Text | None):
-    """Rows to fit on [ROWS, T], to share kept tokens out by [SHARED_BY, T], where a score must not have seen them, and
-    to judge by [HELD_OUT, T]; fewer where the text is short."""
-    from pathlib import Path
-
-    from liger_cli.evaluation.scoring import make_rows, read_texts
-    from liger_cli.evaluation.subject import load_tokenizer
-    from liger_cli.shipped.probes import held_out_text
-    from liger_cli.shipped.text import TRAIN_SEED
-
-    wanted = ROWS + SHARED_BY + HELD_OUT
-    length = min(ROW_TOKENS, plan.checkpoint.config.get("max_position_embeddings") or ROW_TOKENS)
-    if isinstance(data, Text):
-        whole = data.rows(length)
-    else:
-        texts = read_texts(Path(data)) if data else held_out_text(6 * wanted * length, TRAIN_SEED + 2**20, TEXT_KINDS)
-        rows = make_rows(load_tokenizer(plan.checkpoint.folder, model.config), texts, length)
-        whole = rows.ids[rows.lengths == length][:, :-1]
-    whole = whole[:wanted].to(model.device)
-    if len(whole) < 4:
-        raise LigerError(f"the text to calibrate on fills {len(whole)} rows of {length} tokens; give at least 4")
-    held_out, shared_by = (max(1, len(whole) * part // wanted) for part in (HELD_OUT, SHARED_BY))
-    return whole[held_out:-shared_by], whole[-shared_by:], whole[:held_out]
+def check_request(plan: Plan, request: Request) -> None:
+    """Raises UsageError where more is to be chosen than there is."""
+    layers = len(liger_layers(plan))
+    if request.layers is not None and request.layers >= layers:
+        raise UsageError(
+            f"--softmax-layers auto:{request.layers} leaves no layer to linearize; there are {layers} to choose from"
+        )
+    heads, free = softmax_heads(plan, request), len(_free_heads(plan))
+    if heads and heads >= free:
+        raise UsageError(f"--softmax-heads keeps {heads} heads, but only {free} can be chosen from; keep fewer")
 
 
-def open_scored_meter(plan: Plan, data: str | None, layers: list[int]) -> Meter:
-    """A meter of the plan without recurrences, the scores of these layers fitted, those without kept tokens, too.
+def softmax_heads(plan: Plan, request: Request) -> int:
+    """How many key/value heads are to be chosen."""
+    sizes = plan.checkpoint.geometry
+    if request.share is not None:
+        return max(1, round(request.share * sizes.num_hidden_layers * sizes.num_key_value_heads))
+    return request.heads or 0
+
+
+def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
+    """The rows of a calibration; fewer, or shorter ones, where the text or the base's context is short.
 
     Raises:
-        As `meter.open_meter`.
+        LigerError: too little text.
     """
-    bare = replace(plan, specs=tuple(without_recurrence(spec) for spec in plan.specs))
-    scored = resized(bare, "kept", {layer: max(1, bare.specs[layer].kept) for layer in layers})
-    meter = open_meter(scored, data)
-    rows, *_ = text_rows(scored, meter.model, data)
-    say(f"fitting scores on {rows.numel():,} tokens")
-    fit_keep_scores(meter.model, rows)
-    meter.plan, meter.configured = bare, SCORED
-    return meter
+    tokenizer = load_tokenizer(plan.checkpoint.folder, model.config)
+    context = context_length(plan.checkpoint.config) or seq_len
+    length, count = min(seq_len, context), FIT_ROWS + CHOICE_ROWS
+    fitted_on, judged_on = prose()
+    if data == OWN:
+        from liger_cli.calibration.own_text import own_text
+
+        model.set_attention_mode("softmax")
+        text = Text("text that the base wrote itself", own_text(model, tokenizer, count, length).cpu().flatten())
+        model.set_attention_mode("liger")
+    elif isinstance(data, Text):
+        text = data
+    else:
+        texts, name = ([fitted_on], FITTED_ON) if data is None else (read_texts(Path(data)), data)
+        text = Text(name, make_rows(tokenizer, texts, length, 1).stream)
+    if len(text.ids) < LEAST_ROWS * length:
+        length = len(text.ids) // LEAST_ROWS
+        if length < LEAST_LENGTH:
+            raise LigerError(
+                f"{text.name} has {len(text.ids):,} tokens, and a calibration needs {LEAST_ROWS * LEAST_LENGTH:,}"
+            )
+    whole = text.rows(length)
+    whole = whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()].to(model.device)
+    choice = max(1, len(whole) * CHOICE_ROWS // count)
+    longer = min(int(LONGER * length), context)
+    held_out = make_rows(tokenizer, [judged_on], longer, HELD_OUT_ROWS + 1)
+    held_out = held_out.ids[held_out.lengths == longer][:HELD_OUT_ROWS]
+    return Rows(whole[:-choice], whole[-choice:], held_out, text.name)
+
+
+@torch.no_grad()
+def fit_layers(model, attentions: list, rows: torch.Tensor, sizes: list[int]) -> dict[Head, tuple]:
+    """Set the scores of these layers, and fit the states of all their heads.
+
+    Returns:
+        For each head of a layer with `rest` the weights of its state for every size, see `StateFit.solve`.
+    """
+    generator, found = torch.Generator().manual_seed(0), {}
+    length = rows.shape[1]
+
+    def measure(layer) -> None:
+        attention = layer.attention
+        sinks, window = attention.liger_spec.sinks, attention.liger_window
+        queries = draw_queries(length, 0, SCORE_QUERIES, generator).to(rows.device)
+        attention.keep_score.copy_(fit_keep_score(layer, queries, sinks))
+        if not attention.liger_spec.rest:
+            return
+        fits = [StateFit() for _ in range(layer.k.shape[1])]
+        queries = draw_queries(length, window + sinks, FIT_QUERIES, generator).to(rows.device)
+        scores = keep_scores(layer.k, attention.keep_score).squeeze(-1)
+        for row in range(len(rows)):
+            rank = ranks(scores[row], queries, window, sinks)
+            for head, one in enumerate(fits):
+                one.add(parts_of(layer, row, head, queries, rank[head], sizes))
+        found.update({(attention.layer_idx, head): one.solve() for head, one in enumerate(fits)})
+
+    scored = [attention for attention in attentions if hasattr(attention, "keep_score")]
+    visit(model, scored, rows, measure, "fitting")
+    return found
+
+
+def head_costs(model, attentions: list, rows: torch.Tensor, sizes: list[int], states: dict) -> dict[Head, HeadCosts]:
+    """What every head of these layers lacks with every number of kept tokens; the scores are those of the model."""
+    generator, found = torch.Generator().manual_seed(1), {}
+
+    def measure(layer) -> None:
+        attention = layer.attention
+        sinks, window = attention.liger_spec.sinks, attention.liger_window
+        queries = draw_queries(rows.shape[1], window + sinks, CHOICE_QUERIES, generator).to(rows.device)
+        if hasattr(attention, "keep_score"):
+            scores = keep_scores(layer.k, attention.keep_score).squeeze(-1)
+        else:
+            scores = torch.zeros(layer.k.shape[:3], device=rows.device)
+        rank = ranks(scores[0], queries, window, sinks)
+        for head in range(layer.k.shape[1]):
+            key = (attention.layer_idx, head)
+            one = found.setdefault(key, HeadCosts.zeros(*key, sizes))
+            one.add(layer, 0, queries, parts_of(layer, 0, head, queries, rank[head], sizes), states.get(key))
+
+    visit_backward(model, attentions, rows, measure, "choosing")
+    return dict(sorted(found.items()))
+
+
+def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool) -> dict[Head, Option]:
+    """What each head gets; heads that the plan keeps as softmax already are left out."""
+    free = [head for head in _free_heads(plan) if head in costs]
+    tokens = request.budget.tokens if request.budget else 0
+    price = partial(_bytes, plan, tokens=tokens) if request.budget else lambda head, kept, rest: kept or 0
+    options = {}
+    for head in free:
+        one, own = costs[head], _kept_of(plan, head)
+        score, several = one.score(), []
+        for place, kept in enumerate(one.sizes):
+            if fit and request.kept is None and request.budget is None and kept != own:
+                continue
+            for rest in (False, True):
+                cost = float(score[place, int(rest)])
+                if math.isfinite(cost):
+                    several.append(Option(kept, rest, price(head, kept, rest), cost))
+        if not several:  # more kept tokens than the rows can tell apart
+            several = [Option(own, False, 0, 0.0)]
+        several.append(Option(None, False, price(head, None, False), 0.0))
+        options[head] = several
+    if not options:
+        return {}
+    if request.budget:
+        others = plan.cache_bytes(tokens) - sum(
+            _bytes(plan, head, _kept_of(plan, head), bool(plan.specs[head[0]].rest), tokens) for head in options
+        )
+        try:
+            return allot(options, request.budget.nbytes - others, None)
+        except ValueError:
+            least = others + sum(min(one.price for one in several) for several in options.values())
+            raise UsageError(
+                f"--budget {size(request.budget.nbytes)} is below the least that this model's cache takes after "
+                f"{tokens:,} tokens, {size(least)}"
+            ) from None
+    count = softmax_heads(plan, request)
+    mean = request.kept if request.kept is not None else math.inf
+    if request.layers:
+        alone = allot(options, mean * len(options) if math.isfinite(mean) else math.inf, 0)
+        worth = {layer: sum(one.cost for head, one in alone.items() if head[0] == layer) for layer in liger_layers(plan)}
+        layers = sorted(worth, key=worth.get, reverse=True)[: request.layers]
+        kept = {head: several[-1] for head, several in options.items() if head[0] in layers}
+        options = {head: several for head, several in options.items() if head[0] not in layers}
+        return allot(options, mean * len(options), 0) | kept
+    return allot(options, mean * (len(options) - count), count)
+
+
+def chosen_plan(plan: Plan, found: dict[Head, Option], request: Request) -> Plan:
+    """The plan with what was chosen."""
+    count = plan.checkpoint.geometry.num_key_value_heads
+    specs = list(plan.specs)
+    for layer in sorted({layer for layer, _ in found}):
+        spec = specs[layer]
+        own = [found.get((layer, head)) for head in range(count)]
+        kept = [one.kept or 0 if one else 0 for one in own]
+        rest = [bool(one and one.rest) for one in own]
+        same = len({(one.kept, one.rest) for one in own if one and one.kept is not None}) < 2
+        if same and any(one and one.kept is not None for one in own):
+            some = next(one for one in own if one and one.kept is not None)
+            kept, rest = some.kept, some.rest
+        specs[layer] = replace(spec, kept=_settled(kept), rest=_settled(rest))
+    plan = replace(plan, specs=tuple(specs))
+    if request.layers:
+        layers = sorted({layer for (layer, _), one in found.items() if one.kept is None})
+        return with_softmax(plan, layers)
+    return with_heads(plan, sorted(head for head, one in found.items() if one.kept is None))
+
+
+def _settled(values):
+    """One value where all heads have the same, else a tuple."""
+    if not isinstance(values, list):
+        return values
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _apply(model, plan: Plan, costs, found: dict[Head, Option], states: dict) -> None:
+    """Give the live model the plan's layers, and the states' weights for the sizes that were chosen."""
+    for attention in model.get_decoder().liger_attentions():
+        attention.liger_spec = plan.specs[attention.layer_idx]
+    with torch.no_grad():
+        for (layer, head), one in found.items():
+            if not one.rest:
+                continue
+            attention = model.get_decoder().liger_attentions()[layer]
+            mass, slope = (weights[costs[layer, head].sizes.index(one.kept)] for weights in states[layer, head])
+            own = slice(head * len(slope), (head + 1) * len(slope))
+            attention.rest_mass[own], attention.rest_slope[own] = mass, slope
+
+
+@torch.no_grad()
+def judge(model, plan: Plan, rows: Rows) -> dict:
+    """KL(base || model) by position, on text that nothing was fitted on or chosen by, beside two controls.
+
+    Returns:
+        `held_out` (its name), `held_out_tokens`, `held_out_seq_len`, `kl`, `window_only_kl` and `same_bytes_kl` in nats a
+        token, `same_bytes_window` in tokens, and `kl_by_position` (column -> positions -> nats).
+    Raises:
+        LigerError: numbers that are not finite.
+    """
+    window = same_bytes_window(plan)
+    columns = dict(modes(model))
+    columns["same_bytes"] = lambda: _Wider(model, window)
+    found = score_positions(columns, rows.held_out.to(model.device))
+    model.set_attention_mode("liger")
+    kl = {name: found[name].mean("kl") for name in ("model", "window_only", "same_bytes")}
+    if not all(map(math.isfinite, kl.values())):
+        raise not_finite(model, rows.held_out[:, :-1], "the calibration")
+    return {
+        "held_out": HELD_OUT,
+        "held_out_tokens": rows.held_out[:, 1:].numel(),
+        "held_out_seq_len": rows.held_out.shape[1] - 1,
+        "kl": kl["model"],
+        "window_only_kl": kl["window_only"],
+        "same_bytes_kl": kl["same_bytes"],
+        "same_bytes_window": window,
+        "kl_by_position": {name: found[name].by_bucket("kl") for name in kl},
+    }
+
+
+class _Wider:
+    """Within, the model is its windows and sinks alone, the windows as wide as told."""
+
+    def __init__(self, model, window: int):
+        self.model, self.window = model, window
+
+    def __enter__(self):
+        self.before = {one: one.liger_spec for one in self.model.get_decoder().liger_attentions()}
+        for attention, spec in self.before.items():
+            if spec.kind == "liger":
+                attention.liger_spec = replace(spec, window=max(self.window, spec.window))
+        self.model.set_attention_mode("window")
+        return self.model
+
+    def __exit__(self, *_error):
+        for attention, spec in self.before.items():
+            attention.liger_spec = spec
+        self.model.set_attention_mode("liger")
+
+
+def same_bytes_window(plan: Plan) -> int:
+    """The window that takes the bytes of the plan's windows, kept tokens and states, in tokens, for every layer."""
+    layers = liger_layers(plan)
+    wanted = sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in layers)
+
+    def taken(window: int) -> int:
+        specs = {layer: _bare(plan.specs[layer], window) for layer in layers}
+        return sum(plan.constant_bytes(layer, spec) for layer, spec in specs.items())
+
+    least, most = 1, 1 << 20
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if taken(middle) <= wanted else (least, middle - 1)
+    return least
+
+
+def _bare(spec, window: int):
+    """The layer as its window and sinks alone."""
+    return replace(spec, window=window, kept=0, rest=False, mix=0.0, normalizer="none", branch_scales=False)
+
+
+def _open(spec, request: Request):
+    """A layer as it is loaded: with scores, where it may come to keep tokens."""
+    if spec.kind != "liger" or spec.window == 0:
+        return spec
+    if request.kept is not None or request.budget is not None or (spec.rest and not spec.kept):
+        return replace(spec, kept=max(1, spec.kept if isinstance(spec.kept, int) else max(spec.kept)))
+    return spec
+
+
+def _free_heads(plan: Plan) -> list[Head]:
+    count = plan.checkpoint.geometry.num_key_value_heads
+    return [
+        (layer, head)
+        for layer in liger_layers(plan)
+        for head in range(count)
+        if head not in plan.specs[layer].softmax_kv_heads
+    ]
+
+
+def _kept_of(plan: Plan, head: Head) -> int:
+    kept = plan.specs[head[0]].kept
+    return kept[head[1]] if isinstance(kept, tuple) else kept
+
+
+def _bytes(plan: Plan, head: Head, kept: int | None, rest: bool, tokens: int) -> float:
+    """Of one head's cache after `tokens` tokens, `kept` None where it stays softmax."""
+    layer, count = head[0], plan.checkpoint.geometry.num_key_value_heads
+    if kept is None:
+        return plan.base_cache(layer, tokens) / count
+    spec = replace(plan.specs[layer], softmax_kv_heads=(), kept=kept, rest=rest)
+    return plan.constant_bytes(layer, spec, tokens) / count
+
+
+def _described(costs: dict[Head, HeadCosts], found: dict[Head, Option]) -> list[dict]:
+    """Every head's score at every size, and what it got: for liger.json and the plots."""
+    described = []
+    for (layer, head), one in costs.items():
+        score, option = one.score(), found.get((layer, head))
+        column = lambda place: [x if math.isfinite(x) else None for x in score[:, place].tolist()]  # noqa: E731, B023
+        entry = {"layer": layer, "head": head, "score": column(0)}
+        if any(x is not None for x in column(1)):
+            entry["score_with_state"] = column(1)
+        if option is None or option.kept is None:
+            entry["softmax"] = True
+        else:
+            entry |= {"kept": option.kept, "rest": option.rest}
+        described.append(entry)
+    return described
+
+
+def _announcement(model, rows: Rows, tokens: int) -> str:
+    """What will be read and about how long that takes, from one row's measured pass."""
+    row = rows.fit[:1]
+    model.set_attention_mode("softmax")
+    with torch.no_grad():
+        model.get_decoder()(row[:, :16], use_cache=False)  # the first pass of a process is no measure
+        start = time.perf_counter()
+        model.get_decoder()(row, use_cache=False)
+    seconds = PASSES * (time.perf_counter() - start) * tokens / row.numel() / 2
+    model.set_attention_mode("liger")
+    return f"calibrating on {tokens:,} tokens of {rows.text}, about {duration(seconds)}"
 
 
 def calibration_note(report: dict) -> str:
     """One sentence on what a calibration gave."""
-    closed = 1 - report["kl"] / report["window_only_kl"] if report["window_only_kl"] else 0.0
-    shared = f"; {share_note(report['kept_shares'])}" if "kept_shares" in report else ""
     return (
-        f"calibrated on {report['tokens']:,} tokens of {report['text']} in {report['seconds']:.0f} s: on held-out rows "
-        f"{100 * closed:.0f} % of the window's KL divergence from the base is gone ({report['window_only_kl']:.4f} -> "
-        f"{report['kl']:.4f} nats a token){shared}"
+        f"calibrated on {report['tokens']:,} tokens of {report['text']} in {report['seconds']:.0f} s: on "
+        f"{report['held_out_tokens']:,} tokens of {report['held_out']}, in rows of {report['held_out_seq_len']:,}, the KL "
+        f"divergence from the base is {report['kl']:.4f} nats a token; the window alone has "
+        f"{report['window_only_kl']:.4f}, and a window of the same bytes ({report['same_bytes_window']} tokens) "
+        f"{report['same_bytes_kl']:.4f}"
     )
-
-
-@torch.no_grad()
-def fit_keep_scores(model, rows: torch.Tensor) -> None:
-    """Set the scores of every layer that keeps tokens."""
-    layers = [attention for attention in model.get_decoder().liger_attentions() if attention.liger_kept]
-    with progress("fitting scores", len(rows)) as step:
-        found = _collect(model, layers, rows, _received, step)
-        for attention, statistics in zip(layers, found, strict=True):
-            attention.keep_score.copy_(fit_scores(statistics))
-
-
-@torch.no_grad()
-def fit_branches(model, rows: torch.Tensor, held_out: torch.Tensor) -> None:
-    """Set the coefficients of every layer that has them."""
-    layers = model.get_decoder().liger_attentions()
-    scaled = [attention for attention in layers if attention.liger_spec.branch_scales]
-    with progress("fitting coefficients", 2 * len(rows)) as step:
-        joint = [attention for attention in scaled if attention.liger_spec.normalizer == "joint"]
-        _fit_odds(model, joint, rows, step)
-        plain = [attention for attention in scaled if attention not in joint]
-        fitted = _collect(model, plain, rows, _products, step)
-        judged = _collect(model, plain, held_out, _products, step)
-        for attention, statistics, unseen in zip(plain, fitted, judged, strict=True):
-            grm, swa = fit_scales(statistics)
-            if not (grm.isfinite().all() and swa.isfinite().all()):
-                raise not_finite(model, rows, "the calibration")
-            window = torch.cat([torch.zeros_like(grm), torch.ones_like(swa)])
-            if _error(unseen, torch.cat([grm, swa])) > _error(unseen, window):
-                grm, swa = window.chunk(2)
-            attention.grm_scale.copy_(grm)
-            attention.swa_scale.copy_(swa)
-
-
-def fit_scores(statistics: Statistics) -> torch.Tensor:
-    """Weights [Hkv, D] of the logistic regression of the attention received on the key, for each head."""
-    keys, weights = torch.cat(statistics.keys, dim=1).double(), torch.cat(statistics.weights, dim=1).double()
-    found = []
-    for x, y in zip(keys, weights, strict=True):
-        spread = x.std(0).clamp_min(1e-6)
-        x = F.pad(x / spread, (0, 1), value=1.0)
-        weight = x.new_zeros(x.shape[1])
-        penalty = PENALTY * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        penalty[-1, -1] = 1e-6
-        for _ in range(NEWTON_STEPS):
-            chance = (x @ weight).sigmoid()
-            slope = x.T @ (chance - y) + penalty @ weight
-            curvature = (x * (chance * (1 - chance)).unsqueeze(1)).T @ x + penalty
-            weight = weight - torch.linalg.solve(curvature, slope)
-        found.append((weight[:-1] / spread).float())
-    return torch.stack(found)
-
-
-def fit_scales(statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coefficients of the recurrence and of the window, [Hq] each, in closed form."""
-    gram, target = statistics.gram.double(), statistics.target.double()
-    heads = len(target) // 2
-    prior = torch.cat([torch.zeros(heads), torch.ones(heads)]).to(gram)
-    # A branch of tiny output has a tiny diagonal of its own: the penalty is relative to each.
-    penalty = RIDGE * torch.diag(gram.diagonal() + 1e-6 * gram.diagonal().mean() + 1e-12)
-    found = prior + torch.linalg.solve(gram + penalty, target - gram @ prior)
-    return found[:heads].float(), found[heads:].float()
-
-
-@torch.no_grad()
-def judge(model, held_out: torch.Tensor) -> dict:
-    """KL(base || model), in nats a token, of the calibrated model and of its window; the nearer one is kept."""
-    found = dict(zip(("kl", "window_only_kl"), distances(model, held_out, "liger", "window"), strict=True))
-    layers = [attention for attention in model.get_decoder().liger_attentions() if attention.liger_spec.branch_scales]
-    if found["kl"] > found["window_only_kl"]:
-        for attention in layers:
-            attention.grm_scale.zero_()
-            attention.swa_scale.fill_(1.0)
-        found["fitted_kl"] = found["kl"]
-        (found["kl"],) = distances(model, held_out, "liger")
-    if found["kl"] > found["window_only_kl"]:
-        for attention in model.get_decoder().liger_attentions():
-            if attention.liger_kept:
-                attention.keep_score.zero_()
-        (found["kl"],) = distances(model, held_out, "liger")
-    found["recurrent_layers"] = [attention.layer_idx for attention in layers if attention.grm_scale.abs().sum() > 0]
-    return found
-
-
-def extra_values(model) -> dict:
-    """The extra parameters as float32 NumPy arrays, by their names in a checkpoint."""
-    from liger_cli.templates.liger_extras import NAMES
-
-    return {
-        name: parameter.detach().float().cpu().numpy()
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in NAMES
-    }
-
-
-def _collect(model, layers, rows, measure, step) -> list[Statistics]:
-    """Run the base over the rows; `measure` sees each layer's input, its arguments and the softmax heads' outputs."""
-    found = [Statistics([], []) for _ in layers]
-    inputs: dict[int, tuple] = {}
-    hooks = []
-    for attention, statistics in zip(layers, found, strict=True):
-        projection = _projection(attention)
-
-        def before(module, args, kwargs):
-            inputs[module.layer_idx] = (args, kwargs)
-
-        def heads(module, args, attention=attention):
-            if attention.layer_idx in inputs:  # not while `measure` runs the layer itself
-                inputs[attention.layer_idx] += (args[0],)
-
-        def after(module, args, output, statistics=statistics):
-            arguments = inputs.pop(module.layer_idx)
-            if len(arguments) == 3:
-                measure(module, *arguments, statistics)
-
-        hooks += [
-            attention.register_forward_pre_hook(before, with_kwargs=True),
-            projection.register_forward_pre_hook(heads),
-            attention.register_forward_hook(after),
-        ]
-    model.set_attention_mode("softmax")
-    try:
-        for row in rows.split(1) if layers else ():
-            model.get_decoder()(row, use_cache=False)
-            step()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attention_mode("liger")
-    return found
-
-
-def _projection(attention):
-    """The module that projects the heads' outputs back."""
-    return attention.o_proj if hasattr(attention, "o_proj") else attention.dense
-
-
-def _received(attention, args, kwargs, output, statistics: Statistics) -> None:
-    """For every key the attention that it gets from beyond the window, pressed into [0, 1)."""
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    q, k, v = attention.project(hidden)
-    rotation = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "attention_mask")}
-    rotated_q, rotated_k = attention.rotate(q, k, **{"position_embeddings": None, **rotation})
-    groups, length = q.shape[1] // k.shape[1], q.shape[2]
-    scores = rotated_q.float().unflatten(1, (k.shape[1], groups)) @ rotated_k.float().unsqueeze(2).mT
-    scores = scores * attention.scaling
-    if softcap := getattr(attention, "attn_logit_softcapping", None):
-        scores = (scores / softcap).tanh() * softcap
-    place = torch.arange(length, device=q.device)
-    age = place[:, None] - place
-    weights = scores.masked_fill(age < 0, -torch.inf).softmax(-1)
-    received = weights.masked_fill(age < attention.liger_window, 0.0).sum((0, 2, 3))  # [Hkv, T]
-    plain = attention.without_positions(q, k)[1][0]
-    # The last window's keys are out of everybody's reach from beyond: they say nothing about being needed.
-    usable = slice(0, max(length - attention.liger_window, 1))
-    statistics.keys.append(plain[:, usable].float())
-    statistics.weights.append((received / (1 + received))[:, usable])
-
-
-def _products(attention, args, kwargs, output, statistics: Statistics) -> None:
-    """Products of both branches' outputs, each head's through its columns of the output projection."""
-    grm, swa = _branches(attention, args, kwargs)
-    weight = _projection(attention).weight.float().unflatten(1, (-1, grm.shape[-1]))  # [D_model, Hq, D]
-    gather = lambda x: torch.einsum("thd,mhd->htm", x, weight).flatten(1)  # noqa: E731
-    features = torch.cat([gather(grm), gather(swa)])  # [2 Hq, T * D_model]
-    wanted = gather(output[0].float().unflatten(-1, (-1, grm.shape[-1]))).sum(0)
-    gram, target = features @ features.T, features @ wanted
-    statistics.gram = gram if statistics.gram is None else statistics.gram + gram
-    statistics.target = target if statistics.target is None else statistics.target + target
-    statistics.power += float(wanted.square().sum())
-
-
-def _branches(attention, args, kwargs):
-    """The outputs of the recurrence alone and of the window with its kept tokens alone, [T, Hq, D] float32 each."""
-    spec, mode, seen = attention.liger_spec, attention.liger_mode, []
-    hook = _projection(attention).register_forward_pre_hook(lambda module, args: seen.append(args[0][0].float()))
-    attention.liger_mode = "liger"
-    try:
-        for mix in (1.0, 0.0):
-            attention.liger_spec = replace(spec, mix=mix, branch_scales=False)
-            attention.forward(*args, **{**kwargs, "attention_mask": None, CACHE: None})
-    finally:
-        hook.remove()
-        attention.liger_spec, attention.liger_mode = spec, mode
-    return (x.unflatten(-1, (attention.config.num_attention_heads, -1)) for x in seen)
-
-
-def _error(statistics: Statistics, scales) -> float:
-    """Squared distance from the softmax layer's output."""
-    scales = scales.to(statistics.gram)
-    return float(scales @ statistics.gram @ scales - 2 * scales @ statistics.target) + statistics.power
-
-
-def _fit_odds(model, layers, rows, step) -> None:
-    """For the joint normaliser: for each head the odds of the recurrence that come nearest to softmax's output."""
-    if not layers:
-        return
-    errors = {attention.layer_idx: 0.0 for attention in layers}
-
-    def measure(attention, args, kwargs, output, statistics):
-        wanted = output[0].float().unflatten(-1, (attention.config.num_attention_heads, -1))
-        found = []
-        for odds in ODDS:
-            attention.grm_scale.fill_(odds)
-            attention.swa_scale.fill_(1.0)
-            found.append((_output(attention, args, kwargs) - wanted).square().sum((0, 2)))
-        errors[attention.layer_idx] = errors[attention.layer_idx] + torch.stack(found)
-
-    _collect(model, layers, rows, measure, step)
-    for attention in layers:
-        best = errors[attention.layer_idx].argmin(0)
-        attention.grm_scale.copy_(torch.tensor(ODDS).to(best.device)[best])
-        attention.swa_scale.fill_(1.0)
-
-
-def _output(attention, args, kwargs):
-    """The layer's output before the output projection. [T, Hq, D] float32"""
-    seen = []
-    hook = _projection(attention).register_forward_pre_hook(lambda module, args: seen.append(args[0][0].float()))
-    mode, attention.liger_mode = attention.liger_mode, "liger"
-    try:
-        attention.forward(*args, **{**kwargs, "attention_mask": None, CACHE: None})
-    finally:
-        hook.remove()
-        attention.liger_mode = mode
-    return seen[0].unflatten(-1, (attention.config.num_attention_heads, -1))

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from liger_cli import __version__
-from liger_cli.calibration.selection import selected_plan
-from liger_cli.calibration.sizes import sized_plan
 from liger_cli.checkpoint import gguf, publish
 from liger_cli.checkpoint import paper_folders as released
 from liger_cli.checkpoint.experimental import family_of
@@ -18,6 +16,7 @@ from liger_cli.checkpoint.hub import Source, find_base
 from liger_cli.checkpoint.model_code import code_hashes, model_files
 from liger_cli.checkpoint.reader import (
     Geometry,
+    context_length,
     own_files,
     read_checkpoint,
     read_config,
@@ -26,8 +25,9 @@ from liger_cli.checkpoint.tokenizer import has_tokenizer
 from liger_cli.commands.convert_options import ConvertOptions
 from liger_cli.conversion.folder import planned_files, replace_text, write_converted
 from liger_cli.conversion.identity_check import run_gate
-from liger_cli.conversion.plan import Plan, make_plan, read_mix, with_defaults
-from liger_cli.conversion.requests import read_budget, read_request, read_share
+from liger_cli.conversion.plan import Plan, calibration_bytes, make_plan, read_mix, with_defaults
+from liger_cli.conversion.plan_edits import with_heads
+from liger_cli.conversion.requests import Request, read_request
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.manifest import MANIFEST, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.system.outputs import (
@@ -38,6 +38,7 @@ from liger_cli.system.outputs import (
     file_versions,
     place_tree,
 )
+from liger_cli.system.wording import size
 from liger_cli.templates.liger_config import FORMAT, LayerSpec, LigerConfigError, layer_specs
 from liger_cli.training.recipes import model_settings
 
@@ -105,9 +106,19 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
     of_recipe = model_settings(options.recipe) if options.recipe else {}
-    settings, share = read_share(of_recipe | options.settings() | others, calibrate)
-    settings, budget = read_budget(settings, calibrate)
-    source, note = _source(options, settings.get("gate") or LayerSpec.gate)
+    settings = of_recipe | options.settings() | others
+    own_kept = any("kept=" in text for text in settings.get("layers", ()))
+    shared = 0 if not calibrate or options.budget or own_kept else 2 * settings.get("window", LayerSpec.window)
+    kept = None if settings.get("kept") is None else str(settings["kept"])
+    request = read_request(
+        options.softmax_layers, options.softmax_heads, kept, options.budget, calibrate, default_kept=shared
+    )
+    if request.kept is not None or request.budget:
+        settings["kept"] = request.kept or 0
+    elif kept is not None:
+        settings["kept"] = int(kept)
+    made = "calibrated" if calibrate else settings.get("gate") or LayerSpec.gate
+    source, note = _source(options, made)
     checkpoint = read_checkpoint(source.folder, options.experimental)
     versions = file_versions(shard.path for shard in checkpoint.shards)
     if "mix" in settings:
@@ -115,13 +126,7 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     if checkpoint.released_gate:
         settings = released.fixed_settings(settings, checkpoint.released_gate, checkpoint.config)
     settings = with_defaults(settings, calibrate)
-    request = read_request(options.softmax_layers, options.softmax_heads)
-    if budget and request.measured:
-        raise UsageError(
-            f"{budget.option} does not go with --softmax-layers or --softmax-heads auto:N; run those first, then name "
-            "what they found"
-        )
-    if not (request.measured or calibrate or budget) and options.calibration_data is not None:
+    if not (request.chooses or calibrate) and options.calibration_data is not None:
         raise UsageError(
             "--calibration-data is given, but nothing is measured; ask for --calibrate or --softmax-layers auto:N"
         )
@@ -144,26 +149,27 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
         note = f"{source.name} has no tokenizer, so the output has none: finetune and eval need one beside the weights"
         plan = replace(plan, notes=(*plan.notes, note))
     gate = next(spec.gate for spec in plan.specs if spec.kind == "liger")
-    target = Path(options.output).expanduser() if options.output else Path(f"{source.short_name}-liger-{gate}")
+    made = "calibrated" if calibrate else gate
+    target = Path(options.output).expanduser() if options.output else Path(f"{source.short_name}-liger-{made}")
     check_output(target, options.force, base=checkpoint.folder)
     if checkpoint.family.model_type not in FAMILIES:
         result = run_gate(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
-    plan, selection = selected_plan(plan, request, options.calibration_data, dry_run, calibrate)
-    if budget:
-        plan, selection = sized_plan(plan, budget, options.calibration_data, dry_run)
-    measured, values = ({"selection": selection} if selection else {}), None
-    if calibrate and dry_run:
-        shared = ", and share the kept tokens out between the layers" if share else ""
-        about = f"a calibration would run the base over some 20,000 tokens{shared}"
-        plan = replace(plan, notes=(*plan.notes, about))
-    elif calibrate:
+    plan = with_heads(plan, request.named)
+    measured, values = {}, None
+    if (calibrate or request.chooses) and dry_run:
+        plan = replace(plan, notes=(*plan.notes, _not_yet(plan, request, calibrate, options.calibration_seq_len)))
+    elif calibrate or request.chooses:
         from liger_cli.calibration.calibrate import calibrate as fitted
-        from liger_cli.calibration.calibrate import calibration_note
 
-        plan, values, measured["calibration"] = fitted(plan, options.calibration_data, share)
+        plan, values, report = fitted(
+            plan, options.calibration_data, request, fit=calibrate, seq_len=options.calibration_seq_len
+        )
+        measured["calibration" if calibrate else "selection"] = report
     noted = plan
     if "calibration" in measured:  # in the card it has a section of its own
+        from liger_cli.calibration.calibrate import calibration_note
+
         noted = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
     report = _report(source, noted, target, dry_run) | measured
     check_unchanged(versions)  # what was measured is told of the weights that are there now
@@ -185,6 +191,14 @@ def _source(options: ConvertOptions, gate: str) -> tuple[Source, str | None]:
     gguf.whole_weights(path, folder, dtype, options.dry_run)
     note = f"whole weights ({dtype}) were made of {path.name}, once, in the folder {folder.name}; they are linked"
     return Source(folder.resolve(), path.stem, None), note
+
+
+def _not_yet(plan: Plan, request: Request, calibrate: bool, seq_len: int) -> str:
+    """What a dry run leaves out."""
+    what = "a calibration" if calibrate else "the choice of what stays softmax"
+    room = min(seq_len, context_length(plan.checkpoint.config) or seq_len)
+    needs = f"{what} would read rows of {room:,} tokens, with about {size(calibration_bytes(plan, room))} beside the weights"
+    return f"{needs}; what it chooses is not in this table" if request.chooses or request.kept is not None else needs
 
 
 def refresh(folder: str, dry_run: bool = False) -> dict:

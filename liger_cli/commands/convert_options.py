@@ -20,36 +20,48 @@ class ConvertOptions:
 
     base: str = argument("A model's folder, a hub id, or a GGUF file.", metavar="BASE")
     output: str | None = argument("Folder to write; ./<name>-liger-<gate> by default.", None, metavar="OUTPUT")
-    calibrate: bool = option(False, "Fit scores, shares of kept tokens and branch coefficients to the base, untrained.")
+    calibrate: bool = option(
+        False,
+        "Fit to the base what needs no training: which tokens each head keeps, how many, and what the state of the "
+        "others stands for.",
+    )
     calibration_data: str | None = option(
-        None, "Text or .jsonl file to measure and calibrate on; a shipped text by default.", metavar="FILE"
+        None,
+        "Text or .jsonl file to calibrate on, or self: text that the base writes, which takes it a while; shipped "
+        "prose by default.",
+        metavar="FILE|self",
     )
     recipe: str | None = option(
         None, "Settings of the models that this recipe of `liger finetune` is for, such as lolcats."
     )
-    gate: str | None = setting("gate", f"Gate of the recurrence: {', '.join(GATES)}.")
-    window: str | None = setting(
-        "window",
-        "Tokens of the softmax window, the token itself included; auto:2MiB gives each layer its own, measured on the "
-        "base, within so many bytes of constant cache in all.",
-        metavar="N|auto:BYTES",
+    gate: str | None = setting(
+        "gate",
+        f"Gate of the recurrence: {', '.join(GATES)}.",
+        shown=f"{LayerSpec.gate}; with --calibrate none, a plain sum",
     )
+    window: int | None = setting("window", "Tokens of the softmax window, the token itself included.")
     kept: str | None = setting(
         "kept",
-        "Tokens that stay visible to the window, chosen by a learned score for each head. With --calibrate, share:128 "
-        "shares out 128 a layer by what each layer needs, in seconds, and auto:2MiB measures for that.",
-        metavar="N|share:N|auto:BYTES",
+        "Tokens of each key/value head that stay visible to the window, chosen by a fitted score; share:128 gives each "
+        "head its own number, 128 on average.",
+        metavar="N|share:N",
         shown="0; with --calibrate share: and twice --window",
+    )
+    budget: str | None = option(
+        None,
+        "With --calibrate: bytes of a sequence's cache after so many tokens, such as 12MiB@32K, spent on kept tokens, "
+        "states and softmax heads where they are worth most.",
+        metavar="BYTES@TOKENS",
     )
     softmax_layers: str = option(
         "none",
-        "Layers kept as softmax: none, every:N (the last of every N), auto:N (the N that matter, measured on the "
-        "base), or a list such as 3,11.",
+        "Layers kept as softmax: none, every:N (the last of every N), auto:N (the N whose heads look back most to some "
+        "effect, measured on the base), or a list such as 3,11.",
     )
     softmax_heads: str = option(
         "none",
-        "Key/value heads kept as softmax inside Liger layers: none, auto:N or auto:2% (those that matter, measured on "
-        "the base), or layer:head such as 4:0,5:1.",
+        "Key/value heads kept as softmax inside Liger layers: none, auto:N or auto:10% (those that look back most to "
+        "some effect, measured on the base), or layer:head such as 4:0,5:1.",
     )
     dry_run: bool = option(False, "Print the plan and write nothing.")
     force: bool = option(False, "Replace an output that liger made.")
@@ -64,7 +76,18 @@ class ConvertOptions:
     mix: str | None = setting(
         "mix", "Share of the recurrent branch, the window's is 1 - mix; window-only is 0, the control.", panel=LAYERS
     )
-    sinks: int | None = setting("sinks", "First tokens that stay visible to the window.", panel=LAYERS)
+    sinks: int | None = setting(
+        "sinks", "First tokens that stay visible to the window.", shown="0; with --calibrate 4", panel=LAYERS
+    )
+    rest: bool | None = setting(
+        "rest",
+        "Tokens that are neither in the window nor kept enter a state that shares the window's softmax.",
+        shown="no; with --calibrate where it pays",
+        panel=EXPERT,
+    )
+    calibration_seq_len: int = option(
+        2048, "Tokens of a row that is calibrated on, at most the base's context.", panel=EXPERT
+    )
     normalizer: str | None = setting(
         "normalizer",
         f"Denominator of the recurrent branch: {', '.join(NORMALIZERS)}.",
@@ -84,12 +107,6 @@ class ConvertOptions:
     push_to_hub: str | None = push()
     branch_scales: bool = option(
         LayerSpec.branch_scales, "Two coefficients a head in place of --mix, which can be calibrated.", panel=EXPERT
-    )
-    rest: bool = option(
-        LayerSpec.rest,
-        "Tokens that are neither in the window nor kept enter a state that takes part in the window's softmax, in "
-        "place of the recurrent branch; needs a gate with one decay a head.",
-        panel=EXPERT,
     )
     delayed: bool = option(LayerSpec.delayed, "Tokens enter the recurrence when they leave the window.", panel=EXPERT)
     positions: str | None = setting(
@@ -138,8 +155,9 @@ class ConvertOptions:
     def settings(self) -> dict:
         """The fields of `LayerSpec` that were given, and under `layers` what differs in some."""
         names = [one.name for one in fields(LayerSpec) if hasattr(self, one.name)]
+        defaults = {one.name: one.default for one in fields(self)}
         values = {name: getattr(self, name) for name in names}
-        given = {name: value for name, value in values.items() if value is not None and value is not False}
+        given = {name: value for name, value in values.items() if value is not None and value is not defaults[name]}
         if given.get("gate_init") == "random":
             given = {"gate_params": "learned", **given}  # a random gate is learned in any case
         return {**given, "layers": self.layer or []}

@@ -53,40 +53,24 @@ def _by_layer(plan: Plan, setting: str) -> str:
 
 
 def _shown_calibration(report: dict | None) -> dict | None:
-    """What the card says of a calibration: text, tokens, figures, layers, shares, and what was of no use."""
+    """What the card says of a calibration: texts, tokens, and KL by position of the model and of both controls."""
     if report is None:
         return None
-    kept = report["recurrent_layers"]
-    rows = [("the window alone", report["window_only_kl"]), ("this model as converted", report["kl"])]
+    names = {
+        "window_only": "the windows and sinks alone",
+        "same_bytes": f"windows of {report['same_bytes_window']} tokens, which take the same bytes",
+        "model": "this model as converted",
+    }
+    found = report["kl_by_position"]
     return {
         "text": without_folders(report["text"]),
         "tokens": f"{report['tokens']:,}",
-        "held_out": f"{report['held_out_tokens']:,}",
-        "rows": [(name, f"{value:.4f}") for name, value in rows],
-        "layers": ", ".join(map(str, kept)) or "none",
-        "rejected": "fitted_kl" in report,
-        "dropped": "dropped_kl" in report,
-        "shared": _share_note(report.get("kept_shares")),
+        "seq_len": f"{report['seq_len']:,}",
+        "held_out": report["held_out"],
+        "held_out_tokens": f"{report['held_out_tokens']:,}",
+        "positions": list(found["model"]),
+        "rows": [(title, [f"{value:.4f}" for value in found[name].values()]) for name, title in names.items()],
     }
-
-
-def _share_note(report: dict | None) -> str:
-    if report is None:
-        return ""
-    sentence = share_note(report)
-    return f"{sentence[0].upper()}{sentence[1:]}."
-
-
-def share_note(report: dict) -> str:
-    """One sentence on what was shared out."""
-    layers = {int(layer): tokens for layer, tokens in report["layers"].items()}
-    same, chosen = report["tries"][0]["kl"], min(one["kl"] for one in report["tries"])
-    if len(set(layers.values())) == 1:
-        return f"{report['mean']:.0f} kept tokens in every layer: no other share of them came nearer to the base"
-    return (
-        f"kept tokens shared out between the layers: {by_layer(layers)}; without recurrences KL {chosen:.4f}, where "
-        f"{report['mean']:.0f} in every layer have {same:.4f}"
-    )
 
 
 def base_licence(checkpoint: Checkpoint) -> dict[str, str]:

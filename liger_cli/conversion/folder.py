@@ -12,7 +12,7 @@ from liger_cli.checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from liger_cli.checkpoint.tokenizer import converted_tokenizer_config
 from liger_cli.conversion.card import model_card
 from liger_cli.conversion.plan import Plan
-from liger_cli.conversion.selection_plots import selection_plots
+from liger_cli.conversion.head_plots import head_plots
 from liger_cli.system.errors import LigerError
 from liger_cli.system.manifest import MANIFEST, new_manifest, write_manifest
 from liger_cli.system.outputs import atomic_folder, copy_file, place
@@ -56,9 +56,8 @@ def write_converted(
         manifest = _manifest(source, plan, how)
         if extras:
             manifest["extras"] = fingerprint((read_shard(folder.resolve(), EXTRAS),))
-        manifest |= measured
-        if selection := measured.get("selection"):
-            manifest["selection"] = {**selection, "plots": selection_plots(selection, folder)}
+        for name, report in measured.items():
+            manifest[name] = report if "heads" not in report else {**report, "plots": head_plots(report, folder)}
         (folder / "README.md").write_text(model_card(source, plan, manifest), encoding="utf-8")
         write_manifest(folder, manifest)
     return how

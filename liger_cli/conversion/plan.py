@@ -12,7 +12,10 @@ from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
 from liger_cli.templates.liger_gates import GATES, state_heads
 
 SHORTEST, LONGEST = 256, 128 << 10  # tokens that memory is told for
-OPEN = ("kept", "normalizer")  # settings whose default depends on whether the model is calibrated
+SINKS = 4  # of a calibrated model: the first tokens take most of what a real base's heads look at beyond the window
+# What a recurrence over all tokens may be asked for beside its gate; a state of evicted tokens has no use for it.
+BRANCH = ("mix", "normalizer", "branch_scales", "feature_map", "feature_params", "feature_dim", "positions", "delayed")
+ONE_DECAY = ("none", "retention", "mamba2", "mlstm", "retnet")  # gates that forget all of a head's state alike
 STATE_BYTES = LOGIT_BYTES = 4  # float32
 POSITION_BYTES = PRIORITY_BYTES = 8
 
@@ -59,8 +62,8 @@ class Plan:
         rows = []
         longest = min(LONGEST, context_length(self.checkpoint.config) or LONGEST)
         for tokens in (longest // part for part in (32, 4, 1) if part == 1 or longest // part >= SHORTEST):
-            converted = sum(self._kept(index, spec, tokens) for index, spec in enumerate(self.specs))
-            base = sum(self._base_cache(index, tokens) for index in range(len(self.specs)))
+            converted = self.cache_bytes(tokens)
+            base = sum(self.base_cache(index, tokens) for index in range(len(self.specs)))
             rows.append(
                 {
                     "tokens": tokens,
@@ -70,6 +73,10 @@ class Plan:
                 }
             )
         return rows
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that the converted model keeps of one sequence of so many tokens."""
+        return sum(self._kept(index, spec, tokens) for index, spec in enumerate(self.specs))
 
     def constant_bytes(self, index: int, spec: LayerSpec, tokens: int | None = None) -> int:
         """Bytes that a Liger layer keeps of one sequence, after any text (or one of `tokens` tokens): state, window,
@@ -97,13 +104,13 @@ class Plan:
         return state * STATE_BYTES + cached * self._token_bytes() // sizes.num_key_value_heads + other
 
     def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
-        grown = self._base_cache(index, tokens)
+        grown = self.base_cache(index, tokens)
         if spec.kind != "liger":
             return grown
         softmax_heads, heads = len(spec.softmax_kv_heads), self.checkpoint.geometry.num_key_value_heads
         return self.constant_bytes(index, spec, tokens) + grown * softmax_heads // heads
 
-    def _base_cache(self, index: int, tokens: int) -> int:
+    def base_cache(self, index: int, tokens: int) -> int:
         window = self.local_window(index)
         return (tokens if window is None else min(tokens, window - 1)) * self._token_bytes()
 
@@ -117,6 +124,17 @@ class Plan:
         sizes = self.checkpoint.geometry
         embedding = self.checkpoint.tensors["model.embed_tokens.weight"]
         return 2 * sizes.num_key_value_heads * sizes.head_dim * (embedding.nbytes // embedding.numel)
+
+
+def calibration_bytes(plan: Plan, seq_len: int) -> int:
+    """Of memory that a calibration takes beside the weights: the inputs of all layers, one layer's activations and the
+    attention weights of some queries, for rows of `seq_len` tokens. About, in float32."""
+    sizes = plan.checkpoint.geometry
+    width = plan.checkpoint.config.get("intermediate_size") or 4 * sizes.hidden_size
+    inputs = seq_len * sizes.hidden_size * sizes.num_hidden_layers
+    activations = 4 * seq_len * (4 * sizes.hidden_size + 3 * width)
+    weights = 3 * 512 * seq_len * sizes.num_attention_heads // sizes.num_key_value_heads
+    return 4 * (inputs + activations + weights)
 
 
 def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "none", linearize_local=False) -> Plan:
@@ -171,20 +189,28 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
 
 
 def with_defaults(settings: dict, calibrate: bool = False) -> dict:
-    """The settings with what was left open (None) filled in, and with what a calibration fits.
+    """The settings with what was left open (absent, or None) filled in, and with what a calibration fits.
 
-    A calibration adds branch coefficients. Where nothing else was said it keeps twice as many tokens as the window
-    has, and divides the recurrence by its own sum: coefficients fitted on short texts have to hold for longer ones.
+    A calibrated layer has sinks, keeps twice as many tokens as its window has, and holds the others in a state that nothing
+    fades from. Where a recurrence over all tokens is described, by its gate or otherwise, that stays, with coefficients
+    for its branches, and is divided by its own sum: coefficients fitted on short texts have to hold for longer ones.
     """
-    found = {name: value for name, value in settings.items() if value is not None or name not in OPEN}
+    found = {name: value for name, value in settings.items() if value is not None}
     if not calibrate:
         return found
+    window = found.get("window", LayerSpec.window)
+    if window:
+        found = {"sinks": SINKS, "kept": 2 * window, **found}
+    if window and found.get("gate", "none") in ONE_DECAY and not _describes_branch(found):
+        return {"rest": True, **found, "gate": found.get("gate", "none"), "mix": 0.0}
     gate = GATES.get(found.get("gate", LayerSpec.gate))
-    if "kept" not in found:
-        found["kept"] = 2 * found.get("window", LayerSpec.window)
     if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
         found["normalizer"] = "running" if gate.rule.divisible else LayerSpec.normalizer
     return {**found, "branch_scales": True}
+
+
+def _describes_branch(settings: dict) -> bool:
+    return any(name in settings and settings[name] != getattr(LayerSpec, name) for name in BRANCH)
 
 
 def layer_settings(exceptions: list[str], count: int) -> dict[int, dict]:

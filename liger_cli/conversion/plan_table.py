@@ -14,16 +14,17 @@ from liger_cli.system.escape import printable
 from liger_cli.system.wording import size
 from liger_cli.templates.liger_config import LayerSpec
 
+HEADS = 12  # shown on a terminal; all stand in liger.json and in the plot
+
 
 def print_plan(report: dict, plan: Plan) -> None:
     """Print the report of `convert` to stdout: layers, totals, memory against the KV cache, and what was written."""
     console = Console(highlight=False, markup=False, emoji=False)
     print_table(console, _layers(report))
     print_table(console, _memory(report))
-    if "selection" in report:
-        from liger_cli.conversion.selection_table import print_selection
-
-        print_selection(report["selection"], console)
+    for name in ("selection", "calibration"):
+        if report.get(name, {}).get("heads"):
+            print_table(console, _heads(report[name]["heads"]))
     console.print(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights")
     if report["added_parameters"]:
         console.print(f"{report['added_parameters']:,} parameters added, float32, in a shard of their own")
@@ -41,6 +42,17 @@ def _state(report: dict, plan: Plan) -> str:
     if "calibration" in report:
         return "calibrated"
     return "plain" if any(spec.kind == "liger" and spec.mix > 0 for spec in plan.specs) else "window-only"
+
+
+def _heads(entries: list[dict]) -> Table:
+    """The heads that lose most beyond window and sinks, the first of all, and what each got."""
+    table = Table(title="heads that look back most to some effect", title_justify="left")
+    for name in ("layer:head", "score", "got"):
+        table.add_column(name, justify="left" if name == "got" else "right")
+    for one in sorted(entries, key=lambda one: -one["score"][0])[:HEADS]:
+        got = "softmax" if one.get("softmax") else f"{one['kept']} kept tokens{' and a state' if one['rest'] else ''}"
+        table.add_row(f"{one['layer']}:{one['head']}", f"{one['score'][0]:.2g}", got)
+    return table
 
 
 def _layers(report: dict) -> Table:

@@ -1,5 +1,6 @@
-"""What options of `liger convert` ask to be found: `auto:N` layers and heads, `auto:BYTES` of cache, `share:N`."""
+"""What options of `liger convert` ask to be found on the base: softmax layers and heads, kept tokens, a budget."""
 
+import re
 from dataclasses import dataclass
 
 from liger_cli.conversion.plan import whole_number
@@ -9,56 +10,113 @@ from liger_cli.system.wording import read_size
 AUTO = "auto:"
 SHARE = "share:"
 Head = tuple[int, int]  # layer, key/value head
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`--budget BYTES@TOKENS`: bytes that one sequence's cache may take after so many tokens."""
+
+    nbytes: int
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `--softmax-layers` and `--softmax-heads` ask to be found or kept beyond what `make_plan` does by itself.
+    """What is to be found or kept beyond what `make_plan` does by itself.
 
     Attributes:
         layers: how many layers to choose, or None.
         heads: how many heads to choose, or None.
         share: heads to choose as a share of all key/value heads, or None.
         named: heads to keep, by the user's word.
+        kept: kept tokens of a key/value head on average, shared out between all of them; None where each has its own.
+        budget: of the whole cache, or None.
     """
 
     layers: int | None = None
     heads: int | None = None
     share: float | None = None
     named: tuple[Head, ...] = ()
+    kept: int | None = None
+    budget: Budget | None = None
 
     @property
-    def measured(self) -> bool:
-        return self.layers is not None or self.heads is not None or self.share is not None
+    def chooses(self) -> bool:
+        """Whether layers or heads are chosen, which needs the base."""
+        return self.layers is not None or self.heads is not None or self.share is not None or self.budget is not None
 
 
-def read_request(softmax_layers: str, softmax_heads: str = "none") -> Request:
-    """Parse both options. Raises UsageError where one cannot be read; lists of layers are left to `make_plan`."""
-    layers = softmax_layers.strip()
-    count = None
-    if layers.startswith(AUTO):
-        count = whole_number(layers.removeprefix(AUTO))
-        if not count:
-            raise UsageError(f"--softmax-layers is {layers!r}; in auto:N, N has to be a whole number, 1 or more")
-    heads = softmax_heads.strip()
-    if heads == "none":
-        return Request(layers=count)
-    if heads.startswith(AUTO):
-        text = heads.removeprefix(AUTO)
+def read_request(
+    softmax_layers: str = "none",
+    softmax_heads: str = "none",
+    kept: str | None = None,
+    budget: str | None = None,
+    calibrate: bool = False,
+    default_kept: int = 0,
+) -> Request:
+    """Parse the options. Lists of layers and numbers of kept tokens are left to `make_plan`.
+
+    Args:
+        default_kept: what a calibration shares out where nothing is said; 0 for nothing.
+    Raises:
+        UsageError: an option cannot be read, or does not go with another.
+    """
+    shared = default_kept or None
+    if kept is not None:
+        shared = None
+        if kept.strip().startswith(SHARE):
+            shared = whole_number(kept.strip().removeprefix(SHARE))
+            if not shared:
+                raise UsageError(f"--kept is {kept!r}; in share:N, N has to be a whole number: tokens a head on average")
+        elif whole_number(kept.strip()) is None:
+            raise UsageError(f"--kept is {kept!r}, but has to be a whole number, 0 or more, or share:N such as share:128")
+        if shared and not calibrate:
+            raise UsageError(f"--kept {kept} needs scores that are fitted: add --calibrate")
+    found = Request(**_heads(softmax_heads), layers=_layers(softmax_layers), kept=shared, budget=_budget(budget))
+    if found.budget:
+        if not calibrate:
+            raise UsageError(f"--budget {budget} needs scores that are fitted: add --calibrate")
+        if kept is not None or found.layers or found.heads or found.share:
+            raise UsageError("--budget shares out all that it has; leave out --kept and auto of the softmax options")
+    if found.layers and (found.heads or found.share):
+        raise UsageError("--softmax-layers and --softmax-heads both ask for auto; give one of them")
+    return found
+
+
+def _layers(text: str) -> int | None:
+    text = text.strip()
+    if not text.startswith(AUTO):
+        return None
+    count = whole_number(text.removeprefix(AUTO))
+    if not count:
+        raise UsageError(f"--softmax-layers is {text!r}; in auto:N, N has to be a whole number, 1 or more")
+    return count
+
+
+def _heads(option: str) -> dict:
+    option = option.strip()
+    if option == "none":
+        return {}
+    if option.startswith(AUTO):
+        text = option.removeprefix(AUTO)
         if text.endswith("%"):
-            return Request(layers=count, share=_share(heads, text[:-1]))
+            return {"share": _share(option, text[:-1])}
         if not whole_number(text):
-            raise UsageError(f"--softmax-heads is {heads!r}; in auto:N, N has to be a whole number or a share like 2%")
-        return Request(layers=count, heads=whole_number(text))
+            raise UsageError(
+                f"--softmax-heads is {option!r}; in auto:N, N has to be a whole number or a share like 10%"
+            )
+        return {"heads": whole_number(text)}
     named = set()
-    for part in heads.split(","):
+    for part in option.split(","):
         numbers = [whole_number(number) for number in part.strip().split(":")]
         if len(numbers) != 2 or None in numbers:
             raise UsageError(
-                f"--softmax-heads is {heads!r}, but has to be none, auto:N, auto:2% or layers and heads such as 4:0,5:1"
+                f"--softmax-heads is {option!r}, but has to be none, auto:N, auto:10% or layers and heads such as "
+                "4:0,5:1"
             )
         named.add((numbers[0], numbers[1]))
-    return Request(layers=count, named=tuple(sorted(named)))
+    return {"named": tuple(sorted(named))}
 
 
 def _share(option: str, text: str) -> float:
@@ -71,85 +129,11 @@ def _share(option: str, text: str) -> float:
     return share
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What `--window auto:BYTES` or `--kept auto:BYTES` asks for.
-
-    Attributes:
-        setting: `window` or `kept`: the field of `LayerSpec` that each layer gets its own value of.
-        nbytes: of one sequence's constant cache in all Liger layers together.
-    """
-
-    setting: str
-    nbytes: int
-
-    @property
-    def option(self) -> str:
-        return f"--{self.setting} {AUTO}{self.nbytes}"
-
-
-def read_share(settings: dict, calibrate: bool) -> tuple[dict, bool]:
-    """The settings with a number in place of `share:N`, and whether the kept tokens are to be shared out.
-
-    A calibration shares them out where nothing is said of them.
-
-    Raises:
-        UsageError: `share:` without a number, without `calibrate`, or beside kept tokens of single layers.
-    """
-    text, layers = settings.get("kept"), any("kept=" in one for one in settings.get("layers", ()))
+def _budget(text: str | None) -> Budget | None:
     if text is None:
-        return settings, calibrate and not layers
-    if not str(text).strip().startswith(SHARE):
-        return settings, False
-    number = whole_number(str(text).strip().removeprefix(SHARE))
-    if number is None:
-        raise UsageError(f"--kept is {text!r}; in share:N, N has to be a whole number: of tokens a layer, on average")
-    if not calibrate:
-        raise UsageError(f"--kept {text} needs scores that are fitted: add --calibrate")
-    if layers:
-        raise UsageError(f"--layer sets kept, which --kept {text} shares out; leave one of them out")
-    return {**settings, "kept": number}, True
-
-
-def read_budget(settings: dict, calibrate: bool) -> tuple[dict, Budget | None]:
-    """The settings with numbers in place of the texts of `--window` and `--kept`, and the budget where one asks for it.
-
-    Raises:
-        UsageError: a text that is neither; two budgets; what does not go with one.
-    """
-    settings, found = dict(settings), []
-    for name in ("window", "kept"):
-        text = settings.get(name)
-        if not isinstance(text, str):
-            continue
-        option = f"--{name} is {text!r}"
-        if text.strip().startswith(AUTO):
-            nbytes = read_size(text.strip().removeprefix(AUTO))
-            if nbytes is None:
-                raise UsageError(f"{option}; in auto:BYTES, BYTES has to be like 2MiB, 512KiB or 800000")
-            settings[name] = 1  # until `sized_plan`: enough to find what does not go with it
-            found.append(Budget(name, nbytes))
-        elif (number := whole_number(text.strip())) is not None:
-            settings[name] = number
-        else:
-            share = ", share:N such as share:128" if name == "kept" else ""
-            raise UsageError(
-                f"{option}, but has to be a whole number, 0 or more{share}, or auto:BYTES such as auto:2MiB"
-            )
-    if len(found) > 1:
-        raise UsageError("--window and --kept both ask for auto; give one of them a number")
-    if not found:
-        return settings, None
-    budget = found[0]
-    if any(f"{budget.setting}=" in text for text in settings.get("layers", ())):
-        raise UsageError(f"--layer sets {budget.setting}, which {budget.option} chooses; leave one of them out")
-    if budget.setting == "kept" and not calibrate:
-        raise UsageError(f"{budget.option} needs scores that are fitted: add --calibrate")
-    if budget.setting == "window":
-        if settings.get("kept") or any("kept=" in text for text in settings.get("layers", ())):
-            raise UsageError(
-                f"{budget.option} chooses windows without kept tokens; with them, give --window a number and use "
-                "--kept auto:BYTES"
-            )
-        settings["kept"] = 0
-    return settings, budget
+        return None
+    size, _, context = text.strip().partition("@")
+    nbytes, tokens = read_size(size), re.fullmatch(r"(\d{1,9})([kKmM]?)", context.strip())
+    if nbytes is None or tokens is None or int(tokens[1]) == 0:
+        raise UsageError(f"--budget is {text!r}, but has to be bytes at a length in tokens, such as 12MiB@32K")
+    return Budget(nbytes, int(tokens[1]) * UNITS[tokens[2].lower()])

@@ -59,3 +59,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message that `name` is none of `known`: the nearest of them, or nothing where none is near."""
     near = get_close_matches(name[:100], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `7 minutes`, `1.5 hours`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -14,6 +14,7 @@ from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.hub import Source
 from liger_cli.checkpoint.reader import Checkpoint
 from liger_cli.conversion.plan import Plan, with_defaults
+from liger_cli.conversion.requests import Request
 from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
 from liger_cli.system.escape import printable
@@ -123,7 +124,9 @@ def calibrated_base(
     checkpoint = _without_liger(base)
     versions = file_versions(shard.path for shard in checkpoint.shards)
     read = text if named else text and text()
-    plan, values, report = calibrate(Plan(checkpoint, specs, ()), read, share=_is_open(base.specs))
+    window = max(spec.window for spec in base.specs if spec.kind == "liger")
+    request = Request(kept=2 * window) if _is_open(base.specs) else Request()
+    plan, values, report = calibrate(Plan(checkpoint, specs, ()), read, request)
     check_unchanged(versions)
     say(calibration_note(report))
     about = {name: base.manifest[name] for name in ("base", "selection") if name in base.manifest}
@@ -144,11 +147,9 @@ def _is_open(specs: list[LayerSpec]) -> bool:
 
 
 def _calibrated_spec(spec: LayerSpec) -> LayerSpec:
-    asked = spec.to_dict() | {"backend": spec.backend}
-    for name in ("kept", "normalizer"):
-        if asked[name] == getattr(LayerSpec, name):
-            del asked[name]
-    return LayerSpec(**with_defaults(asked, calibrate=True))
+    """What is as a plain conversion has it was not asked for, the gate too."""
+    asked = {name: value for name, value in spec.to_dict().items() if value != getattr(LayerSpec, name)}
+    return LayerSpec(**with_defaults(asked, calibrate=True), backend=spec.backend)
 
 
 def _without_liger(base: Base) -> Checkpoint:
@@ -170,8 +171,8 @@ def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...], text: str
     if text is not None and manifest["calibration"].get("text") != text:
         return None
     found = read_base(target)
-    return found if _without_kept(found.specs) == _without_kept(specs) else None
+    return found if _unchosen(found.specs) == _unchosen(specs) else None
 
 
-def _without_kept(specs) -> list[LayerSpec]:
-    return [replace(spec, kept=0) for spec in specs]
+def _unchosen(specs) -> list[LayerSpec]:
+    return [replace(spec, kept=0, rest=False) for spec in specs]
