@@ -47,7 +47,8 @@ SMALL = {"window": 8, "sinks": 1}
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gate": "mamba2"}, {"normalizer": "joint"}, {"gate": "gdn", "kept": "0"}, {"window": 16, "sinks": 0}]
+    "settings",
+    [{}, {"gate": "mamba2"}, {"normalizer": "joint"}, {"gate": "gdn", "kept": "0"}, {"window": 16, "sinks": 0}],
 )
 def test_a_random_base(tiny_base, tmp_path, words, settings):
     """Nothing to find there, but everything runs, is recorded, loads, and leaves the base as it is."""

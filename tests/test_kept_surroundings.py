@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from liger_cli.benchmark.contest import Decoding, cache_bytes, cache_shapes
 from liger_cli.benchmark.roofline import step_cost
-from liger_cli.calibration import calibrate
 from liger_cli.checkpoint.model_code import load_model
 from liger_cli.checkpoint.reader import EXTRAS, read_checkpoint
 from liger_cli.commands import bench, evaluate, merge

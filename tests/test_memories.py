@@ -174,8 +174,18 @@ def test_sizes_and_queries():
 
 
 HEADS = {
-    (0, 0): [Option(0, False, 0, 9.0), Option(16, False, 16, 4.0), Option(64, True, 64, 1.0), Option(None, False, 0, 0.0)],
-    (0, 1): [Option(0, False, 0, 2.0), Option(16, False, 16, 1.5), Option(64, False, 64, 1.4), Option(None, False, 0, 0.0)],
+    (0, 0): [
+        Option(0, False, 0, 9.0),
+        Option(16, False, 16, 4.0),
+        Option(64, True, 64, 1.0),
+        Option(None, False, 0, 0.0),
+    ],
+    (0, 1): [
+        Option(0, False, 0, 2.0),
+        Option(16, False, 16, 1.5),
+        Option(64, False, 64, 1.4),
+        Option(None, False, 0, 0.0),
+    ],
     (1, 0): [Option(0, True, 0, 0.3), Option(16, False, 16, 0.1), Option(None, False, 0, 0.0)],
 }
 
@@ -186,7 +196,9 @@ def test_allotment_against_all_combinations(budget):
     assert sum(one.price for one in found.values()) <= budget
     best = min(
         sum(one.cost for one in several)
-        for several in itertools.product(*([one for one in options if one.kept is not None] for options in HEADS.values()))
+        for several in itertools.product(
+            *([one for one in options if one.kept is not None] for options in HEADS.values())
+        )
         if sum(one.price for one in several) <= budget
     )
     # Convex hulls leave out what lies between two of their corners; at these budgets nothing does.

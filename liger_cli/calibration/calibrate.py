@@ -278,7 +278,9 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
     mean = request.kept if request.kept is not None else math.inf
     if request.layers:
         alone = allot(options, mean * len(options) if math.isfinite(mean) else math.inf, 0)
-        worth = {layer: sum(one.cost for head, one in alone.items() if head[0] == layer) for layer in liger_layers(plan)}
+        worth = {
+            layer: sum(one.cost for head, one in alone.items() if head[0] == layer) for layer in liger_layers(plan)
+        }
         layers = sorted(worth, key=worth.get, reverse=True)[: request.layers]
         kept = {head: several[-1] for head, several in options.items() if head[0] in layers}
         options = {head: several for head, several in options.items() if head[0] not in layers}

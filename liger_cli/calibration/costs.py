@@ -47,7 +47,9 @@ class HeadCosts:
                 output = parts.with_state(size, state[0][size], state[1][size]) if column else parts.exact[size]
                 lacking = output - full
                 self.nats[size, column] += float((gradient * lacking).sum((0, 2)).square().sum()) / 2
-                self.error[size, column] += float((lacking.transpose(0, 1).flatten(1) @ weight.flatten(0, 1)).square().sum())
+                self.error[size, column] += float(
+                    (lacking.transpose(0, 1).flatten(1) @ weight.flatten(0, 1)).square().sum()
+                )
         if not state:
             self.nats[:, 1], self.error[:, 1] = torch.inf, torch.inf
         whole = layer.heads[row][:, queries].transpose(0, 1).flatten(1) @ layer.output_weight().flatten(0, 1)

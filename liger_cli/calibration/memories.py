@@ -96,9 +96,7 @@ class Parts:
         return torch.lerp(self.exact[size], read, self.share(size, lse).unsqueeze(-1))
 
 
-def parts_of(
-    layer: Layer, row: int, head: int, queries: torch.Tensor, rank: torch.Tensor, sizes: list[int]
-) -> Parts:
+def parts_of(layer: Layer, row: int, head: int, queries: torch.Tensor, rank: torch.Tensor, sizes: list[int]) -> Parts:
     """Everything about one key/value head in one row.
 
     Args:

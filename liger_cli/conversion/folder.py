@@ -11,8 +11,8 @@ from liger_cli.checkpoint.reader import EXTRAS, INDEX, fingerprint, read_shard
 from liger_cli.checkpoint.tokenizer import CONFIG as TOKENIZER_CONFIG
 from liger_cli.checkpoint.tokenizer import converted_tokenizer_config
 from liger_cli.conversion.card import model_card
-from liger_cli.conversion.plan import Plan
 from liger_cli.conversion.head_plots import head_plots
+from liger_cli.conversion.plan import Plan
 from liger_cli.system.errors import LigerError
 from liger_cli.system.manifest import MANIFEST, new_manifest, write_manifest
 from liger_cli.system.outputs import atomic_folder, copy_file, place

@@ -26,7 +26,10 @@ def head_plots(report: dict, folder: Path) -> list[str]:
     figure, axes = new_figure(2, 1, (max(6.0, 2.0 + 0.3 * len(layers)), 2.4 + 0.6 * len(heads)))
     for (axis,), (title, value) in zip(axes, panels, strict=True):
         image = axis.imshow(
-            [[value(by_place[at]) if (at := (layer, head)) in by_place else math.nan for layer in layers] for head in heads],
+            [
+                [value(by_place[at]) if (at := (layer, head)) in by_place else math.nan for layer in layers]
+                for head in heads
+            ],
             cmap="viridis",
             aspect="auto",
         )

@@ -68,9 +68,13 @@ def read_request(
         if kept.strip().startswith(SHARE):
             shared = whole_number(kept.strip().removeprefix(SHARE))
             if not shared:
-                raise UsageError(f"--kept is {kept!r}; in share:N, N has to be a whole number: tokens a head on average")
+                raise UsageError(
+                    f"--kept is {kept!r}; in share:N, N has to be a whole number: tokens a head on average"
+                )
         elif whole_number(kept.strip()) is None:
-            raise UsageError(f"--kept is {kept!r}, but has to be a whole number, 0 or more, or share:N such as share:128")
+            raise UsageError(
+                f"--kept is {kept!r}, but has to be a whole number, 0 or more, or share:N such as share:128"
+            )
         if shared and not calibrate:
             raise UsageError(f"--kept {kept} needs scores that are fitted: add --calibrate")
     found = Request(**_heads(softmax_heads), layers=_layers(softmax_layers), kept=shared, budget=_budget(budget))
