@@ -1,8 +1,8 @@
-"""Where exact memory is worth most: kept tokens, states and softmax heads shared out between all key/value heads. No torch.
+"""Where exact memory is worth most: kept tokens, states and softmax heads shared out between all heads. No torch.
 
-Every head has options, each with a price and with what it costs the model (see `costs`). Costs of heads are taken to add
-up. At a price of lambda for each unit, a head takes the option with the least cost + lambda * price; lambda is the lowest
-at which everything fits (Everett's Lagrange multipliers), and what is left over goes where it gains most.
+Every head has options, each with a price and with what it costs the model (see `costs`). Costs of heads are taken to
+add up. At a price of lambda for each unit, a head takes the option with the least cost + lambda * price; lambda is
+the lowest at which everything fits (Everett's Lagrange multipliers), and what is left over goes where it gains most.
 """
 
 from collections.abc import Sequence

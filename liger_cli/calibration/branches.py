@@ -1,8 +1,8 @@
 """Coefficients of the paper's two branches, in closed form: for layers whose recurrence reads every token.
 
-`grm_scale`, `swa_scale`: ridge regression of the softmax layer's output, after the output projection, on the output of
-each head's two branches. The penalty draws towards the window alone (0 and 1). With the joint normaliser only the odds of
-the two branches count, and those are searched for each head.
+`grm_scale`, `swa_scale`: ridge regression of the softmax layer's output, after the output projection, on the output
+of each head's two branches. The penalty draws towards the window alone (0 and 1). With the joint normaliser only the
+odds of the two branches count, and those are searched for each head.
 """
 
 from dataclasses import dataclass, replace

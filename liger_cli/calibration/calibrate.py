@@ -2,10 +2,10 @@
 
 The base runs as it is; each layer is fitted on the hidden states that the base gives it, so no layer waits for another:
 
-1. One pass over the rows to fit on: which tokens each key/value head keeps (`fits.fit_keep_score`), and what the state of
-   the evicted ones stands for, for every number of kept tokens (`fits.StateFit`).
-2. One pass forward and backward over other rows: what every head lacks with every number of kept tokens, with and without
-   a state, and what that costs (`costs`). Exact memory goes where it is worth most (`allotment`).
+1. One pass over the rows to fit on: which tokens each key/value head keeps (`fits.fit_keep_score`), and what the
+   state of the evicted ones stands for, for every number of kept tokens (`fits.StateFit`).
+2. One pass forward and backward over other rows: what every head lacks with every number of kept tokens, with and
+   without a state, and what that costs (`costs`). Exact memory goes where it is worth most (`allotment`).
 3. A third text, of another kind and in longer rows, says what came of it; nothing is chosen by it.
 
 No weight of the base changes.

@@ -1,9 +1,10 @@
 """What a key/value head lacks of the base's attention with so much memory, and what that costs.
 
-Two measures, from one forward and one backward pass: the error at the layer's output, relative to that output; and the
-KL divergence, in nats a token, that the error is expected to make: (g . d)^2 / 2 for an error d where the log-likelihood
-of drawn tokens has the gradient g (see `layerwise.visit_backward`). The first overrates heads that little depends on, the
-second those that ordinary text seldom needs, such as the ones that begin a copy. Their geometric mean is the score.
+Two measures, from one forward and one backward pass: the error at the layer's output, relative to that output; and
+the KL divergence, in nats a token, that the error is expected to make: (g . d)^2 / 2 for an error d where the log-
+likelihood of drawn tokens has the gradient g (see `layerwise.visit_backward`). The first overrates heads that little
+depends on, the second those that ordinary text seldom needs, such as the ones that begin a copy. Their geometric mean
+is the score.
 """
 
 from dataclasses import dataclass
