@@ -46,7 +46,9 @@ def tune(model="plain", **options):
 def test_the_default_calibrates_first(here, capsys):
     """The copy is what `liger convert --calibrate` makes, its weights are the folder's own, the base is not needed."""
     text = {"calibration_data": "text.jsonl"}
-    convert.convert("base", "wanted", settings={"window": 4}, softmax_layers="3", calibrate=True, **text)
+    convert.convert(
+        "base", "wanted", settings={"window": 4}, softmax_layers="3", calibrate=True, calibration_seq_len=64, **text
+    )
     shutil.rmtree("base")
     before = digest(here / "plain")
     capsys.readouterr()
@@ -97,9 +99,9 @@ def test_it_is_calibrated_on_the_training_data(here, capsys):
 
 
 def test_too_little_to_calibrate_on(here, capsys):
-    (here / "few.jsonl").write_text("".join(json.dumps({"text": f"w{n} w5 w6 w7"}) + "\n" for n in range(10, 60)))
+    (here / "few.jsonl").write_text("".join(json.dumps({"text": f"w{n} w5 w6 w7"}) + "\n" for n in range(10, 25)))
     finetune.run("plain", data="few.jsonl", **SMALL)
-    assert "few.jsonl has 230 tokens to train on, too few to calibrate on (256)" in capsys.readouterr().err
+    assert "tokens to train on, too few to calibrate on (96)" in capsys.readouterr().err
     assert "training data" not in read_manifest(here / COPY)["calibration"]["text"]
 
 

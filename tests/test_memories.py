@@ -1,4 +1,4 @@
-"""What a calibration measures of a layer: ranks of keys, the parts of their attention, gradients, costs, and allotment."""
+"""What a calibration measures of a layer: ranks of keys, parts of attention, gradients, costs; and the allotment."""
 
 import itertools
 from pathlib import Path

@@ -278,9 +278,9 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
     mean = request.kept if request.kept is not None else math.inf
     if request.layers:
         alone = allot(options, mean * len(options) if math.isfinite(mean) else math.inf, 0)
-        worth = {
-            layer: sum(one.cost for head, one in alone.items() if head[0] == layer) for layer in liger_layers(plan)
-        }
+        worth = dict.fromkeys(liger_layers(plan), 0.0)
+        for (layer, _), one in alone.items():
+            worth[layer] += one.cost
         layers = sorted(worth, key=worth.get, reverse=True)[: request.layers]
         kept = {head: several[-1] for head, several in options.items() if head[0] in layers}
         options = {head: several for head, several in options.items() if head[0] not in layers}
@@ -335,8 +335,8 @@ def judge(model, plan: Plan, rows: Rows) -> dict:
     """KL(base || model) by position, on text that nothing was fitted on or chosen by, beside two controls.
 
     Returns:
-        `held_out` (its name), `held_out_tokens`, `held_out_seq_len`, `kl`, `window_only_kl` and `same_bytes_kl` in nats a
-        token, `same_bytes_window` in tokens, and `kl_by_position` (column -> positions -> nats).
+        `held_out` (its name), `held_out_tokens`, `held_out_seq_len`, `kl`, `window_only_kl` and `same_bytes_kl` in nats
+        a token, `same_bytes_window` in tokens, and `kl_by_position` (column -> positions -> nats).
     Raises:
         LigerError: numbers that are not finite.
     """
@@ -468,8 +468,8 @@ def calibration_note(report: dict) -> str:
     """One sentence on what a calibration gave."""
     return (
         f"calibrated on {report['tokens']:,} tokens of {report['text']} in {report['seconds']:.0f} s: on "
-        f"{report['held_out_tokens']:,} tokens of {report['held_out']}, in rows of {report['held_out_seq_len']:,}, the KL "
-        f"divergence from the base is {report['kl']:.4f} nats a token; the window alone has "
+        f"{report['held_out_tokens']:,} tokens of {report['held_out']}, in rows of {report['held_out_seq_len']:,}, "
+        f"the KL divergence from the base is {report['kl']:.4f} nats a token; the window alone has "
         f"{report['window_only_kl']:.4f}, and a window of the same bytes ({report['same_bytes_window']} tokens) "
         f"{report['same_bytes_kl']:.4f}"
     )

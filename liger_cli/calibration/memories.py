@@ -23,7 +23,7 @@ def sizes_below(length: int, window: int) -> list[int]:
 
 
 def draw_queries(length: int, window: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` positions spread over those that have something beyond the window, one from each equal part, ascending."""
+    """`count` positions of those that have something beyond the window, one from each equal part, ascending."""
     first = min(window + 1, length - 1)
     count = min(count, length - first)
     edges = torch.linspace(first, length, count + 1)
@@ -54,7 +54,7 @@ def ranks(scores: torch.Tensor, queries: torch.Tensor, window: int, sinks: int) 
 
 @dataclass
 class Parts:
-    """The exact and the evicted part of a key/value head's attention for each size [S], its query heads [G], queries [N].
+    """The exact and the evicted part of a head's attention for each size [S], its query heads [G] and queries [N].
 
     Attributes:
         exact_lse: [S, G, N]; exact: [S, G, N, D], softmax over the window, sinks and kept tokens.

@@ -109,13 +109,13 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     settings = of_recipe | options.settings() | others
     own_kept = any("kept=" in text for text in settings.get("layers", ()))
     shared = 0 if not calibrate or options.budget or own_kept else 2 * settings.get("window", LayerSpec.window)
-    kept = None if settings.get("kept") is None else str(settings["kept"])
+    kept = settings.get("kept")
     request = read_request(
         options.softmax_layers, options.softmax_heads, kept, options.budget, calibrate, default_kept=shared
     )
     if request.kept is not None or request.budget:
         settings["kept"] = request.kept or 0
-    elif kept is not None:
+    elif isinstance(kept, str):
         settings["kept"] = int(kept)
     made = "calibrated" if calibrate else settings.get("gate") or LayerSpec.gate
     source, note = _source(options, made)
@@ -197,7 +197,8 @@ def _not_yet(plan: Plan, request: Request, calibrate: bool, seq_len: int) -> str
     """What a dry run leaves out."""
     what = "a calibration" if calibrate else "the choice of what stays softmax"
     room = min(seq_len, context_length(plan.checkpoint.config) or seq_len)
-    needs = f"{what} would read rows of {room:,} tokens, with about {size(calibration_bytes(plan, room))} beside the weights"
+    memory = size(calibration_bytes(plan, room))
+    needs = f"{what} would read rows of {room:,} tokens, with about {memory} beside the weights"
     return f"{needs}; what it chooses is not in this table" if request.chooses or request.kept is not None else needs
 
 

@@ -191,9 +191,9 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
 def with_defaults(settings: dict, calibrate: bool = False) -> dict:
     """The settings with what was left open (absent, or None) filled in, and with what a calibration fits.
 
-    A calibrated layer has sinks, keeps twice as many tokens as its window has, and holds the others in a state that nothing
-    fades from. Where a recurrence over all tokens is described, by its gate or otherwise, that stays, with coefficients
-    for its branches, and is divided by its own sum: coefficients fitted on short texts have to hold for longer ones.
+    A calibrated layer has sinks, keeps twice as many tokens as its window has, and holds the others in a state that
+    nothing fades from. Where a recurrence over all tokens is described, by its gate or otherwise, that stays, with
+    coefficients for its branches, and is divided by its own sum: what is fitted on short texts has to hold for longer.
     """
     found = {name: value for name, value in settings.items() if value is not None}
     if not calibrate:

@@ -1,6 +1,7 @@
 """What options of `liger convert` ask to be found on the base: softmax layers and heads, kept tokens, a budget."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from liger_cli.conversion.plan import whole_number
@@ -50,7 +51,7 @@ class Request:
 def read_request(
     softmax_layers: str = "none",
     softmax_heads: str = "none",
-    kept: str | None = None,
+    kept: str | int | Sequence[int] | None = None,
     budget: str | None = None,
     calibrate: bool = False,
     default_kept: int = 0,
@@ -64,17 +65,7 @@ def read_request(
     """
     shared = default_kept or None
     if kept is not None:
-        shared = None
-        if kept.strip().startswith(SHARE):
-            shared = whole_number(kept.strip().removeprefix(SHARE))
-            if not shared:
-                raise UsageError(
-                    f"--kept is {kept!r}; in share:N, N has to be a whole number: tokens a head on average"
-                )
-        elif whole_number(kept.strip()) is None:
-            raise UsageError(
-                f"--kept is {kept!r}, but has to be a whole number, 0 or more, or share:N such as share:128"
-            )
+        shared = _shared(kept) if isinstance(kept, str) else None
         if shared and not calibrate:
             raise UsageError(f"--kept {kept} needs scores that are fitted: add --calibrate")
     found = Request(**_heads(softmax_heads), layers=_layers(softmax_layers), kept=shared, budget=_budget(budget))
@@ -86,6 +77,19 @@ def read_request(
     if found.layers and (found.heads or found.share):
         raise UsageError("--softmax-layers and --softmax-heads both ask for auto; give one of them")
     return found
+
+
+def _shared(text: str) -> int | None:
+    """N of `share:N`; None for a number."""
+    text = text.strip()
+    if not text.startswith(SHARE):
+        if whole_number(text) is None:
+            raise UsageError(f"--kept is {text!r}, but has to be a whole number or share:N such as share:128")
+        return None
+    shared = whole_number(text.removeprefix(SHARE))
+    if not shared:
+        raise UsageError(f"--kept is {text!r}; in share:N, N has to be a whole number: the mean of all heads")
+    return shared
 
 
 def _layers(text: str) -> int | None:
