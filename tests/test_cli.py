@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import subprocess
 import sys
 
 import pytest
@@ -197,3 +198,55 @@ def test_sizes_and_near_names():
     assert size(64 << 20, 0) == "64 MiB" and size(12.0) == "12 B"
     assert did_you_mean("papre", ["paper", "distill"]) == "; did you mean paper?"
     assert did_you_mean("zzz", ["paper"]) == ""
+
+
+HEAVY = """
+import sys
+from liger_cli.main import main
+try:
+    main()
+except SystemExit as error:
+    code = error.code
+found = {"torch", "transformers", "peft", "datasets", "lm_eval", "matplotlib"} & set(sys.modules)
+assert not found, found
+sys.exit(code)
+"""
+BASE, MODEL, ADAPTER, TAKEN = "BASE", "MODEL", "ADAPTER", "TAKEN"
+USAGE = [
+    ("convert", "nowhere/at/all"), ("convert", "model.gguf"), ("convert", BASE, TAKEN),
+    ("convert", BASE, "--gate", "x"),
+    ("convert", BASE, "--window", "-1"), ("convert", BASE, "--dtype", "float16"),
+    ("convert", BASE, "--calibrate", "--calibration-data", "missing.txt"),
+    ("finetune", "nowhere"), ("finetune", MODEL, "--data", "missing.jsonl"), ("finetune", MODEL, "--data", TAKEN),
+    ("finetune", MODEL, "--data", "demo", "--output", TAKEN), ("finetune", MODEL, "--recipe", "missing"),
+    ("merge", "nowhere"), ("merge", MODEL), ("merge", ADAPTER, "--output", TAKEN), ("merge", ADAPTER, "--dtype", "x"),
+    ("eval", "nowhere"), ("eval", BASE), ("eval", MODEL, "--data", "missing.txt"), ("eval", MODEL, "--format", "x"),
+    ("bench", "nowhere"), ("bench", BASE), ("bench", "--shapes-only"), ("inspect", "nowhere"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    from conftest import TINY, write_shard, write_sparse_base
+
+    home = tmp_path_factory.mktemp("folders")
+    write_sparse_base(home / BASE, "qwen3", 1, TINY)
+    convert.convert(str(home / BASE), str(home / MODEL))
+    (home / TAKEN).mkdir()
+    (home / ADAPTER).mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(home / MODEL)}
+    (home / ADAPTER / "adapter_config.json").write_text(json.dumps(config))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = [(f"{module}.lora_A.weight", (2, 64)), (f"{module}.lora_B.weight", (64, 2))]
+    write_shard(home / ADAPTER / "adapter_model.safetensors", pair, "F32", 4)
+    return home
+
+
+@pytest.mark.parametrize("words", USAGE, ids=" ".join)
+def test_usage_errors_come_before_anything_heavy(folders, words):
+    """Exit code 2 and one sentence, before torch and the like are imported: under a second on a machine at rest."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY, *words], cwd=folders, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("liger: ") and done.stderr.count("\n") == 1, done.stderr

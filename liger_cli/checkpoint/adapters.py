@@ -300,17 +300,19 @@ def _scale(folder: Path, config: dict, module: str, rank: int) -> float:
 
 
 def _pattern(folder: Path, config: dict, field: str, module: str, default):
-    from peft.utils.other import get_pattern_key
-
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise ModelError(f"{folder}: {field} is {patterns!r:.100}, but has to be an object")
+    if not patterns:
+        return default
     for pattern in patterns:
         # Two repetitions can make a search take for ever; PEFT itself writes names.
         if len(pattern) > 500 or sum(pattern.count(one) for one in "*+{") > 1:
             raise ModelError(
                 f"{folder}: {field} has the pattern {pattern[:100]!r}, which is more than liger searches with"
             )
+    from peft.utils.other import get_pattern_key
+
     try:
         return patterns.get(get_pattern_key(patterns.keys(), module.removeprefix(PREFIX)), default)
     except (re.error, RecursionError, OverflowError) as error:

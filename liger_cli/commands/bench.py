@@ -2,12 +2,10 @@
 
 import json
 
-from liger_cli.benchmark.bench import bench
-from liger_cli.benchmark.shapes import shapes_subject
 from liger_cli.checkpoint.folders import resolve_model
 from liger_cli.commands.bench_options import BenchOptions
 from liger_cli.evaluation.report import FORMATS, bench_notes, bench_tables, print_tables
-from liger_cli.evaluation.subject import open_subject
+from liger_cli.evaluation.subject import open_subject, read_kind
 from liger_cli.system.errors import UsageError
 
 MEASURED = ("seq_len", "batch_size", "new_tokens", "repetitions", "base_limit", "batch_sweep")  # parameters of `bench`
@@ -28,10 +26,16 @@ def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False,
     where = {"device": asked.device, "dtype": asked.dtype}
     if asked.shapes_only and asked.model is None:
         raise UsageError("--shapes-only needs a MODEL: a config.json, a folder or a hub id")
+    folder = None if asked.shapes_only else resolve_model(asked.model, "bench")
+    if folder:
+        read_kind(folder)
+    from liger_cli.benchmark.bench import bench
+    from liger_cli.benchmark.shapes import shapes_subject
+
     if asked.shapes_only:
         subject = shapes_subject(asked.model, **where)
     else:
-        subject = open_subject(resolve_model(asked.model, "bench"), **where, original=False)
+        subject = open_subject(folder, **where, original=False)
     result = bench(subject, **{name: getattr(asked, name) for name in MEASURED})
     subject.check_unchanged()
     notes = bench_notes(result)

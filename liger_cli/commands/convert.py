@@ -117,6 +117,8 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
         settings["kept"] = request.kept or 0
     elif isinstance(kept, str):
         settings["kept"] = int(kept)
+    if options.calibration_data is not None and not Path(options.calibration_data).expanduser().is_file():
+        raise UsageError(f"--calibration-data {options.calibration_data} is not a file; name a text or a .jsonl file")
     made = "calibrated" if calibrate else settings.get("gate") or LayerSpec.gate
     source, note = _source(options, made)
     checkpoint = read_checkpoint(source.folder, options.experimental)

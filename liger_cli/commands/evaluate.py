@@ -26,7 +26,7 @@ from liger_cli.evaluation.report import (
 from liger_cli.evaluation.results import read_results, shown, stamp
 from liger_cli.evaluation.samples import write_samples
 from liger_cli.evaluation.scoring import Rows, batch_size_for, make_rows, read_texts, score
-from liger_cli.evaluation.subject import COLUMNS, Subject, open_subject
+from liger_cli.evaluation.subject import COLUMNS, Subject, open_subject, read_kind
 from liger_cli.shipped import prose
 from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
@@ -63,6 +63,7 @@ def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False,
     batch_size, distances = parse_batch_size(asked.batch_size), parse_distances(asked.recall_distances)
     metadata = parse_metadata(asked.metadata)
     folder = resolve_model(asked.model, "eval")
+    read_kind(folder)
     parts = tuple(name for name, wanted in zip(PARTS, (asked.perplexity, asked.recall), strict=True) if wanted)
     for name in ("seq_len", "rows", "recall_count", "samples"):
         value = getattr(asked, name)

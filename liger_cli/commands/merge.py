@@ -71,12 +71,12 @@ def run(
     folders = [resolve_model(one, "merge") for one in asked.adapters or [None]]
     read = [read_adapter(folder) for folder in folders]
     model = find_base(read[0], base)
+    target = Path(output) if output else Path(f"{model.name}-merged")
+    check_output(target, force, base=model)
     shards = read_weights(model)
     found = fingerprint(shards)
     for adapter in read:
         check_fits(adapter, model, shards, found)
-    target = Path(output) if output else Path(f"{model.name}-merged")
-    check_output(target, force, base=model)
     if dry_run:
         trained = _trained(read)
         report = {

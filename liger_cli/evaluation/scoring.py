@@ -6,11 +6,14 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from liger_cli.evaluation.position import Positions, score_positions
 from liger_cli.evaluation.subject import COLUMNS, Subject
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.untrusted import read_bytes
+
+if TYPE_CHECKING:
+    from liger_cli.evaluation.position import Positions
 
 LOGITS_BYTES = 512 << 20  # float32 logits of one batch at most, where the batch size is free
 
@@ -113,6 +116,8 @@ def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreem
     """
     columns = {column: partial(subject.column, column) for column in COLUMNS}
     size = batch_size_for(rows, subject.liger_model.config.vocab_size, batch_size)
+    from liger_cli.evaluation.position import score_positions
+
     found = score_positions(columns, rows.ids, rows.lengths, batch_size=size, step=step, whose=f" of {subject.folder}")
     result = {"perplexity": {column: _perplexity(positions, rows) for column, positions in found.items()}}
     if agreement:
@@ -127,7 +132,7 @@ def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreem
     return result
 
 
-def _perplexity(positions: Positions, rows: Rows) -> dict:
+def _perplexity(positions: "Positions", rows: Rows) -> dict:
     total = float(positions.loss.sum())
     return {
         "token": math.exp(total / rows.tokens),

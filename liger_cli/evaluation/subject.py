@@ -111,7 +111,7 @@ def open_subject(
     """
     from transformers.utils import logging
 
-    manifest = read_manifest(folder) or _unrecorded(folder)
+    manifest = read_kind(folder)
     device = pick_device(device)
     torch_dtype = pick_dtype(device, dtype)
     logging.disable_progress_bar()
@@ -159,12 +159,14 @@ def open_subject(
     return subject
 
 
-def _unrecorded(folder: Path) -> dict:
-    """What stands for liger.json in a Liger model or an adapter that transformers or PEFT saved: its kind alone.
+def read_kind(folder: Path) -> dict:
+    """A folder's liger.json; its kind alone for a Liger model or an adapter that transformers or PEFT saved.
 
     Raises:
         UsageError: it is neither.
     """
+    if (manifest := read_manifest(folder)) is not None:
+        return manifest
     if not os.path.lexists(folder / MANIFEST):
         if os.path.lexists(folder / "config.json") and "liger" in read_config(folder.resolve()):
             return {"kind": "merged"}
