@@ -230,7 +230,7 @@ def folders(tmp_path_factory):
     from conftest import TINY, write_shard, write_sparse_base
 
     home = tmp_path_factory.mktemp("folders")
-    write_sparse_base(home / BASE, "qwen3", 1, TINY)
+    write_sparse_base(home / BASE, "qwen3", 1, {**TINY, "max_position_embeddings": 4096})
     convert.convert(str(home / BASE), str(home / MODEL))
     (home / TAKEN).mkdir()
     (home / ADAPTER).mkdir()
