@@ -14,7 +14,6 @@ import torch
 
 from .liger_backend import recurrence
 from .liger_gates import GATES
-from .liger_kept import add_kept
 from .liger_rules import RecurrenceInputs
 
 LOG_COUNT = 6.0  # about the log of the number of tokens that the linear term for the number is fitted at
@@ -39,11 +38,11 @@ def add_rest(local, lse, q, plain_q, evicted, gate_logits, states, mass, slope, 
     heads, queries, gates = rest_heads(spec.rest_by_head(keys.shape[1]), q.shape[1], gate_logits.shape[1], q.device)
     if heads is None:
         found = rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, slope, spec, scaling)
-        return add_kept(local, lse, *found[:2])[0], found[2]
+        return _shared(local, lse, *found[:2]), found[2]
     kv = (x[:, heads] for x in (keys, values, there))
     own = (q[:, queries], plain_q[:, queries], *kv, gate_logits[:, gates], states, mass[queries], slope[queries])
     output, rest_lse, states = rest_attention(*own, spec, scaling)
-    output, _ = add_kept(local[:, queries], lse[:, queries], output, rest_lse)
+    output = _shared(local[:, queries], lse[:, queries], output, rest_lse)
     return local.float().index_copy(1, queries, output), states
 
 
@@ -54,34 +53,53 @@ def rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, s
         o [B, Hq, T, D] and lse [B, Hq, T], the lowest number where the state is empty, and the states.
     """
     dim, heads = q.shape[-1], gate_logits.shape[1]  # a state for each query head where their decays differ
-    keys, values = (_for_heads(x.float().masked_fill(~there.unsqueeze(-1), 0.0), heads) for x in (keys, values))
+    keys, values = (_for_heads(x.float(), heads) for x in (keys, values))
     there = _for_heads(there, heads).unsqueeze(-1)
-    logits = gate_logits.float()
-    log_decay = GATES[spec.gate].inputs(logits, logits, logits, logits, spec).log_decay.masked_fill(~there, 0.0)
-    keys, values = (torch.cat([x, there.to(x.dtype)], dim=-1) for x in (keys, values))
-    # One more query for each state reads the row of the ones: the sum of the values, and the number of tokens.
-    reading = torch.nn.functional.pad(q.float() * scaling, (0, 1)).unflatten(1, (heads, -1))
-    counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
-    reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
-    inputs = RecurrenceInputs(reading, keys, values, log_decay)
-    read, states = recurrence(GATES[spec.gate].rule, inputs, states, spec.backend)
-    read = read.unflatten(1, (heads, -1))
-    read, sums = read[:, :, :-1], read[:, :, -1:]
+    one = there.to(keys.dtype)
+    keys, values = torch.cat([keys * one, one], dim=-1), torch.cat([values, one], dim=-1)
+    reading = q.float() * scaling
+    if q.shape[2] == 1 and states is not None:
+        (state,) = states
+        if spec.gate != "none":
+            state = state * _log_decay(gate_logits, there, spec).exp()
+        state = torch.addcmul(state, keys.mT, values)
+        read = (reading.unflatten(1, (heads, -1)).squeeze(3) @ state[:, :, :dim]).unsqueeze(3)
+        sums, states = state[:, :, dim:].unsqueeze(2), (state,)
+    else:
+        # One more query for each state reads the row of the ones: the sum of the values, and the number of tokens.
+        reading = torch.nn.functional.pad(reading, (0, 1)).unflatten(1, (heads, -1))
+        counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
+        reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
+        inputs = RecurrenceInputs(reading, keys, values, _log_decay(gate_logits, there, spec))
+        read, states = recurrence(GATES[spec.gate].rule, inputs, states, spec.backend)
+        read = read.unflatten(1, (heads, -1))
+        read, sums = read[:, :, :-1], read[:, :, -1:]
 
     count = sums[..., dim:]
     empty = count <= 0
-    count = torch.where(empty, 1.0, count)
-    mean_value, mean_logit = sums[..., :dim] / count, read[..., dim:] / count
-    covariance = read[..., :dim] / count - mean_logit * mean_value
-    output = mean_value + slope.float().view(heads, -1, 1, 1) * covariance
+    count = count.masked_fill(empty, 1.0)
+    mean_value, read = sums[..., :dim] / count, read / count
+    mean_logit = read[..., dim:]
+    covariance = torch.addcmul(read[..., :dim], mean_logit, mean_value, value=-1)
+    output = torch.addcmul(mean_value, slope.float().view(heads, -1, 1, 1), covariance)
     log_count = count.log()
-    shape = (heads, -1, 1, dim + 3)
-    weight = mass.float().view(shape)
-    terms = (scaling**0.5 * plain_q.float().unflatten(1, (heads, -1)) * weight[..., 3:]).sum(-1, keepdim=True)
-    lse = log_count + weight[..., :1] + weight[..., 1:2] * mean_logit + weight[..., 2:3] * (log_count - LOG_COUNT)
-    lse = (lse + terms).masked_fill(empty, torch.finfo(torch.float32).min)
-    output = output.masked_fill(empty, 0.0)
+    weight = mass.float().view(heads, -1, 1, dim + 3)
+    lse = torch.addcmul(log_count + weight[..., :1], weight[..., 1:2], mean_logit)
+    lse = torch.addcmul(lse, weight[..., 2:3], log_count - LOG_COUNT)
+    plain_q = plain_q.float().unflatten(1, (heads, -1))
+    lse = lse + scaling**0.5 * (plain_q * weight[..., 3:]).sum(-1, keepdim=True)
+    lse = lse.masked_fill(empty, torch.finfo(torch.float32).min)
     return output.flatten(1, 2), lse.squeeze(-1).flatten(1, 2), states
+
+
+def _log_decay(gate_logits, there, spec):
+    """Of the gate, 0 where no token enters. [B, H, T, 1]"""
+    logits = gate_logits.float()
+    return GATES[spec.gate].inputs(logits, logits, logits, logits, spec).log_decay.masked_fill(~there, 0.0)
+
+
+def _shared(local, lse, output, rest_lse):
+    return torch.lerp(local.float(), output, (rest_lse - lse).sigmoid().unsqueeze(-1))
 
 
 def empty_rest(values, gate_logits, spec):
