@@ -1,6 +1,7 @@
 """nox -f .noxfile.py: the tests on every supported Python, and the linters."""
 
 import re
+import tarfile
 from pathlib import Path
 
 import nox
@@ -64,6 +65,31 @@ def hostile(session: nox.Session) -> None:
     session.install("-c", ".constraints.txt", "-e", ".[dev]")
     inputs = session.posargs or ["100000"]
     session.run("python", "tests/fuzz/run.py", *inputs, "--out", ".fuzz/hostile.txt")
+
+
+@nox.session(python="3.11")
+def peers(session: nox.Session) -> None:
+    """transformers' own modelling tests over converted models, from the source distribution of the pinned release.
+
+    It leaves the generation tests out: nox -f .noxfile.py -s peers -- CHECKOUT    names a checkout that has them.
+    """
+    session.install("-c", ".constraints.txt", "-e", ".[dev]", "parameterized")
+    folder = Path(session.posargs[0]) if session.posargs else _transformers_source(session)
+    environment = {"LIGER_PEERS": str(folder.resolve()), "HF_HUB_OFFLINE": "1"}
+    # Without our options: transformers' tests have markers of their own.
+    session.run("pytest", "-o", "addopts=", "-q", "-rfx", "tests/peers/transformers_mixins.py", env=environment)
+
+
+def _transformers_source(session: nox.Session) -> Path:
+    version = re.search(r"transformers==(\S+)", Path(".constraints.txt").read_text(encoding="utf-8"))[1]
+    folder = Path(session.create_tmp())
+    session.run(
+        *("python", "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)),
+        f"transformers=={version}",
+    )
+    with tarfile.open(folder / f"transformers-{version}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"transformers-{version}"
 
 
 @nox.session
