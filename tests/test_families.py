@@ -430,7 +430,7 @@ def test_unlisted(tmp_path):
     base = tiny_folder(tmp_path / "base", "helium")
     refused(base, "'helium' is not supported; .*--experimental")
     report, _ = convert(str(base), str(tmp_path / "out"), experimental=True, settings={"mix": 0.0, "window": 64})
-    assert "identity gate passed (largest difference 0;" in report["notes"][-1]
+    assert "identity check passed (largest difference 0;" in report["notes"][-1]
     ids = tokens(40)
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "out")(ids).logits, load_base(base)(ids).logits)
@@ -439,7 +439,7 @@ def test_unlisted(tmp_path):
 
 def test_experimental_writes_nothing_where_the_gate_fails(tmp_path):
     """Differential attention has Llama's tensor names and is another function; GPT-NeoX has other names."""
-    refused(tiny_folder(tmp_path / "diff", "diffllama"), "identity gate failed: logits differ by", experimental=True)
+    refused(tiny_folder(tmp_path / "diff", "diffllama"), "identity check failed: logits differ by", experimental=True)
     refused(tiny_folder(tmp_path / "neox", "gpt_neox"), "0 layers", experimental=True)
     config = json.loads((tmp_path / "diff" / "config.json").read_text())
     (tmp_path / "diff" / "config.json").write_text(json.dumps({**config, "model_type": "made_up"}))
@@ -525,7 +525,7 @@ def test_command_line(liger, tmp_path):
     assert not (tmp_path / "cwd" / "out").exists()
     done = liger("convert", base, "out", "--experimental", "--json")
     assert done.returncode == 0, done.stderr
-    assert "identity gate passed" in json.loads(done.stdout)["notes"][0]
+    assert "identity check passed" in json.loads(done.stdout)["notes"][0]
     assert (tmp_path / "cwd" / "out" / "liger.json").exists()
     assert "gemma3_text" in liger("families").stdout
 

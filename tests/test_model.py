@@ -1,7 +1,7 @@
 """The model as a whole: identity with the base, and every way of feeding a text giving the same answer.
 
 Tolerances are on logits of size about 1. float32: 2e-5, since the same sums are taken in another order (chunks against
-steps, block-local against whole rows). The identity gate is exact: the very same operations run.
+steps, block-local against whole rows). The identity check is exact: the very same operations run.
 """
 
 import copy

@@ -7,7 +7,7 @@ import pytest
 
 from liger_cli.system.errors import UsageError
 from liger_cli.training.data import IGNORED, Example
-from liger_cli.training.packing import Collator, Schedule, first_fit, make_rows
+from liger_cli.training.packing import Collator, Schedule, first_fit, pack_rows
 
 
 def examples_of(lengths):
@@ -16,13 +16,13 @@ def examples_of(lengths):
 
 def test_rows_hold_every_example_once_and_are_nearly_full():
     lengths = [Random(1).randint(2, 100) for _ in range(50)] + [Random(i).randint(2, 128) for i in range(2000)]
-    rows = make_rows(lengths, 128, True, Random(0))
+    rows = pack_rows(lengths, 128, True, Random(0))
     assert sorted(sum(rows, [])) == list(range(len(lengths)))
     totals = [sum(lengths[index] for index in row) for row in rows]
     assert max(totals) <= 128
     assert len(rows) <= 1.05 * sum(totals) / 128
-    assert rows == make_rows(lengths, 128, True, Random(0)) != make_rows(lengths, 128, True, Random(1))
-    assert all(len(row) == 1 for row in make_rows(lengths, 128, False, Random(0)))
+    assert rows == pack_rows(lengths, 128, True, Random(0)) != pack_rows(lengths, 128, True, Random(1))
+    assert all(len(row) == 1 for row in pack_rows(lengths, 128, False, Random(0)))
 
 
 def test_first_fit_takes_the_longest_first():

@@ -145,7 +145,7 @@ def _update(folder: Path, config: dict, module: str, tensors: dict) -> Update:
     return Update(*names, _scale(folder, config, module, a[0]), a[0], embedding, found[0] if found else None)
 
 
-def find_base(adapter: Adapter, given: str | Path | None) -> Path:
+def base_of_adapter(adapter: Adapter, given: str | Path | None) -> Path:
     """The folder of the converted model, resolved.
 
     Raises:

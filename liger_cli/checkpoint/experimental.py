@@ -1,8 +1,8 @@
 """`liger convert --experimental`: models that no row of `families.FAMILIES` describes.
 
 Whether Llama's attention with the model's own projections, norms and rotary embedding is this model's attention is not
-believed but measured: a tiny random model of the same config goes through the identity gate before anything is written.
-Only classes of transformers are used; no code of the model's folder is run.
+believed but measured: a tiny random model of the same config goes through the identity check before anything is
+written. Only classes of transformers are used; no code of the model's folder is run.
 """
 
 from dataclasses import replace

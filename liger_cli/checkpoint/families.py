@@ -97,7 +97,7 @@ class Family:
         norms, final_norm: names of a layer's norms and of the last one; "" for norms without weights.
         norm_bias, head_bias: whether the norms and the language-model head have biases.
         sink_logits: whether each query head has a learned sink logit.
-        identity_tolerance: largest difference of logits in the identity gate; anything but 0 needs a reason.
+        identity_tolerance: largest difference of logits in the identity check; anything but 0 needs a reason.
         identity_reason: that reason.
     """
 

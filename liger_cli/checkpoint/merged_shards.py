@@ -9,7 +9,7 @@ from liger_cli.checkpoint.reader import EXTRAS, Shard
 from liger_cli.checkpoint.tensors import read_tensor
 from liger_cli.system.errors import LigerError, ModelError
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MERGED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 COPIED = 16 << 20  # bytes copied at a time
 
 
@@ -21,7 +21,7 @@ def is_rewritten(shard: Shard, trained: set[str], dtype: str | None, added: dict
     """
     # Extra tensors stay float32: they are few, and the model loads them so.
     converts = dtype is not None and shard.name != EXTRAS
-    converts = converts and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
+    converts = converts and any(tensor.dtype != MERGED_DTYPES[dtype] for tensor in shard.tensors.values())
     return converts or bool((trained | set(added.values())) & set(shard.tensors))
 
 
@@ -44,7 +44,7 @@ def write_shard(
     header, position = ({"__metadata__": metadata} if metadata else {}), 0
     for name, source in sources.items():
         tensor = shard.tensors[source]
-        kind = DTYPES[dtype] if dtype and tensor.dtype in DTYPES.values() else tensor.dtype
+        kind = MERGED_DTYPES[dtype] if dtype and tensor.dtype in MERGED_DTYPES.values() else tensor.dtype
         size = tensor.nbytes if kind == tensor.dtype else tensor.numel * (4 if kind == "F32" else 2)
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, position + size]}
         position += size
@@ -65,7 +65,7 @@ def write_shard(
 def _write_merged(shard: Shard, name: str, source: str, adapters: list[Adapter], kind: str, writer) -> None:
     import torch
 
-    names = {value: key for key, value in DTYPES.items()}
+    names = {value: key for key, value in MERGED_DTYPES.items()}
     merged = read_tensor(shard, source)
     for adapter in adapters:
         merged = merged_by(adapter, name, merged)

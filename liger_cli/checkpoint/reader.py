@@ -183,7 +183,7 @@ class Checkpoint:
         shards: in the order of their names.
         indexed: whether the shards are named by an index that has to go along.
         support_files: tokenizer, generation config, chat template and licences: relative name -> real file.
-        released_gate: the gate of a folder of the paper's own code, whose `config` is then its base's; else None.
+        paper_gate: the gate of a folder of the paper's own code, whose `config` is then its base's; else None.
         left_out: names of the fields of config.json that say how to run the model and not what it is.
     """
 
@@ -194,7 +194,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     indexed: bool
     support_files: dict[str, Path]
-    released_gate: str | None = None
+    paper_gate: str | None = None
     left_out: tuple[str, ...] = ()
 
     @cached_property
@@ -215,9 +215,9 @@ def read_checkpoint(folder: Path, experimental: bool = False) -> Checkpoint:
         raise UsageError(f"{folder} is not a folder; give a model's folder or a hub id such as Qwen/Qwen3-8B")
     folder = folder.resolve()
     found = read_config(folder)
-    config, released_gate = as_base(model_fields(found))
+    config, paper_gate = as_base(model_fields(found))
     refuse_adapter(folder, folder)
-    checkpoint = read_parts(folder, config, supported_family(config, folder, experimental), released_gate)
+    checkpoint = read_parts(folder, config, supported_family(config, folder, experimental), paper_gate)
     return replace(checkpoint, left_out=tuple(name for name in found if name not in config))
 
 
@@ -235,7 +235,7 @@ def refuse_adapter(folder: Path, named) -> None:
         )
 
 
-def read_parts(folder: Path, config: dict, family: Family, released_gate: str | None = None) -> Checkpoint:
+def read_parts(folder: Path, config: dict, family: Family, paper_gate: str | None = None) -> Checkpoint:
     """What belongs to a config.json, a base's or a converted folder's: weights and support files, read and checked.
 
     Args:
@@ -255,7 +255,7 @@ def read_parts(folder: Path, config: dict, family: Family, released_gate: str | 
         shards,
         weight_map is not None,
         support_files(folder),
-        released_gate,
+        paper_gate,
     )
     if weight_map is not None:
         _check_index(weight_map, checkpoint)

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from liger_cli import __version__
-from liger_cli.checkpoint import gguf, publish
-from liger_cli.checkpoint import paper_folders as released
+from liger_cli.checkpoint import gguf, paper_folders, publish
 from liger_cli.checkpoint.experimental import family_of
 from liger_cli.checkpoint.families import FAMILIES
 from liger_cli.checkpoint.hub import Source, find_base
@@ -24,7 +23,7 @@ from liger_cli.checkpoint.reader import (
 from liger_cli.checkpoint.tokenizer import has_tokenizer
 from liger_cli.commands.convert_options import ConvertOptions
 from liger_cli.conversion.folder import planned_files, replace_text, write_converted
-from liger_cli.conversion.identity_check import run_gate
+from liger_cli.conversion.identity_check import check_identity
 from liger_cli.conversion.plan import Plan, calibration_bytes, make_plan, read_mix, with_defaults
 from liger_cli.conversion.plan_edits import with_heads
 from liger_cli.conversion.requests import Request, read_request
@@ -125,8 +124,8 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     versions = file_versions(shard.path for shard in checkpoint.shards)
     if "mix" in settings:
         settings["mix"] = read_mix(settings["mix"])
-    if checkpoint.released_gate:
-        settings = released.fixed_settings(settings, checkpoint.released_gate, checkpoint.config)
+    if checkpoint.paper_gate:
+        settings = paper_folders.fixed_settings(settings, checkpoint.paper_gate, checkpoint.config)
     settings = with_defaults(settings, calibrate)
     if not (request.chooses or calibrate) and options.calibration_data is not None:
         raise UsageError(
@@ -135,8 +134,8 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     plan = make_plan(
         checkpoint, settings, "none" if request.layers else options.softmax_layers, options.linearize_local
     )
-    if checkpoint.released_gate:
-        about = released.notes(checkpoint.family.model_type, checkpoint.released_gate, settings)
+    if checkpoint.paper_gate:
+        about = paper_folders.notes(checkpoint.family.model_type, checkpoint.paper_gate, settings)
         plan = replace(plan, notes=plan.notes + about)
     if note:
         plan = replace(plan, notes=(*plan.notes, note))
@@ -155,7 +154,7 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     target = Path(options.output).expanduser() if options.output else Path(f"{source.short_name}-liger-{made}")
     check_output(target, options.force, base=checkpoint.folder)
     if checkpoint.family.model_type not in FAMILIES:
-        result = run_gate(checkpoint.family, checkpoint.config)
+        result = check_identity(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
     plan = with_heads(plan, request.named)
     measured, values = {}, None

@@ -33,5 +33,5 @@ def run(as_json: bool = False) -> None:
     console = Console(highlight=False, markup=False)
     print_table(console, table)
     console.print(
-        "Each passes the identity gate: mix 0 and a window over the whole text give the base's logits bit for bit."
+        "Each passes the identity check: mix 0 and a window over the whole text give the base's logits bit for bit."
     )

@@ -100,7 +100,7 @@ def _made(manifest: dict | None) -> dict | None:
 def _base(report: dict, folder: Path, manifest: dict, full: bool) -> None:
     checkpoint = read_checkpoint(folder)
     report["model_type"] = checkpoint.family.model_type
-    report["released_gate"] = checkpoint.released_gate
+    report["paper_gate"] = checkpoint.paper_gate
     _weights(report, checkpoint.shards, None, None, full)
 
 

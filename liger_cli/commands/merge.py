@@ -11,8 +11,8 @@ from pathlib import Path
 from liger_cli.checkpoint import publish
 from liger_cli.checkpoint.adapters import (
     Adapter,
+    base_of_adapter,
     check_fits,
-    find_base,
     read_adapter,
     recipe_of,
     untied,
@@ -20,7 +20,7 @@ from liger_cli.checkpoint.adapters import (
 )
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.folders import next_step, resolve_model
-from liger_cli.checkpoint.merged_shards import DTYPES, is_rewritten, write_shard
+from liger_cli.checkpoint.merged_shards import MERGED_DTYPES, is_rewritten, write_shard
 from liger_cli.checkpoint.model_code import code_hashes, model_files
 from liger_cli.checkpoint.reader import (
     INDEX,
@@ -64,13 +64,13 @@ def run(
     force, dry_run, push_to_hub = asked.force, asked.dry_run, asked.push_to_hub
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in MERGED_DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(MERGED_DTYPES)}")
     if push_to_hub:
         publish.check(push_to_hub, dry_run)
     folders = [resolve_model(one, "merge") for one in asked.adapters or [None]]
     read = [read_adapter(folder) for folder in folders]
-    model = find_base(read[0], base)
+    model = base_of_adapter(read[0], base)
     target = Path(output) if output else Path(f"{model.name}-merged")
     check_output(target, force, base=model)
     shards = read_weights(model)

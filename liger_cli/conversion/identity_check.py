@@ -11,9 +11,9 @@ from liger_cli.checkpoint.model_code import model_classes
 from liger_cli.system.errors import ModelError
 from liger_cli.templates.liger_config import LayerSpec, liger_block
 
-LENGTH, WINDOW = 48, 7  # tokens of the gate's text, and the shorter window of its second part
+LENGTH, WINDOW = 48, 7  # tokens of the text, and the shorter window of its second part
 BAND_TOLERANCE = 1e-5
-SEEN = 1e-3  # a shorter window has to change the base's logits by more than this, or the gate would say nothing
+SEEN = 1e-3  # a shorter window has to change the base's logits by more than this, or the check would say nothing
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 128,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
@@ -25,8 +25,8 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """What the identity gate measured on a tiny model, as largest differences of logits.
+class IdentityResult:
+    """What the identity check measured on a tiny model, as largest differences of logits.
 
     Attributes:
         identity: mix 0 and a window that covers the text, against the base; has to be 0.
@@ -38,16 +38,16 @@ class GateResult:
 
     def sentence(self) -> str:
         return (
-            "experimental: on a tiny model of this config the identity gate passed (largest difference "
+            "experimental: on a tiny model of this config the identity check passed (largest difference "
             f"{self.identity:g}; {self.band:.1e} under a window of {WINDOW})"
         )
 
 
-def run_gate(family: Family, config: dict) -> GateResult:
+def check_identity(family: Family, config: dict) -> IdentityResult:
     """Measure a tiny random model of `config` and its Liger twin.
 
     Raises:
-        ModelError: the model cannot be built or run that way, or the gate fails; the sentence says by how much.
+        ModelError: the model cannot be built or run that way, or the check fails; the sentence says by how much.
     """
     import torch
 
@@ -65,14 +65,14 @@ def run_gate(family: Family, config: dict) -> GateResult:
         torch.set_rng_state(generator_state)
     if result.identity != 0 or not result.band <= BAND_TOLERANCE:
         raise ModelError(
-            f"--experimental: on a tiny model of {family.model_type!r} the identity gate failed: logits differ by "
+            f"--experimental: on a tiny model of {family.model_type!r} the identity check failed: logits differ by "
             f"{result.identity:g} (has to be 0), and by {result.band:g} under a window of {WINDOW} (at most "
             f"{BAND_TOLERANCE:g}), so nothing was written"
         )
     return result
 
 
-def _measure(family: Family, config: dict) -> GateResult:
+def _measure(family: Family, config: dict) -> IdentityResult:
     import torch
     import transformers
     from transformers.masking_utils import create_causal_mask, sliding_window_overlay
@@ -99,12 +99,12 @@ def _measure(family: Family, config: dict) -> GateResult:
             and_mask_function=sliding_window_overlay(WINDOW),
         )
         if (base(ids).logits - base(ids, attention_mask=band).logits).abs().max() < SEEN:
-            raise ModelError(f"--experimental: a tiny model of {family.model_type!r} hardly uses attention: no gate")
+            raise ModelError(f"--experimental: a tiny model of {family.model_type!r} hardly uses attention: no check")
         differences = []
         for window, text, mask in ((LENGTH, covered, None), (WINDOW, ids, band)):
             actual = _linearized(family, tiny, base, window)(text).logits
             differences.append((actual - base(text, attention_mask=mask).logits).abs().max().item())
-    return GateResult(*differences)
+    return IdentityResult(*differences)
 
 
 def _linearized(family: Family, tiny, base, window: int):

@@ -23,7 +23,7 @@ POOL = 512  # examples fitted into rows at a time: enough to fill them, small en
 Row = list[Example]
 
 
-def make_rows(lengths: Sequence[int], capacity: int, packing: bool, rng: Random) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], capacity: int, packing: bool, rng: Random) -> list[list[int]]:
     """Group examples into rows: indices, every example once.
 
     First-fit decreasing within pools of `POOL` examples (at most 11/9 of the fewest rows, Johnson 1973; a few per cent
@@ -83,7 +83,7 @@ class Schedule:
         epoch, passed = 0, 0.0
         self.per_epoch = 0
         while (passed < epochs) if wanted is None else (len(self.micro_batches) < wanted):
-            rows = make_rows(lengths, seq_len, packing, Random(seed * 1_000_003 + epoch))
+            rows = pack_rows(lengths, seq_len, packing, Random(seed * 1_000_003 + epoch))
             groups = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
             self.per_epoch = self.per_epoch or len(groups)
             if wanted is None and epochs - passed < 1:

@@ -17,7 +17,7 @@ from liger_cli.training.reach import exact_tokens, share_beyond
 from liger_cli.training.recipes import Recipe
 
 MEMORY_SHARE = 0.95  # of what is free; the estimate is one
-DTYPES = ("float32", "bfloat16", "float16")
+TRAINING_DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 NF4_BYTES = 0.5 + 4 / 64 / 4 + 1 / 256  # 4 bits, and a quantised scale for each 64 values (arXiv 2305.14314, section 3)
 
@@ -242,6 +242,8 @@ def training_dtype(name: str) -> str:
     """The dtype of the frozen weights that `--dtype` asks for. Raises UsageError."""
     if name == "auto":
         return "bfloat16" if device() == "cuda" else "float32"
-    if name not in DTYPES:
-        raise UsageError(f"--dtype is {name!r}, but has to be auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if name not in TRAINING_DTYPES:
+        raise UsageError(
+            f"--dtype is {name!r}, but has to be auto, {', '.join(TRAINING_DTYPES[:-1])} or {TRAINING_DTYPES[-1]}"
+        )
     return name

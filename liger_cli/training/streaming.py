@@ -9,7 +9,7 @@ from random import Random
 from liger_cli.system.errors import UsageError
 from liger_cli.system.wording import size
 from liger_cli.training.data import Example, Opened, Source, not_used, nothing_to_learn, open_source, parse_sources
-from liger_cli.training.packing import Row, make_rows
+from liger_cli.training.packing import Row, pack_rows
 
 STREAM_ABOVE = 2 << 30  # bytes of local files; above, their tokens would take several times that in memory
 SAMPLE = 200  # examples that stand for a source
@@ -163,7 +163,7 @@ class StreamSchedule:
         while True:
             window = list(islice(examples, WINDOW))
             order = Random(f"{self.seed}/{number}")
-            made = make_rows([len(example) for example in window], self.seq_len, self.packing, order)
+            made = pack_rows([len(example) for example in window], self.seq_len, self.packing, order)
             rows += [[window[index] for index in row] for row in made]
             while len(rows) >= self.rows_at_once:
                 yield rows[: self.rows_at_once]

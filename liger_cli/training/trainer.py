@@ -19,7 +19,7 @@ from liger_cli.system.processes import is_main_process
 from liger_cli.training.data import Example
 from liger_cli.training.extras import set_trained
 from liger_cli.training.objectives import TrainedModel, counts, divisor, teacher, window_dropout
-from liger_cli.training.packing import Collator, Schedule, make_rows
+from liger_cli.training.packing import Collator, Schedule, pack_rows
 from liger_cli.training.recipes import Recipe, Stage
 from liger_cli.training.streaming import StreamSchedule
 
@@ -112,7 +112,7 @@ class LigerTrainer(Trainer):
         )
         # `compute_loss` divides by the global batch's count of tokens itself.
         self.model_accepts_loss_kwargs = True
-        rows = make_rows([len(example) for example in held_out], recipe.seq_len, recipe.packing, Random(0))
+        rows = pack_rows([len(example) for example in held_out], recipe.seq_len, recipe.packing, Random(0))
         rows = [[held_out[index] for index in row] for row in rows]
         size = recipe.micro_batch_size
         self.held_out_batches = [collator([rows[first : first + size]]) for first in range(0, len(rows), size)]

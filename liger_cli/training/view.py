@@ -156,7 +156,7 @@ class TrainView:
         done = record["step"] - self.start
         if done < min(ETA_AFTER, self.steps - self.start) or not done:
             return []
-        return [f"{_duration(self.seconds / done * (self.steps - record['step']))} left"]
+        return [f"{_clock(self.seconds / done * (self.steps - record['step']))} left"]
 
 
 def write_plot(records: list[dict], path: Path, recipe) -> None:
@@ -178,7 +178,7 @@ def write_plot(records: list[dict], path: Path, recipe) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _duration(seconds: float) -> str:
+def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -283,7 +283,7 @@ def read_adapter(world: World, folder: Path) -> None:
     from liger_cli.checkpoint.reader import read_weights
 
     found = adapters.read_adapter(folder)
-    model = adapters.find_base(found, None)
+    model = adapters.base_of_adapter(found, None)
     adapters.check_shapes(found, model, read_weights(model))
     adapters.peft_config(found)
     adapters.window_only([found])
