@@ -67,8 +67,7 @@ class LayerSpec:
         gate_rank: rank of the learned projection.
         gate_source: which projection the gate is pooled from.
         gate_pooling: how a head is pooled to one number (or to `gsa`'s slots) for the gates that take one: `mean`, or
-            `max`. The paper leaves it open; the mean keeps the decay at its middle whatever the head dimension is, and
-            what it was on the shipped base, untrained, was within 1.2 % of the maximum's (see the README).
+            `max`. The paper leaves it open; the mean keeps the decay at its middle whatever the head dimension is.
         gate_normalizer: divisor of the log gate; None takes the gate's own default (16 for `gla`, as released).
         gate_lower_bound: lower bound of the decay (HGRN2's gamma).
         slots: memory slots of `gsa`; by default as many as the paper's released models have.

@@ -1,14 +1,22 @@
 """The study on a real base: rows that go on where they were stopped, windows of equal bytes, the table."""
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
+from liger_cli.checkpoint.reader import read_checkpoint
+from liger_cli.conversion.plan import make_plan
+from liger_cli.conversion.plan_edits import constant_bytes
 from liger_cli.shipped import BASE_DIR, prose
 from liger_cli.system.errors import UsageError
+from liger_cli.training.recipes import load_recipe
 from study import real
-from study.real import best_rates, compared, parse_limits, planned, table
+from study.real import ROWS, best_rates, compared, parse_limits, planned, table
+from study.rows import RATES, parse_tokens, show_tokens
 
 
 @pytest.fixture
@@ -36,6 +44,25 @@ def test_every_row_has_a_name_of_its_own():
     assert not any(budget for name, row, budget in planned(1000, None) if row.recipe is None)
 
 
+def test_the_guide_names_the_rows_commands():
+    text = (Path(__file__).parents[1] / "liger_cli" / "guides" / "reproducing.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [name for name, *_ in told] == [f"`{row.name}`" for row in ROWS]
+    for row, (name, convert, training) in zip(ROWS, told, strict=True):
+        assert tuple(shlex.split(convert.strip("`"))) == row.convert, name
+        recipe, _, changed = training.partition(" with ")
+        assert recipe.strip("`") == (row.recipe or ""), name
+        assert re.findall(r"`(\w+): (\w+)`", changed) == list(row.changes.items()), name
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("0.1M", 100_000), ("100k", 100_000), ("4096", 4096), ("2M", 2_000_000)])
+def test_tokens(text, tokens):
+    assert parse_tokens(text) == tokens == parse_tokens(show_tokens(tokens))
+    with pytest.raises(UsageError, match="is no number of tokens"):
+        parse_tokens(f"{text}x")
+
+
 def test_the_comparison_is_fair(base):
     """As many sinks as ours, other rates than the published ones, windows of the methods' bytes."""
     rows = {name: row for name, row, _ in planned(100_000, None, compared(base))}
@@ -44,7 +71,17 @@ def test_the_comparison_is_fair(base):
     for name in ("paper", "lolcats", "supra"):
         published, other = rows[f"{name}-0.1M"], rows[f"{name}-lr3x-0.1M"]
         assert other.convert == published.convert and other.recipe == published.recipe and other.changes["stages"]
-    for name in ("gla", "lolcats", "supra"):
+        rates = [stage["lr"] for stage in other.changes["stages"]]
+        assert rates == pytest.approx([3 * stage.lr for stage in load_recipe(published.recipe).stages])
+        assert all(f"{name}-lr{factor:g}x-0.1M" in rows for factor in RATES)
+    checkpoint = read_checkpoint(base)
+    models = {"gla": {"sinks": 4}, "lolcats": load_recipe("lolcats").model | {"sinks": 4}}
+    for name, model in (models | {"supra": load_recipe("supra").model}).items():
+        window = int(rows[f"window-only-as-{name}"].convert[3])
+        sizes = [
+            constant_bytes(make_plan(checkpoint, {"window": window + more, "mix": 0.0, "sinks": 4})) for more in (0, 1)
+        ]
+        assert sizes[0] <= constant_bytes(make_plan(checkpoint, model)) < sizes[1] or window == 1, name
         assert rows[f"window-only-as-{name}"].convert[-2:] == ("--sinks", "4")
         assert rows[f"window-only-as-{name}-trained-0.1M"].changes["attention"] == "window"
     tried = [

@@ -118,9 +118,6 @@ def _converted(report: dict, folder: Path, manifest: dict, full: bool) -> None:
     added = [tensor.numel for name, tensor in found.checkpoint.tensors.items() if name.rpartition(".")[2] in NAMES]
     report["added_parameters"] = sum(added)
     report["calibration"] = manifest.get("calibration")
-    selection = manifest.get("selection")
-    sizes = [selection.get(name) for name in ("window_sizes", "kept_sizes")] if isinstance(selection, dict) else []
-    report["sizes"] = next((section for section in sizes if isinstance(section, dict)), None)
     _code(report, found, manifest.get("code"))
 
 
@@ -276,20 +273,6 @@ def _calibration(section: dict, merged: bool) -> str:
     )
 
 
-def _sizes(section: dict, merged: bool) -> str:
-    """What `liger.json` says of sizes chosen within a budget, whatever stands there."""
-    result, references = section.get("result"), section.get("references")
-    none = references.get("none") if isinstance(references, dict) else None
-    figures = [one.get("kl") if isinstance(one, dict) else None for one in (result, none)]
-    chosen, uniform = (f"{value:.4f}" if type(value) in (int, float) else "an unknown number" for value in figures)
-    when = ", as it was before the merge" if merged else ""
-    return (
-        f"{str(section.get('setting'))[:20]} of each layer chosen by measurement within "
-        f"{str(section.get('budget'))[:20]} bytes: KL divergence from the base {chosen} nats a token, untrained; "
-        f"{str(section.get('uniform'))[:20]} tokens in every layer {uniform}{when}"
-    )
-
-
 def _lines(report: dict) -> list[str]:
     from liger_cli.conversion.plan_table import describe
 
@@ -319,8 +302,6 @@ def _lines(report: dict) -> list[str]:
         lines.append(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights{whose}")
     if calibration := report.get("calibration"):
         lines.append(_calibration(calibration, report["kind"] == "merged"))
-    if sizes := report.get("sizes"):
-        lines.append(_sizes(sizes, report["kind"] == "merged"))
     for shard in report.get("shards", []):
         whole = f", SHA-256 {shard['sha256']}" if "sha256" in shard else ""
         lines.append(f"  {shard['file']}: {size(shard['size'])}, {shard['state']}, {shard['is']}{whole}")

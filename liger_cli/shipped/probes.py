@@ -92,7 +92,6 @@ def evaluate_recall(
     seed: int = TEST_SEED,
     batch_size: int = 16,
     pairs: int = 4,
-    probe: Callable[..., list[Probe]] = recall_probe,
 ) -> dict[int, float]:
     """Share of recall probes answered exactly, by distance in tokens.
 
@@ -103,11 +102,10 @@ def evaluate_recall(
         model: a causal language model that takes `input_ids` [B, T] and `logits_to_keep`, on any device.
         distances, count, seed, pairs: see `recall_probe`; `count` probes for each distance.
         batch_size: sequences a pass.
-        probe: makes the probes; `recall_probe`, or that of another text (`study.sources`).
     """
     accuracy = {}
     for distance in distances:
-        probes = probe(tokenizer, distance, count, seed, pairs)
+        probes = recall_probe(tokenizer, distance, count, seed, pairs)
         right = sum(
             _answered(model, probes[index : index + batch_size], tokenizer) for index in range(0, count, batch_size)
         )

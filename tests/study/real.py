@@ -1,6 +1,6 @@
 """The recipes on a real base, one resumable command.
 
-    PYTHONPATH=tests python -m study.real BASE --tasks DIR --text FILE --data FILE --output DIR
+    PYTHONPATH=tests python -m study.real BASE --tasks NAMES --include-path TASKS --text FILE --data FILE --output DIR
 
 Each row is converted, trained and measured in a process of its own, and its result is a file that appears whole: a run
 that was stopped goes on with the rows that have none. `rows.jsonl` and `table.md` are made of what there is.
@@ -23,7 +23,6 @@ from pathlib import Path
 from liger_cli.system.errors import LigerError, UsageError, guarded
 from liger_cli.system.outputs import write_whole
 from study.rows import RATED, RATES, Row, at_rate, parse_tokens, show_tokens, windows_of_equal_bytes, with_sinks
-from study.unit import liger
 
 FORMAT = 1  # raised when what is measured changes
 SINKS = 4
@@ -215,7 +214,7 @@ def _window_of(home: Path, convert: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def compute(home: str, name: str, key: str, row: dict, budget: int, question: dict) -> None:
-    """Convert, train and measure one row, and write its result. Raises LigerError; SystemExit as of `unit.liger`."""
+    """Convert, train and measure one row, and write its result. Raises LigerError; SystemExit as of `liger`."""
     row = Row(**{**row, "convert": tuple(row["convert"])})
     question = Question(**{**question, "text": tuple(question["text"])})
     work = Path(home, "work", name)
@@ -252,6 +251,24 @@ def compute(home: str, name: str, key: str, row: dict, budget: int, question: di
     }  # fmt: skip
     _write(Path(home), name, result)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def liger(*arguments: str) -> list[str]:
+    """Run a command of liger in this process and return it. Raises SystemExit: it failed, and said why."""
+    import typer
+
+    from liger_cli.main import CLICK_EXCEPTION, app
+
+    try:
+        code = app(list(arguments), standalone_mode=False)
+    except CLICK_EXCEPTION as error:
+        print(f"liger: {error.format_message()}", file=sys.stderr)
+        code = UsageError.exit_code
+    except typer.Exit as error:
+        code = error.exit_code
+    if code:
+        raise SystemExit(code)
+    return ["liger", *arguments]
 
 
 def _train(row: Row, budget: int, question: Question, converted: Path, adapter: Path) -> dict:
@@ -292,13 +309,14 @@ def sizes(converted: Path, column: str) -> dict:
 
     found = read_converted(converted)
     plan = Plan(found.checkpoint, tuple(found.specs), ())
-    memory = {row["tokens"]: row for row in plan.memory(CONTEXTS)}
-    kind = "kv_cache_bytes" if column == "base" else "state_bytes"
+    layers = range(len(plan.specs))
+    base = {tokens: sum(plan.base_cache(layer, tokens) for layer in layers) for tokens in CONTEXTS}
+    kept = base if column == "base" else {tokens: plan.cache_bytes(tokens) for tokens in CONTEXTS}
     count = sum(spec.kind == "liger" for spec in plan.specs)
     constant = sum(plan.constant_bytes(i, spec) for i, spec in enumerate(plan.specs) if spec.kind == "liger")
-    token = memory[CONTEXTS[0]]["kv_cache_bytes"] // (CONTEXTS[0] * len(plan.specs))
+    token = base[CONTEXTS[0]] // (CONTEXTS[0] * len(layers))
     return {
-        "bytes": {str(tokens): row[kind] for tokens, row in memory.items()},
+        "bytes": {str(tokens): kept[tokens] for tokens in CONTEXTS},
         "equal_window": constant // (count * token) - SINKS + 1 if count else None,
     }
 

@@ -13,7 +13,6 @@ from functools import partial
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from liger_cli.shipped.probes import DISTANCES
-from study.sources import STORIES
 from study.trainer import Recipe, Stage, add_options, run, train_tokenizer
 
 CURRICULUM = (
@@ -78,9 +77,8 @@ Float32, seeds that training never uses (`TEST_SEED`).
 """
 
 RECIPE = Recipe(
-    source=STORIES,
     curriculum=CURRICULUM,
-    build_tokenizer=partial(train_tokenizer, STORIES, 1024),
+    build_tokenizer=partial(train_tokenizer, 1024),
     build_model=build_model,
     distances=DISTANCES,
     logged_distances=(32, 64, 128, 256, 512, 768),

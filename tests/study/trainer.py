@@ -1,6 +1,6 @@
-"""Trains a small base model from nothing on generated text, by a curriculum; resumable.
+"""Trains a small base model from nothing on the shipped text, by a curriculum; resumable.
 
-What differs between the bases (`Recipe`) is in `train_base` (the shipped one) and `study.train_bases`.
+What it is made of (`Recipe`) is in `train_base`.
 """
 
 import argparse
@@ -11,18 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from liger_cli.shipped.probes import evaluate_recall, perplexity
-from liger_cli.shipped.text import ASSISTANT_TOKEN, TEST_SEED, TRAIN_SEED, USER_TOKEN, VALIDATION_SEED
-
-if TYPE_CHECKING:
-    from study.sources import Source
+from liger_cli.shipped.probes import evaluate_recall, held_out_text, perplexity
+from liger_cli.shipped.text import (
+    ASSISTANT_TOKEN,
+    NAMES,
+    TEST_SEED,
+    TRAIN_SEED,
+    USER_TOKEN,
+    VALIDATION_SEED,
+    document,
+    documents,
+)
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -32,7 +37,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-BYTE_LEVEL = str.maketrans({"\n": "Ċ", " ": "Ġ"})  # as byte-level vocabularies write them
+TOKENS_PER_WORD = 1.3  # roughly; a document's length is asked for in words
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,13 @@ class Recipe:
     """A base to train.
 
     Attributes:
-        source: the text, its probes, and how many tokens a word takes.
         curriculum: the stages, in order.
         build_tokenizer, build_model: of the base; the model has random weights.
         distances, logged_distances: of the recall in the card, and in the log.
         command: trains this base, as the card shows it.
         card: the card's text, with the fields that `write_checkpoint` fills in.
-        anneals: numbers of training tokens, before the last, at which the learning rate has come down to zero; it goes
-            on from where a schedule over all tokens, or up to the next of them, would be.
     """
 
-    source: "Source"
     curriculum: tuple[Stage, ...]
     build_tokenizer: Callable[[], PreTrainedTokenizerFast]
     build_model: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
@@ -73,7 +74,6 @@ class Recipe:
     logged_distances: tuple[int, ...]
     command: str
     card: str
-    anneals: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -90,7 +90,7 @@ class Recipe:
         return self.curriculum[-1]
 
 
-def train_tokenizer(source: "Source", vocab_size: int, num_documents: int = 2000) -> PreTrainedTokenizerFast:
+def train_tokenizer(vocab_size: int, num_documents: int = 2000) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on generated documents, with end, padding and chat tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -101,9 +101,9 @@ def train_tokenizer(source: "Source", vocab_size: int, num_documents: int = 2000
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    stream = source.documents(TRAIN_SEED)
+    stream = documents(TRAIN_SEED)
     # Every name as often as common words, so that keys are single tokens.
-    corpus = [next(stream) for _ in range(num_documents)] + [" " + " ".join(source.single_tokens)] * num_documents
+    corpus = [next(stream) for _ in range(num_documents)] + [" " + " ".join(NAMES)] * num_documents
     bpe.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -119,7 +119,7 @@ def train_tokenizer(source: "Source", vocab_size: int, num_documents: int = 2000
 
 
 def pack_rows(
-    source: "Source", tokenizer: PreTrainedTokenizerFast, seed: int, count: int, seq_len: int, kinds: dict[str, float]
+    tokenizer: PreTrainedTokenizerFast, seed: int, count: int, seq_len: int, kinds: dict[str, float]
 ) -> torch.Tensor:
     """`count` rows of seq_len + 1 token ids: whole documents, each followed by the end token, then padding.
 
@@ -131,10 +131,10 @@ def pack_rows(
     for _ in range(count):
         row: list[int] = []
         misses = 0
-        while misses < 3 and (room := int((seq_len - len(row)) / source.tokens_per_word)) > 20:
+        while misses < 3 and (room := int((seq_len - len(row)) / TOKENS_PER_WORD)) > 20:
             longest = not row and rng.random() < 0.4
             words = room - 12 if longest else rng.randint(min(30, room), room)
-            ids = tokenizer(source.document(rng, kinds, words))["input_ids"] + [tokenizer.eos_token_id]
+            ids = tokenizer(document(rng, kinds, words))["input_ids"] + [tokenizer.eos_token_id]
             if len(row) + len(ids) <= seq_len + 1:
                 row += ids
             else:
@@ -143,23 +143,18 @@ def pack_rows(
     return torch.tensor(rows)
 
 
-def answer_mask(source: "Source", tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor) -> torch.Tensor:
-    """Which of the tokens rows [B, T] only the context answers: those after a start mark and up to a stop mark."""
+def answer_mask(tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor) -> torch.Tensor:
+    """Which of the tokens rows [B, T] only the context answers: those from a question mark up to the next full stop."""
     index = torch.arange(rows.shape[1]).expand_as(rows)
-    asked = torch.zeros_like(rows, dtype=torch.bool)
-    for marks in source.answer_marks:
-        start, *stops = tokenizer.convert_tokens_to_ids([mark.translate(BYTE_LEVEL) for mark in marks])
-        last_start = index.where(rows == start, -1).cummax(1).values
-        last_stop = index.where(torch.isin(rows, torch.tensor(stops)), -1).cummax(1).values
-        asked |= last_start > last_stop
-    return asked
+    asked, answered = (
+        index.where(rows == token, -1).cummax(1).values for token in tokenizer.convert_tokens_to_ids(["?", "."])
+    )
+    return asked > answered
 
 
-def loss_weights(
-    source: "Source", tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor, other: float
-) -> torch.Tensor:
+def loss_weights(tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor, other: float) -> torch.Tensor:
     """Weights [B, T] of the targets rows[:, 1:]: 1 in an answer (`answer_mask`), 0 on padding, else `other`."""
-    weights = torch.where(answer_mask(source, tokenizer, rows), 1.0, other)[:, :-1]
+    weights = torch.where(answer_mask(tokenizer, rows), 1.0, other)[:, :-1]
     return weights.masked_fill(rows[:, 1:] == tokenizer.pad_token_id, 0.0)
 
 
@@ -213,12 +208,12 @@ def learning_rate_scale(step: int, progress: float, warmup: int = 40, decay: flo
     return min(1.0, (step + 1) / warmup, (1 - progress) / decay)
 
 
-def evaluate(model, tokenizer, source: "Source", characters: int, count: int, seed: int, distances) -> dict:
+def evaluate(model, tokenizer, characters: int, count: int, seed: int, distances) -> dict:
     """Held-out perplexity and recall by distance, both in float32."""
     model.eval()
     result = {
-        "perplexity": perplexity(model, tokenizer, source.held_out_text(characters, seed)),
-        "recall": evaluate_recall(model, tokenizer, distances, count, seed, probe=source.recall_probe),
+        "perplexity": perplexity(model, tokenizer, held_out_text(characters, seed)),
+        "recall": evaluate_recall(model, tokenizer, distances, count, seed),
     }
     model.train()
     return result
@@ -226,7 +221,6 @@ def evaluate(model, tokenizer, source: "Source", characters: int, count: int, se
 
 def accumulate_gradients(
     model: PreTrainedModel,
-    source: "Source",
     tokenizer: PreTrainedTokenizerFast,
     rows: torch.Tensor,
     other_weight: float,
@@ -234,7 +228,7 @@ def accumulate_gradients(
     float32: bool = False,
 ) -> float:
     """Adds the gradients of the weighted mean loss over `rows` [B, T + 1], some `micro_tokens` at a time; the loss."""
-    weights = loss_weights(source, tokenizer, rows, other_weight)
+    weights = loss_weights(tokenizer, rows, other_weight)
     weights /= weights.sum()
     size = max(1, micro_tokens // weights.shape[1])
     total = 0.0
@@ -275,17 +269,14 @@ def train(recipe: Recipe, args: argparse.Namespace) -> dict:
     log_loss, log_tokens, log_start = [], 0, time.time()
     while seen < recipe.tokens:
         stage = recipe.stage_at(seen)
-        end = next((tokens for tokens in recipe.anneals if seen < tokens), recipe.tokens)
-        scale = learning_rate_scale(step, seen / end)
+        scale = learning_rate_scale(step, seen / recipe.tokens)
         for optimizer, lrs in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale
         count = stage.batch_tokens // stage.seq_len
-        rows = pack_rows(recipe.source, tokenizer, TRAIN_SEED + 1 + step, count, stage.seq_len, stage.kinds)
+        rows = pack_rows(tokenizer, TRAIN_SEED + 1 + step, count, stage.seq_len, stage.kinds)
         log_loss.append(
-            accumulate_gradients(
-                model, recipe.source, tokenizer, rows, stage.other_weight, args.micro_tokens, args.float32
-            )
+            accumulate_gradients(model, tokenizer, rows, stage.other_weight, args.micro_tokens, args.float32)
         )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -303,7 +294,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> dict:
             )
             log_loss, log_tokens, log_start = [], 0, time.time()
         if step % args.eval_every == 0:
-            result = evaluate(model, tokenizer, recipe.source, 60_000, 32, VALIDATION_SEED, recipe.logged_distances)
+            result = evaluate(model, tokenizer, 60_000, 32, VALIDATION_SEED, recipe.logged_distances)
             print(json.dumps(result), flush=True)
             log_start, log_tokens = time.time(), 0
         if time.time() - last_save > args.save_seconds or seen >= recipe.tokens:
@@ -332,13 +323,11 @@ def write_checkpoint(recipe: Recipe, model, tokenizer, folder: Path, seconds: fl
     model.to(torch.bfloat16).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     stored = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)
-    result = evaluate(stored, tokenizer, recipe.source, 400_000, count, TEST_SEED, recipe.distances)
+    result = evaluate(stored, tokenizer, 400_000, count, TEST_SEED, recipe.distances)
     by_pairs = {pairs: result["recall"] if pairs == 4 else None for pairs in (1, 4, 16)}
     for pairs in (1, 16):
         distances = tuple(distance for distance in recipe.distances if distance >= 64)
-        by_pairs[pairs] = evaluate_recall(
-            stored, tokenizer, distances, count, TEST_SEED, pairs=pairs, probe=recipe.source.recall_probe
-        )
+        by_pairs[pairs] = evaluate_recall(stored, tokenizer, distances, count, TEST_SEED, pairs=pairs)
     figures = {"perplexity": result["perplexity"], "recall_by_pairs": by_pairs, "count": count, "minutes": seconds / 60}
     print(json.dumps(figures))
     lines = ["| distance | " + " | ".join(str(distance) for distance in recipe.distances) + " |"]
