@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from liger_cli.shipped import BASE_DIR
+from study.train_base import RECIPE
 from study.trainer import Float32Muon, answer_mask, pack_rows
 
 
@@ -12,6 +13,10 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(BASE_DIR)
+
+
+def test_the_tokenizer_is_the_shipped_one(tokenizer):
+    assert RECIPE.build_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
 def test_answers_are_what_follows_a_question(tokenizer):
