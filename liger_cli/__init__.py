@@ -7,8 +7,8 @@ The rooms, from the ground up; a module imports only from its own and from lower
     checkpoint   reading, checking and writing model folders and adapters: families, weights, model code, the hub
     conversion   the plan of a conversion, its edits, and the folder that is written
     evaluation   a model beside its base: perplexity, agreement, recall, harness tasks; results, tables, plots, card
-    calibration  what is measured on a little text before any training: fitted scores and coefficients, softmax layers
-                 and heads, sizes
+    calibration  what is measured on a little text before any training: fitted scores and states, kept tokens by head,
+                 softmax layers and heads
     training     recipes, data, objectives and the run that makes an adapter
     benchmark    time and memory of a model and of its base
     commands     one module a command of `liger`: options, help, and what it does with the rooms below

@@ -1,1 +1,1 @@
-"""What is measured on a little text before training: fitted scores and coefficients, softmax layers, heads, sizes."""
+"""What is measured on a little text before training: fitted scores and states, exact memory by head."""
