@@ -17,6 +17,11 @@ from liger_cli.conversion.plan import make_plan
 from liger_cli.shipped import BASE_DIR
 
 WINDOW, SINKS, LENGTH = 8, 2, 96
+SCALED = {
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 5.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +130,13 @@ def test_scores_find_the_keys_that_are_looked_at():
     assert set(best.tolist()) == set(marked.tolist())
 
 
-def test_gradients_are_those_of_the_whole_model(model, rows):
-    """Layer by layer, each run again, against one backward pass through all of them."""
+@pytest.mark.parametrize("family", ["shipped", "granite", "cohere", "gemma2"])
+def test_gradients_are_those_of_the_whole_model(model, tiny_base, family):
+    """Layer by layer, each run again, against one backward pass through all of them: heads that scale logits, too."""
+    if family != "shipped":
+        base = read_checkpoint(tiny_base(family, **SCALED[family]), False)
+        model = load_base(make_plan(base, {"window": WINDOW, "kept": 4, "mix": 0.0}, linearize_local=True))
+    rows = torch.randint(4, model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     seen = layers_of(model, rows[:1], backward=True)
     model.set_attention_mode("softmax")
     inputs = {}

@@ -136,13 +136,15 @@ def _inputs(model, layers, row):
 def _likelihood_gradient(model, hidden, generator):
     """Of the drawn tokens' log-likelihood at the last layer's output, a piece of positions at a time."""
     norm, head = model.get_decoder().norm, model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    scale = getattr(model.config, "logit_scale", None) or 1.0  # Cohere
+    scale = scale / (getattr(model.config, "logits_scaling", None) or 1.0)  # Granite
     size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
     gradients = []
     for piece in hidden.split(size, dim=1):
         piece = piece.detach().requires_grad_()
         with torch.enable_grad():
-            logits = head(norm(piece)).float()
+            logits = head(norm(piece)).float() * scale
             logits = (logits / cap).tanh() * cap if cap else logits
             log_p = logits.log_softmax(-1)
             drawn = torch.multinomial(log_p[0].detach().exp(), 1, generator=generator)
