@@ -204,7 +204,7 @@ def test_memory_is_what_the_state_takes(sparse_base, here):
     state, token = 16 * 16 * 2 * 4, 2 * 2 * 16 * 2
     for row in report["memory"]:
         assert row["kv_cache_bytes"] == 4 * row["tokens"] * token
-        assert row["state_bytes"] == 3 * (state + (8 - 1 + 2) * token + 3 * 8) + row["tokens"] * token
+        assert row["state_bytes"] == 3 * (state + (8 - 1 + 2) * token + 2 * 8) + row["tokens"] * token
     normalized, _ = convert(base, settings={"window": 0, "normalizer": "running"}, dry_run=True)
     assert normalized["memory"][0]["state_bytes"] == 4 * 16 * 17 * 2 * 4
     slots, _ = convert(base, settings={"window": 0, "gate": "gsa", "slots": 4}, dry_run=True)

@@ -440,7 +440,7 @@ def test_unlisted(tmp_path):
 def test_experimental_writes_nothing_where_the_gate_fails(tmp_path):
     """Differential attention has Llama's tensor names and is another function; GPT-NeoX has other names."""
     refused(tiny_folder(tmp_path / "diff", "diffllama"), "identity check failed: logits differ by", experimental=True)
-    refused(tiny_folder(tmp_path / "neox", "gpt_neox"), "0 layers", experimental=True)
+    refused(tiny_folder(tmp_path / "neox", "gpt_neox"), "tensors begin with 'gpt_neox.'", experimental=True)
     config = json.loads((tmp_path / "diff" / "config.json").read_text())
     (tmp_path / "diff" / "config.json").write_text(json.dumps({**config, "model_type": "made_up"}))
     refused(tmp_path / "diff", "transformers has no causal language model of type 'made_up'", experimental=True)
@@ -487,11 +487,10 @@ def test_folders_of_the_paper_code(folder_of, liger, tmp_path, model_type):
     done = liger("convert", theirs, ours, "--window", 16, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    slots = 128 if gate == "gsa" else 64
     layers = {tuple(one[name] for name in ("gate", "mix", "normalizer", "window", "slots")) for one in report["layers"]}
-    assert layers == {(gate, 0.5, "none", 16, slots)}
+    assert layers == {(gate, 0.5, "none", 16, 128)}
     assert "paper's own code" in (notes := " ".join(report["notes"])) and ("128 slots" in notes) == (gate == "gsa")
-    convert(str(folder_of(base_type)), str(plain), settings={"gate": gate, "mix": 0.5, "window": 16, "slots": slots})
+    convert(str(folder_of(base_type)), str(plain), settings={"gate": gate, "mix": 0.5, "window": 16})
     ids = tokens(30)
     with torch.no_grad():
         model, same = load(ours), load(plain)
@@ -525,7 +524,7 @@ def test_command_line(liger, tmp_path):
     assert not (tmp_path / "cwd" / "out").exists()
     done = liger("convert", base, "out", "--experimental", "--json")
     assert done.returncode == 0, done.stderr
-    assert "identity check passed" in json.loads(done.stdout)["notes"][0]
+    assert any("identity check passed" in note for note in json.loads(done.stdout)["notes"])
     assert (tmp_path / "cwd" / "out" / "liger.json").exists()
     assert "gemma3_text" in liger("families").stdout
 

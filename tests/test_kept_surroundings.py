@@ -149,7 +149,7 @@ def test_card(made, text):
     assert measured["kl"] < measured["window_only_kl"]
     assert "| 40 |" in card and f"| parameters added to the base's | {4 * (2 * 16 + 4 + 4)} |" in card
     section = card.partition("## Calibration")[2].partition("## Use")[0]
-    shown = str(text).replace("`", "'").replace("|", "\\|")
+    shown = text.name.replace("`", "'").replace("|", "\\|")
     assert f"{measured['tokens']:,} tokens of `{shown}`" in section
     assert f"Measured on {measured['held_out_tokens']:,} tokens of `{measured['held_out']}`, a text" in section
     for name, title in (("window_only", "the windows and sinks alone"), ("model", "this model as converted")):

@@ -57,11 +57,12 @@ class Plan:
         """Bytes of all tensors; the shards' headers come on top."""
         return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
 
-    def memory(self) -> list[dict]:
-        """For one sequence of each length in tokens, up to the base's context: bytes that model and base keep."""
+    def memory(self, contexts: tuple[int, ...] | None = None) -> list[dict]:
+        """Bytes that model and base keep of one sequence, for each length in tokens; by default up to the context."""
         rows = []
         longest = min(LONGEST, context_length(self.checkpoint.config) or LONGEST)
-        for tokens in (longest // part for part in (32, 4, 1) if part == 1 or longest // part >= SHORTEST):
+        own = (longest // part for part in (32, 4, 1) if part == 1 or longest // part >= SHORTEST)
+        for tokens in contexts or own:
             converted = self.cache_bytes(tokens)
             base = sum(self.base_cache(index, tokens) for index in range(len(self.specs)))
             rows.append(
