@@ -369,6 +369,8 @@ def test_hostile_names_stay_text(sparse_base, here, name):
     assert "liger" in front["tags"]
     assert "666" not in text
     assert "\nlicense" not in body
+    (note,) = (line for line in body.splitlines() if line.startswith("Note: ") and "no tokenizer" in line)
+    assert "<" not in note.replace("\\<", "") and "`" not in note.replace("\\`", "")
 
 
 def test_a_full_disk_leaves_nothing(sparse_base, here, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -207,7 +208,8 @@ def test_merged_model_finds_its_base(tiny, tmp_path):
     folder = _merged(tiny, tmp_path / "merged", read_manifest(tiny)["fingerprint"])
     opened = open_subject(folder)
     assert opened.has_recovery and opened.original is not None
-    assert opened.base_source == read_manifest(tiny)["base"]["path"]
+    base = Path(read_manifest(tiny)["base"]["path"])
+    assert Path(opened.original.name_or_path) == base and opened.base_source == base.name
 
 
 def test_merged_model_without_its_base(tiny, tmp_path, capsys):
@@ -317,7 +319,7 @@ def test_a_base_that_finds_its_needles(subject, monkeypatch):
 
 def test_no_longer_than_the_bases_context(tiny, words, capsys):
     """The tiny models are made for 512 tokens: rows and needles stay within, which is said, unless asked otherwise."""
-    options = {"data": words, "perplexity": True, "recall": True, "seq_len": 1000, "count": 1, "save": False}
+    options = {"data": words, "perplexity": True, "recall": True, "seq_len": 1000, "recall_count": 1, "save": False}
     result = evaluate.run(str(tiny), **options, recall_distances=(64, 400))
     err = capsys.readouterr().err
     assert "the base's context is 512 tokens, so rows have 512; --beyond-context goes further" in err
@@ -544,7 +546,7 @@ def no_harness(monkeypatch):
         ({"include_path": "nowhere"}, "--include-path names nowhere"),
         ({"tasks": "piqa,piqua"}, "--tasks names 'piqua'.*did you mean piqa"),
         ({"samples": -1}, "--samples is -1"),
-        ({"count": 0}, "--recall-count is 0"),
+        ({"recall_count": 0}, "--recall-count is 0"),
     ],
 )
 def test_refused_before_anything_is_measured(tiny, no_harness, options, words):

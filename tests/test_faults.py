@@ -18,6 +18,7 @@ import pytest
 from conftest import TINY
 from test_convert import digest, entries
 
+from liger_cli.benchmark import bench as measured_bench
 from liger_cli.checkpoint import merged_shards
 from liger_cli.commands import bench, convert, evaluate, finetune, merge
 from liger_cli.commands import inspect as inspection
@@ -505,7 +506,7 @@ def test_a_shard_that_changes_while_it_is_merged(place, monkeypatch, spoil):
     shard = place / "made" / "model.safetensors"
     shard.unlink()
     shutil.copyfile(place / "base" / "model.safetensors", shard)
-    real, calls = merged_shards.delta, []
+    real, calls = merged_shards.merged_by, []
 
     def slow(*arguments):
         if not calls:
@@ -513,7 +514,7 @@ def test_a_shard_that_changes_while_it_is_merged(place, monkeypatch, spoil):
         calls.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(merged_shards, "delta", slow)
+    monkeypatch.setattr(merged_shards, "merged_by", slow)
     with pytest.raises(LigerError, match="was changed while it was read; run the command again"):
         merge.run(place / "lora", output=place / "out", quiet=True)
     assert calls and not (place / "out").exists()
@@ -558,14 +559,15 @@ def test_a_shard_that_changes_while_it_is_measured(place, monkeypatch, command):
     shard = place / "made" / "model.safetensors"
     shard.unlink()
     shutil.copyfile(place / "base" / "model.safetensors", shard)
-    module, name = {"eval": (evaluate, "evaluate"), "bench": (bench, "bench")}[command]
-    real = getattr(module, name)
+    module, measuring = {"eval": (evaluate, evaluate), "bench": (bench, measured_bench)}[command]
+    name = {"eval": "evaluate", "bench": "bench"}[command]
+    real = getattr(measuring, name)
 
     def slow(subject, **options):
         rewritten(shard)
         return real(subject, **options)
 
-    monkeypatch.setattr(module, name, slow)
+    monkeypatch.setattr(measuring, name, slow)
     options = {"eval": {"data": str(place / "text.jsonl"), "perplexity": True, "seq_len": 32},
                "bench": {"seq_len": 16, "repetitions": 1, "new_tokens": 1}}[command]  # fmt: skip
     with pytest.raises(LigerError, match="was changed while it was read"):
@@ -592,16 +594,17 @@ def test_weights_that_change_while_they_are_tuned(place, monkeypatch):
     assert not (place / "out").exists()
 
 
-def test_a_base_that_changes_while_it_is_calibrated(place, monkeypatch):
+@pytest.mark.parametrize("part", ["fit_layers", "head_costs"])
+def test_a_base_that_changes_while_it_is_calibrated(place, monkeypatch, part):
     from liger_cli.calibration import calibrate
 
-    real = calibrate.fit_keep_scores
+    real = getattr(calibrate, part)
 
     def slow(*arguments):
         rewritten(place / "base" / "model.safetensors")
         return real(*arguments)
 
-    monkeypatch.setattr(calibrate, "fit_keep_scores", slow)
+    monkeypatch.setattr(calibrate, part, slow)
     with pytest.raises(LigerError, match="was changed while it was read"):
         convert.convert(
             str(place / "base"), str(place / "out"), calibrate=True, calibration_data=str(place / "text.jsonl"),

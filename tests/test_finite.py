@@ -65,11 +65,12 @@ def test_a_run_that_diverges(converted, tmp_path, monkeypatch):
     data.write_text(
         "".join(json.dumps({"text": " ".join(f"w{4 + i % 90}" for i in range(n, n + 40))}) + "\n" for n in range(40))
     )
-    sizes = {"recipe": "paper", "seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 0}
+    (tmp_path / "constant.yaml").write_text(
+        "seq_len: 48\nbatch_size: 4\nmicro_batch_size: 2\nheld_out: 0\nschedule: constant\n"
+    )
+    recipe = str(tmp_path / "constant.yaml")
     with pytest.raises(LigerError, match=r"at step 2, first in layer 0 \(self_attn\), whose .*lora_\w.* is not"):
-        finetune.run(
-            converted, data=str(data), output=tmp_path / "out", max_steps=4, schedule="constant", quiet=True, **sizes
-        )
+        finetune.run(converted, data=str(data), output=tmp_path / "out", max_steps=4, recipe=recipe, quiet=True)
 
 
 @pytest.mark.parametrize(

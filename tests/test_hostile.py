@@ -199,8 +199,12 @@ def test_tokenizers_open_their_own_files_only(converted, tmp_path):
     shutil.copy(converted / "tokenizer.json", tmp_path / "elsewhere.json")
     (converted / "tokenizer.json").unlink()
     edit(converted / "tokenizer_config.json", tokenizer_file=str(tmp_path / "elsewhere.json"))
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load_tokenizer(converted)
+    (converted / "tekken.json").write_text("{}")  # it does go on to loading, then
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
         load_tokenizer(converted)
+    (converted / "tekken.json").unlink()
     (converted / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(ModelError, match="outside"):
         load_tokenizer(converted)
@@ -394,7 +398,7 @@ def test_a_hostile_name_stays_text(tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = tmp_path / EVIL.replace("/", "_")
     shutil.copytree(tiny_base(), base)
-    convert.convert(str(base), "out")
+    convert.run(base=str(base), output="out")
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\u202e" not in shown and "[red]" in shown
     card = (tmp_path / "out" / "README.md").read_text()

@@ -110,7 +110,7 @@ def calibrate(
     report = {"text": rows.text, "tokens": tokens, "seq_len": rows.fit.shape[1]}
     states = fit_layers(model, far, rows.fit, sizes) if fit else {}
     if request.chooses or request.kept is not None or any(one.liger_spec.rest for one in far):
-        costs = head_costs(model, far, rows.choice, sizes, states)
+        costs = head_costs(model, far, rows.choice, sizes, states, "the calibration" if fit else "the measurement")
         found = choose(plan, costs, request, fit)
         plan = chosen_plan(plan, found, request)
         report |= {"sizes": sizes, "heads": _described(costs, found)}
@@ -218,8 +218,16 @@ def fit_layers(model, attentions: list, rows: torch.Tensor, sizes: list[int]) ->
     return found
 
 
-def head_costs(model, attentions: list, rows: torch.Tensor, sizes: list[int], states: dict) -> dict[Head, HeadCosts]:
-    """What every head of these layers lacks with every number of kept tokens; the scores are those of the model."""
+def head_costs(
+    model, attentions: list, rows: torch.Tensor, sizes: list[int], states: dict, what: str
+) -> dict[Head, HeadCosts]:
+    """What every head of these layers lacks with every number of kept tokens; the scores are those of the model.
+
+    Args:
+        what: is measured, for an error.
+    Raises:
+        LigerError: numbers that are not finite.
+    """
     generator, found = torch.Generator().manual_seed(1), {}
 
     def measure(layer) -> None:
@@ -236,7 +244,7 @@ def head_costs(model, attentions: list, rows: torch.Tensor, sizes: list[int], st
             one = found.setdefault(key, HeadCosts.zeros(*key, sizes))
             one.add(layer, 0, queries, parts_of(layer, 0, head, queries, rank[head], sizes), states.get(key))
 
-    visit_backward(model, attentions, rows, measure, "choosing")
+    visit_backward(model, attentions, rows, measure, "choosing", what=what)
     return dict(sorted(found.items()))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from liger_cli.calibration.base import not_finite
 from liger_cli.system.progress import progress
 
 LOGITS_BYTES = 256 << 20  # of float32 logits at a time
@@ -67,7 +68,13 @@ def visit(model, attentions: Sequence, rows: torch.Tensor, measure: Callable[[La
 
 
 def visit_backward(
-    model, attentions: Sequence, rows: torch.Tensor, measure: Callable[[Layer], None], label: str, seed: int = 0
+    model,
+    attentions: Sequence,
+    rows: torch.Tensor,
+    measure: Callable[[Layer], None],
+    label: str,
+    seed: int = 0,
+    what: str = "the measurement",
 ) -> None:
     """The same from the last layer to the first, row by row, with gradients.
 
@@ -78,6 +85,9 @@ def visit_backward(
     Args:
         rows: [B, T] token ids.
         seed: of the drawing.
+        what: is measured, for an error.
+    Raises:
+        LigerError: probabilities or gradients that are not finite.
     """
     wanted = {attention.layer_idx for attention in attentions}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -89,6 +99,8 @@ def visit_backward(
             for row in rows.split(1):
                 inputs, final = _inputs(model, layers, row)
                 gradient = _likelihood_gradient(model, final, generator)
+                if gradient is None:
+                    raise not_finite(model, row, what)
                 calls.clear()
                 for layer, (args, kwargs) in zip(reversed(layers), reversed(inputs), strict=True):
                     hidden = args[0].detach().requires_grad_()
@@ -97,6 +109,8 @@ def visit_backward(
                         output = output[0] if isinstance(output, tuple) else output
                         output.backward(gradient)
                     gradient = hidden.grad
+                    if not gradient.isfinite().all():
+                        raise not_finite(model, row, what)
                     attention = next((one for one in attentions if _within(one, layer)), None)
                     if attention is not None:
                         with torch.no_grad():
@@ -134,7 +148,7 @@ def _inputs(model, layers, row):
 
 
 def _likelihood_gradient(model, hidden, generator):
-    """Of the drawn tokens' log-likelihood at the last layer's output, a piece of positions at a time."""
+    """Of the drawn tokens' log-likelihood at the last layer's output, by pieces of positions; None if not finite."""
     norm, head = model.get_decoder().norm, model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
     scale = getattr(model.config, "logit_scale", None) or 1.0  # Cohere
@@ -147,7 +161,10 @@ def _likelihood_gradient(model, hidden, generator):
             logits = head(norm(piece)).float() * scale
             logits = (logits / cap).tanh() * cap if cap else logits
             log_p = logits.log_softmax(-1)
-            drawn = torch.multinomial(log_p[0].detach().exp(), 1, generator=generator)
+            probabilities = log_p[0].detach().exp()
+            if not probabilities.isfinite().all():
+                return None
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
             log_p[0].gather(-1, drawn).sum().backward()
         gradients.append(piece.grad)
     return torch.cat(gradients, dim=1)

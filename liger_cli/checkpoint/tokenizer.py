@@ -11,7 +11,6 @@ from liger_cli.system.untrusted import read_json
 CONFIG = "tokenizer_config.json"
 VOCABULARY = "tokenizer.json"
 VOCABULARIES = (VOCABULARY, "vocab.json", "vocab.txt", "tekken.json")
-VOCABULARIES = (VOCABULARY, "vocab.json", "vocab.txt", "tokenizer.model")
 SPARE_IDS = 1 << 20  # that a vocabulary may leave out
 BACKEND = "TokenizersBackend"  # of transformers: tokenizer.json as it stands
 # transformers takes these classes for a model type whatever tokenizer_config.json names ...
@@ -91,8 +90,8 @@ def converted_tokenizer_config(base: Checkpoint) -> str | None:
     taken = TAKEN.get(model_type) or (UNNAMED.get(model_type) if named is None else None)
     if taken is None or (named or "").removesuffix("Fast") == taken:
         return None
-    if not any(name in files for name in VOCABULARIES):
-        return None  # no tokenizer at all
+    if not has_tokenizer(files):
+        return None
     return json.dumps({**config, "tokenizer_class": taken}, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -8,7 +8,7 @@ from liger_cli.checkpoint.hub import Source
 from liger_cli.checkpoint.reader import Checkpoint, inside
 from liger_cli.conversion.plan import Plan
 from liger_cli.system.errors import ModelError
-from liger_cli.system.escape import code_span, yaml_string
+from liger_cli.system.escape import code_span, markdown, yaml_string
 from liger_cli.system.wording import by_layer, size, without_folders
 
 UNTRAINED = "**Converting changes no weight, and until it is fine-tuned a converted model is worse than its base.**"
@@ -23,6 +23,7 @@ def model_card(source: Source, plan: Plan, manifest: dict) -> str:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["yaml"] = yaml_string
     environment.filters["code"] = code_span
+    environment.filters["markdown"] = markdown
     environment.filters["size"] = size
     template = files("liger_cli.templates").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     kinds = [spec.kind for spec in plan.specs]
