@@ -16,6 +16,7 @@ from liger_cli.evaluation.samples import write_samples
 from liger_cli.evaluation.subject import Subject, open_subject
 from liger_cli.shipped import BASE_DIR
 from liger_cli.shipped.probes import evaluate_recall, held_out_text
+from liger_cli.shipped.text import TRAIN_SEED
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.outputs import write_whole
 from liger_cli.system.untrusted import read_json
@@ -25,9 +26,12 @@ FOLDER = "liger-demo"
 REPORT = "demo.json"
 NAME = "demo-liger-gla"
 HYBRID = "demo-liger-gla-hybrid"
-# Of the base's twelve key/value heads the one that recall needs most; `--softmax-heads auto:1` finds it in a minute.
+# Of the base's twelve key/value heads the one that recall needs most.
 SOFTMAX_HEADS = "4:0"
 RECIPE_FILE = "recipe.yaml"
+TEXT_FILE = "text.jsonl"  # of the base's own small world, which knows no prose
+TEXT_CHARACTERS = 80_000
+TEXT_KINDS = ("story", "facts", "recall", "drill", "chat")
 RECIPE = {
     "name": "demo",
     "description": "Minutes on a CPU: KL to the base, which is the same weights with LoRA off and softmax on.",
@@ -121,8 +125,18 @@ def _make(home: Path, name: str, steps: _Steps) -> None:
     heads = "none" if name == NAME else SOFTMAX_HEADS
     option = "" if name == NAME else f" --softmax-heads {heads}"
     steps(
-        f"liger convert base {name} --calibrate{option}",
-        lambda: convert.convert(str(base), str(converted), calibrate=True, softmax_heads=heads, force=True) and None,
+        f"liger convert base {name} --calibrate --calibration-data {TEXT_FILE}{option}",
+        lambda: (
+            convert.convert(
+                str(base),
+                str(converted),
+                calibrate=True,
+                calibration_data=str(home / TEXT_FILE),
+                softmax_heads=heads,
+                force=True,
+            )
+            and None
+        ),
     )
     if name == NAME:
         wanted = {"model": "converted", "window_only": "window_untrained"}
@@ -257,4 +271,6 @@ def _begun(home: Path, force: bool) -> dict[str, dict]:
         write_whole(home / REPORT, json.dumps({"finished": False, "steps": {}}) + "\n")
         shutil.copytree(BASE_DIR, home / "base", dirs_exist_ok=True)
         write_whole(home / RECIPE_FILE, yaml.safe_dump(RECIPE, sort_keys=False))
+        texts = held_out_text(TEXT_CHARACTERS, TRAIN_SEED + 2**20, TEXT_KINDS)
+        write_whole(home / TEXT_FILE, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return done
