@@ -85,6 +85,24 @@ def test_the_shipped_base(tmp_path):
     assert f"windows of {measured['same_bytes_window']} tokens, which take the same bytes" in card
 
 
+def test_named_heads_stay_softmax_beside_a_calibration(tiny_base, tmp_path, words):
+    _, plan = convert(
+        str(tiny_base()), str(tmp_path / "out"), settings=dict(SMALL), calibrate=True, calibration_data=words,
+        calibration_seq_len=64, softmax_heads="1:0",
+    )  # fmt: skip
+    assert [spec.softmax_kv_heads for spec in plan.specs] == [(), (0,), (), ()]
+    load_model(tmp_path / "out")
+
+
+def test_the_base_writes_the_text_itself(tiny_base, tmp_path, words):
+    report, _ = convert(
+        str(tiny_base()), str(tmp_path / "out"), settings=dict(SMALL), calibrate=True, calibration_data="self",
+        calibration_seq_len=64,
+    )  # fmt: skip
+    assert report["calibration"]["text"] == "text that the base wrote itself"
+    assert report["calibration"]["tokens"] == calibrate.wanted_tokens()
+
+
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_softmax_heads_and_layers_are_chosen(tiny_base, tmp_path, words, calibrated):
     choose = lambda name, **options: convert(  # noqa: E731

@@ -31,7 +31,7 @@ from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.reader import context_length
 from liger_cli.conversion.plan import Plan
 from liger_cli.conversion.plan_edits import liger_layers, with_heads, with_softmax
-from liger_cli.conversion.requests import Request
+from liger_cli.conversion.requests import OWN, Request
 from liger_cli.evaluation.position import modes, score_positions
 from liger_cli.evaluation.scoring import make_rows, read_texts
 from liger_cli.evaluation.subject import load_tokenizer
@@ -44,7 +44,6 @@ from liger_cli.templates.liger_kept import keep_scores
 SEQ_LEN = 2048  # tokens of a row that is fitted on
 FIT_ROWS, CHOICE_ROWS, HELD_OUT_ROWS = 4, 2, 2
 LEAST_ROWS, LEAST_LENGTH = 3, 32  # shorter rows where the text has fewer; in tokens
-OWN = "self"  # the base writes the text
 LONGER = 1.5  # held-out rows, than the others
 SCORE_QUERIES, FIT_QUERIES, CHOICE_QUERIES = 256, 128, 256  # of a row that stand for all
 FITTED_ON, HELD_OUT = "shipped prose (Moby-Dick)", "shipped prose (Opticks)"
@@ -78,7 +77,7 @@ def calibrate(
     Args:
         plan: its Liger layers have `kept` tokens, a state of evicted tokens (`rest`), or `branch_scales`.
         data: a text or .jsonl file, token ids, or `self` for text that the base writes; shipped prose by default.
-        request: what is to be chosen.
+        request: what is to be chosen; heads that it names are softmax in the plan already.
         fit: with False layers and heads are chosen beside the windows alone, and nothing is fitted.
         seq_len: tokens of a row, at most the base's context; `SEQ_LEN` by default.
     Returns:
@@ -92,7 +91,6 @@ def calibrate(
         raise UsageError("--calibrate has nothing to fit; add --kept or --branch-scales")
     check_data(data)
     start = time.perf_counter()
-    plan = with_heads(plan, request.named)
     check_request(plan, request)
     # A layer that keeps no token yet may get some.
     opened = replace(plan, specs=tuple(_open(spec, request) for spec in plan.specs)) if fit else plan

@@ -26,7 +26,7 @@ from liger_cli.conversion.folder import planned_files, replace_text, write_conve
 from liger_cli.conversion.identity_check import check_identity
 from liger_cli.conversion.plan import Plan, calibration_bytes, make_plan, read_mix, with_defaults
 from liger_cli.conversion.plan_edits import with_heads
-from liger_cli.conversion.requests import Request, read_request
+from liger_cli.conversion.requests import OWN, Request, read_request
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.manifest import MANIFEST, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.system.outputs import (
@@ -116,8 +116,9 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
         settings["kept"] = request.kept or 0
     elif isinstance(kept, str):
         settings["kept"] = int(kept)
-    if options.calibration_data is not None and not Path(options.calibration_data).expanduser().is_file():
-        raise UsageError(f"--calibration-data {options.calibration_data} is not a file; name a text or a .jsonl file")
+    text = options.calibration_data
+    if text not in (None, OWN) and not Path(text).expanduser().is_file():
+        raise UsageError(f"--calibration-data {text} is not a file; name a text or a .jsonl file, or {OWN}")
     made = "calibrated" if calibrate else settings.get("gate") or LayerSpec.gate
     source, note = _source(options, made)
     checkpoint = read_checkpoint(source.folder, options.experimental)

@@ -93,8 +93,8 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
         if starts:  # here, where it is one sentence, and not in every process
             check_setup(checked, asked.report_to, fsdp, asked.processes)
         data = data or checked.data
-        for spec in (data, checked.long_data):
-            check_sources(spec)
+        check_sources(data)
+        check_sources(checked.long_data, "--long-data")
         if (partial / RUN).exists() and not force and not asked.dry_run and is_main_process():
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
     if starts:

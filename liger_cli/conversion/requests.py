@@ -10,6 +10,7 @@ from liger_cli.system.wording import read_size
 
 AUTO = "auto:"
 SHARE = "share:"
+OWN = "self"  # the text to calibrate on is what the base writes itself
 Head = tuple[int, int]  # layer, key/value head
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 

@@ -206,25 +206,25 @@ def read_rows(name: str, streaming: bool = False) -> Iterator[dict]:
     return _hub_rows(name, streaming) if path is None else local_rows(path)
 
 
-def check_sources(spec: str | None) -> None:
-    """What can be told of `--data` without reading it. Raises UsageError: no such file, of no known kind, weights."""
+def check_sources(spec: str | None, option: str = "--data") -> None:
+    """What can be told of `option` without reading it. Raises UsageError: no such file, of no known kind, weights."""
     for source in parse_sources(spec) if spec else ():
-        _checked(source.name)
+        _checked(source.name, option)
 
 
-def _checked(name: str) -> Path | None:
+def _checked(name: str, option: str = "--data") -> Path | None:
     """The file of a source; None for the shipped generator and for a data set of the hub."""
     if name == DEMO:
         return None
     path = Path(name).expanduser()
     if path.is_dir():
-        raise UsageError(f"--data names the folder {name}; name its files, separated by commas")
+        raise UsageError(f"{option} names the folder {name}; name its files, separated by commas")
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise UsageError(f"{name} ends in {path.suffix!r}; liger reads {', '.join(READERS)}")
         return path
     if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(f"--data names {name}, which is neither a file nor a hub id such as yahma/alpaca-cleaned")
+        raise UsageError(f"{option} names {name}, which is neither a file nor a hub id such as yahma/alpaca-cleaned")
     return None
 
 
