@@ -76,7 +76,7 @@ def test_a_demo_that_was_stopped_is_taken_up_again(tmp_path, quick, capsys):
     report = demo.run(tmp_path / "d")
     rest = ["merge", "eval", "convert", "finetune", "merge", "eval", "bench"]
     assert quick.done == ["convert", "eval", "finetune", *rest]
-    assert list(report["seconds"])[0] == "liger convert base demo-liger-gla --calibrate --calibration-data text.jsonl"
+    assert list(report["seconds"])[0] == "liger convert base demo-liger --calibrate --calibration-data text.jsonl"
     assert json.loads((tmp_path / "d" / "demo.json").read_text()) == report
     out, err = capsys.readouterr()
     assert err.count("(done before)") == 3

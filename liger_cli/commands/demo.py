@@ -24,8 +24,8 @@ from liger_cli.system.wording import size
 
 FOLDER = "liger-demo"
 REPORT = "demo.json"
-NAME = "demo-liger-gla"
-HYBRID = "demo-liger-gla-hybrid"
+NAME = "demo-liger"
+HYBRID = "demo-liger-hybrid"
 # Of the base's twelve key/value heads the one that recall needs most.
 SOFTMAX_HEADS = "4:0"
 RECIPE_FILE = "recipe.yaml"
@@ -204,9 +204,10 @@ def demo_notes(report: dict) -> list[str]:
     untrained = columns["window_untrained"]
     return [
         "recall at n: exact answers to questions whose answer stands n tokens back.",
-        "base: softmax attention. converted: every layer linearized (gla, window 64, 128 tokens a layer kept by their "
-        "score) and calibrated, the weights untouched. trained: after LoRA and merge. window: the trained weights with "
-        f"recurrence and kept tokens off (without any training: perplexity {number(untrained['perplexity'])}). "
+        "base: softmax attention. converted: every layer linearized and calibrated (a window of 64 tokens, 128 more "
+        "that a head keeps by their score, on average, and a state of the others), the weights untouched. trained: "
+        "after LoRA and merge. window: the trained weights with state and kept tokens off (without any training: "
+        f"perplexity {number(untrained['perplexity'])}). "
         f"hybrid: the same, but that key/value head {report['softmax_heads_of_the_hybrid']} (layer:head), one of "
         "twelve, keeps its softmax attention and the cache that grows with it: what the memory of constant size does "
         "not hold, it does. Speed is a matter of shapes: converted is as fast as trained.",
