@@ -8,7 +8,7 @@ import torch
 from liger_cli.calibration.base import not_finite
 from liger_cli.system.progress import progress
 
-LOGITS_BYTES = 256 << 20  # of float32 logits at a time
+LOGITS_BYTES = 48 << 20  # of float32 logits at a time
 
 
 @dataclass

@@ -18,7 +18,7 @@ from liger_cli.system.errors import LigerError
 Columns = Mapping[str, Callable[[], AbstractContextManager]]
 
 EDGES = (64, 256, 1024, 2048)  # tokens at which buckets of positions end; beyond, they double
-PIECE_BYTES = 128 << 20  # of float32 logits at a time, for each column
+PIECE_BYTES = 32 << 20  # of float32 logits at a time, for each column
 PASS_TOKENS = 4096  # of needle rows in one pass
 NEEDLE_DISTANCES = (128, 512, 1900)
 BEFORE = (64, 256)  # tokens of text before a needle: beyond any number of sinks, and not always the same
