@@ -30,7 +30,7 @@ from liger_cli.calibration.text import Text
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.reader import context_length
 from liger_cli.conversion.plan import Plan
-from liger_cli.conversion.plan_edits import liger_layers, with_heads, with_softmax
+from liger_cli.conversion.plan_edits import constant_bytes, liger_layers, with_heads, with_softmax
 from liger_cli.conversion.requests import OWN, Request
 from liger_cli.evaluation.position import modes, score_positions
 from liger_cli.evaluation.scoring import make_rows, read_texts
@@ -388,12 +388,11 @@ class _Wider:
 
 def same_bytes_window(plan: Plan) -> int:
     """The window that takes the bytes of the plan's windows, kept tokens and states, in tokens, for every layer."""
-    layers = liger_layers(plan)
-    wanted = sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in layers)
+    wanted = constant_bytes(plan)
 
     def taken(window: int) -> int:
-        specs = {layer: _bare(plan.specs[layer], window) for layer in layers}
-        return sum(plan.constant_bytes(layer, spec) for layer, spec in specs.items())
+        specs = tuple(_bare(spec, window) if spec.kind == "liger" else spec for spec in plan.specs)
+        return constant_bytes(replace(plan, specs=specs))
 
     least, most = 1, 1 << 20
     while least < most:

@@ -41,7 +41,8 @@ class HeadCosts:
     def add(self, layer: Layer, row: int, queries: torch.Tensor, parts: Parts, state=None) -> None:
         """Add the queries of one row. state: the weights of `StateFit.solve`, or None without one."""
         own = slice(self.head * layer.groups, (self.head + 1) * layer.groups)
-        gradient, weight = layer.gradient[row, own][:, queries], layer.output_weight()[own]  # [G, N, D], [G, D, M]
+        projection = layer.output_weight()
+        gradient, weight = layer.gradient[row, own][:, queries], projection[own]  # [G, N, D], [G, D, M]
         full = parts.full()
         for size in range(len(self.sizes)):
             for column in range(2 if state else 1):
@@ -53,7 +54,7 @@ class HeadCosts:
                 )
         if not state:
             self.nats[:, 1], self.error[:, 1] = torch.inf, torch.inf
-        whole = layer.heads[row][:, queries].transpose(0, 1).flatten(1) @ layer.output_weight().flatten(0, 1)
+        whole = layer.heads[row][:, queries].transpose(0, 1).flatten(1) @ projection.flatten(0, 1)
         self.power += float(whole.square().sum())
         self.queries += len(queries)
 

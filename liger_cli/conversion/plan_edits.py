@@ -1,4 +1,4 @@
-"""A plan with other layers: some kept as softmax, whole or by the head, or with other windows and kept tokens."""
+"""A plan with other layers: some kept as softmax, whole or by the head."""
 
 from dataclasses import replace
 
@@ -42,21 +42,6 @@ def with_heads(plan: Plan, heads) -> Plan:
     return replace(plan, specs=tuple(specs))
 
 
-def resized(plan: Plan, setting: str, tokens: dict[int, int]) -> Plan:
-    """The plan with another `window` or `kept` in these layers."""
-    specs = list(plan.specs)
-    for layer, count in tokens.items():
-        specs[layer] = replace(specs[layer], **{setting: count})
-    return replace(plan, specs=tuple(specs))
-
-
 def constant_bytes(plan: Plan) -> int:
     """Bytes of one sequence's constant cache, all Liger layers together."""
     return sum(plan.constant_bytes(layer, plan.specs[layer]) for layer in liger_layers(plan))
-
-
-def without_recurrence(spec: LayerSpec) -> LayerSpec:
-    """The layer without its recurrence."""
-    return (
-        replace(spec, mix=0.0, normalizer="none", delayed=False, branch_scales=False) if spec.kind == "liger" else spec
-    )
