@@ -110,6 +110,8 @@ def test_rows_are_computed_once(base, tmp_path, capsys):
     assert rows["window"]["bytes"]["8192"] == pytest.approx(rows["calibrated"]["bytes"]["8192"], rel=0.02)
     assert rows["base"]["bytes"]["32768"] == 4 * rows["base"]["bytes"]["8192"]
     assert rows["best-8k"]["tokens"]["training"] > 4000 and rows["best-8k"]["tokens"]["calibration"] > 0
+    assert str(tmp_path) not in (tmp_path / "out" / "rows.jsonl").read_text()  # results can be handed on
+    assert re.fullmatch("text.txt@[0-9a-f]{16}", rows["base"]["question"]["data"])
     written = (tmp_path / "out" / "table.md").read_text()
     assert all(f"| {name} |" in written for name in rows)
     assert real.main([*options, "--only", "base,calibrated"]) == 0

@@ -68,7 +68,7 @@ class Question:
         base, text, data, long_data, calibration_data, include_path: paths, or None. text: files to evaluate on.
         tasks: of the harness; limits: examples of each, see `parse_limits`.
         rows: of 2,048 tokens of each text. needles: at each distance.
-        seed: of the training.
+        seed: of the training. dtype: of the training's frozen weights and of the tasks; texts are scored in float32.
     """
 
     base: str
@@ -82,6 +82,30 @@ class Question:
     rows: int
     needles: int
     seed: int
+    dtype: str
+
+    def named(self) -> dict:
+        """The question with names and digests for paths: what a result on another machine can be compared by."""
+        paths = ("base", "data", "long_data", "calibration_data", "include_path")
+        found = asdict(self) | {name: named(getattr(self, name)) for name in paths}
+        return found | {"text": [named(path) for path in self.text]}
+
+    def paths(self) -> list[str]:
+        """Every path in it, the longest first."""
+        known = (self.base, self.data, self.long_data, self.calibration_data, self.include_path, *self.text)
+        return sorted((path for path in known if path and Path(path).exists()), key=len, reverse=True)
+
+
+def named(path: str | None) -> str | None:
+    """`NAME@DIGEST` of a file, or of a folder's files; what is not there, a hub's id say, as it is."""
+    if path is None or not Path(path).exists():
+        return path
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(one for one in place.iterdir() if one.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return f"{place.name}@{digest.hexdigest()[:16]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--needles", type=int, default=10, help="at each distance (10)")
     parser.add_argument("--budget", default="0.1M", help="training tokens (0.1M)")
     parser.add_argument("--longer", default="0.5M", help="training tokens of one more run of the best, or none (0.5M)")
+    parser.add_argument("--dtype", default="auto", help="of training and tasks, as of `liger finetune` (auto)")
     parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
     parser.add_argument("--only", default="*", metavar="ROWS", help="names of rows, with * and ?, by commas")
     parser.add_argument(
@@ -139,7 +164,7 @@ def _run(options: argparse.Namespace) -> None:
     question = Question(
         absolute(options.base), tuple(map(absolute, options.text)), absolute(options.data), absolute(options.long_data),
         absolute(options.calibration_data), absolute(options.include_path), options.tasks, options.limits, options.rows,
-        options.needles, options.seed,
+        options.needles, options.seed, options.dtype,
     )  # fmt: skip
     ends = time.monotonic() + 3600 * options.hours
     for name, row, budget in rows:
@@ -173,7 +198,7 @@ def planned(budget: int, longer: int | None, more: tuple[Row, ...] = ()) -> list
 def _one(home: Path, name: str, row: Row, budget: int, question: Question) -> str:
     """What became of a row: `kept`, `done` or `failed`, with the sentence that it failed with."""
     row = replace(row, convert=_window_of(home, row.convert))
-    asked = {"format": FORMAT, "row": asdict(row), "budget": budget, "question": asdict(question)}
+    asked = {"format": FORMAT, "row": asdict(row), "budget": budget, "question": question.named()}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     known = read(home, name)
     if known and known["key"] == key and "failed" not in known:
@@ -185,7 +210,7 @@ def _one(home: Path, name: str, row: Row, budget: int, question: Question) -> st
         "key": key,
         "row": asdict(row),
         "budget": budget,
-        "question": asked["question"],
+        "question": asdict(question),
     }
     with open(home / "logs" / f"{name}.log", "w", encoding="utf-8") as log:
         here = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -240,17 +265,24 @@ def compute(home: str, name: str, key: str, row: dict, budget: int, question: di
         "key": key,
         "row": row.name,
         "budget": budget,
-        "commands": [[part.replace(str(work), "WORK").replace(question.base, "BASE") for part in command]
-                     for command in commands],
+        "commands": [[_portable(part, work, question) for part in command] for command in commands],
         "training": training,
         "tokens": tokens,
         "seconds": seconds,
         **sizes(converted, row.column),
         **measured,
-        "question": asdict(question),
+        "question": question.named(),
     }  # fmt: skip
     _write(Path(home), name, result)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _portable(part: str, work: Path, question: Question) -> str:
+    """A command's part without this machine's folders."""
+    part = part.replace(str(work), "WORK").replace(question.base, "BASE")
+    for path in question.paths():
+        part = part.replace(path, Path(path).name)
+    return part
 
 
 def liger(*arguments: str) -> list[str]:
@@ -286,6 +318,7 @@ def _train(row: Row, budget: int, question: Question, converted: Path, adapter: 
     file.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
     began = time.perf_counter()
     options = {"data": question.data, "long_data": question.long_data, "recipe": str(file), "output": str(adapter)}
+    options |= {"dtype": question.dtype} if question.dtype != "auto" else {}
     report = finetune.run(converted, quiet=True, **options)
     given = [part for name, value in options.items() if value for part in (f"--{name.replace('_', '-')}", value)]
     return {
@@ -325,7 +358,7 @@ def measure(folder: Path, column: str, question: Question) -> dict:
     """The figures of one column of a folder.
 
     Returns:
-        `texts`: for each text perplexity, `kl`, both by position, `needle` and `second_reading`. `tasks`: the
+        `texts`: for each text, in float32, perplexity, `kl`, both by position, `needle` and `second_reading`. `tasks`: the
         harness's figures with their standard errors, and its details (how many examples).
     """
     import math
@@ -356,6 +389,9 @@ def measure(folder: Path, column: str, question: Question) -> dict:
             "second_reading": second_reading(own, text)[column],
         }
     tasks = {"figures": {}, "details": {}}
+    if question.tasks and question.dtype != "auto":
+        del columns, own
+        subject = open_subject(folder, dtype=question.dtype)
     usual, others = parse_limits(question.limits)
     names = parse_tasks(question.tasks) if question.tasks else ()
     for limit in dict.fromkeys(others.get(name, usual) for name in names):
