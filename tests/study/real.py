@@ -358,8 +358,8 @@ def measure(folder: Path, column: str, question: Question) -> dict:
     """The figures of one column of a folder.
 
     Returns:
-        `texts`: for each text, in float32, perplexity, `kl`, both by position, `needle` and `second_reading`. `tasks`: the
-        harness's figures with their standard errors, and its details (how many examples).
+        `texts`: for each text, in float32, perplexity, `kl`, both by position, `needle` and `second_reading`. `tasks`:
+        the harness's figures with their standard errors, and its details (how many examples).
     """
     import math
 
