@@ -69,15 +69,18 @@ def hostile(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def peers(session: nox.Session) -> None:
-    """transformers' own modelling tests over converted models, from the source distribution of the pinned release.
+    """Other projects' tests over converted models: transformers' modelling tests, from the source distribution of the
+    pinned release, and what transformers and fla ask of generation, written anew.
 
-    It leaves the generation tests out: nox -f .noxfile.py -s peers -- CHECKOUT    names a checkout that has them.
+    No distribution has transformers' generation tests: nox -f .noxfile.py -s peers -- CHECKOUT    names a checkout that
+    has; they were never run.
     """
     session.install("-c", ".constraints.txt", "-e", ".[dev]", "parameterized")
     folder = Path(session.posargs[0]) if session.posargs else _transformers_source(session)
     environment = {"LIGER_PEERS": str(folder.resolve()), "HF_HUB_OFFLINE": "1"}
     # Without our options: transformers' tests have markers of their own.
-    session.run("pytest", "-o", "addopts=", "-q", "-rfx", "tests/peers/transformers_mixins.py", env=environment)
+    for tests in ("transformers_mixins.py", "generation.py"):
+        session.run("pytest", "-o", "addopts=", "-q", "-rfx", f"tests/peers/{tests}", env=environment)
 
 
 def _transformers_source(session: nox.Session) -> Path:
