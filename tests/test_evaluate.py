@@ -188,7 +188,7 @@ def test_adapter_columns(tiny, tmp_path):
             assert opened.liger_model.get_decoder().layers[0].self_attn.liger_mode == "liger"
 
 
-def _merged(converted, folder, fingerprint):
+def _merged(converted, folder, fingerprint, changed="model.layers.0.self_attn.q_proj.weight"):
     """A folder with other weights than its base's, as `liger merge` leaves it."""
     import torch
 
@@ -196,7 +196,7 @@ def _merged(converted, folder, fingerprint):
 
     model = load_model(converted)
     with torch.no_grad():
-        model.get_decoder().layers[0].self_attn.q_proj.weight.mul_(2)
+        model.get_parameter(changed).mul_(2)
     shutil.copytree(converted, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained(folder)
     base = read_manifest(converted)["base"]
@@ -204,12 +204,30 @@ def _merged(converted, folder, fingerprint):
     return folder
 
 
-def test_merged_model_finds_its_base(tiny, tmp_path):
-    folder = _merged(tiny, tmp_path / "merged", read_manifest(tiny)["fingerprint"])
+@pytest.mark.parametrize("changed", ["a layer", "the head"])
+def test_merged_model_finds_its_base(tiny, tmp_path, changed):
+    """Its base column is the base to the last bit, by the tensors that differ; a second model only where the head does,
+    which makes logits of hidden states when the base's weights are gone again."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name = "lm_head.weight" if changed == "the head" else "model.layers.0.self_attn.q_proj.weight"
+    folder = _merged(tiny, tmp_path / "merged", read_manifest(tiny)["fingerprint"], name)
     opened = open_subject(folder)
-    assert opened.has_recovery and opened.original is not None
     base = Path(read_manifest(tiny)["base"]["path"])
-    assert Path(opened.original.name_or_path) == base and opened.base_source == base.name
+    assert opened.has_recovery and opened.base_source == base.name
+    assert (opened.original is None) == (changed == "a layer")
+    if opened.other:
+        assert len(opened.other.pairs) == 1
+    ids = torch.arange(4, 44)[None]
+    original = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.inference_mode():
+        with opened.column("model") as model:
+            before = model(ids).logits
+        with opened.column("base") as model:
+            assert torch.equal(model(ids).logits, original(ids).logits)
+        with opened.column("model") as model:
+            assert torch.equal(model(ids).logits, before)
 
 
 def test_merged_model_without_its_base(tiny, tmp_path, capsys):

@@ -21,7 +21,7 @@ def load_base(plan: Plan):
     """
     from transformers.utils import logging
 
-    from liger_cli.checkpoint.model_code import model_classes
+    from liger_cli.checkpoint.model_code import model_classes, read_onto
     from liger_cli.conversion.folder import converted_config
 
     device = pick_device("auto")
@@ -35,15 +35,14 @@ def load_base(plan: Plan):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # tensors that the conversion adds are not missing from the base
     try:
-        model = model_class.from_pretrained(
-            plan.checkpoint.folder, config=config_class.from_dict(config), dtype=dtype, use_safetensors=True
-        )
+        config = config_class.from_dict(config)
+        model = read_onto(device, model_class, plan.checkpoint.folder, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"the base {plan.checkpoint.folder} cannot be loaded to measure its layers: {error}") from None
     finally:
         logging.set_verbosity(verbosity)
     set_extras(model, initial_values(extra_shapes(plan.specs, plan.checkpoint.geometry)))
-    return model.to(device).eval()
+    return model.eval()
 
 
 def set_extras(model, values: dict) -> None:

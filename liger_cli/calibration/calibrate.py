@@ -198,12 +198,12 @@ def fit_layers(model, attentions: list, rows: torch.Tensor, sizes: list[int]) ->
     def measure(layer) -> None:
         attention = layer.attention
         sinks, window = attention.liger_spec.sinks, attention.liger_window
-        queries = draw_queries(length, 0, SCORE_QUERIES, generator).to(rows.device)
+        queries = draw_queries(length, 0, SCORE_QUERIES, generator).to(layer.k.device)
         attention.keep_score.copy_(fit_keep_score(layer, queries, sinks))
         if not attention.liger_spec.rest:
             return
         fits = [StateFit() for _ in range(layer.k.shape[1])]
-        queries = draw_queries(length, window + sinks, FIT_QUERIES, generator).to(rows.device)
+        queries = draw_queries(length, window + sinks, FIT_QUERIES, generator).to(layer.k.device)
         scores = keep_scores(layer.k, attention.keep_score).squeeze(-1)
         for row in range(len(rows)):
             rank = ranks(scores[row], queries, window, sinks)
@@ -231,11 +231,11 @@ def head_costs(
     def measure(layer) -> None:
         attention = layer.attention
         sinks, window = attention.liger_spec.sinks, attention.liger_window
-        queries = draw_queries(rows.shape[1], window + sinks, CHOICE_QUERIES, generator).to(rows.device)
+        queries = draw_queries(rows.shape[1], window + sinks, CHOICE_QUERIES, generator).to(layer.k.device)
         if hasattr(attention, "keep_score"):
             scores = keep_scores(layer.k, attention.keep_score).squeeze(-1)
         else:
-            scores = torch.zeros(layer.k.shape[:3], device=rows.device)
+            scores = torch.zeros(layer.k.shape[:3], device=layer.k.device)
         rank = ranks(scores[0], queries, window, sinks)
         for head in range(layer.k.shape[1]):
             key = (attention.layer_idx, head)

@@ -92,7 +92,7 @@ def visit_backward(
     wanted = {attention.layer_idx for attention in attentions}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = list(model.get_decoder().layers)
-    generator = torch.Generator(rows.device).manual_seed(seed)
+    generator = torch.Generator(model.get_output_embeddings().weight.device).manual_seed(seed)
     model.requires_grad_(False)
     try:
         with progress(label, len(rows) * len(layers)) as step, _Softmax(model), _Calls(model, wanted) as calls:

@@ -8,6 +8,11 @@ from importlib.util import spec_from_loader
 from pathlib import Path
 
 from liger_cli.checkpoint.families import Family
+from liger_cli.system.errors import LigerError
+from liger_cli.system.memory import available
+from liger_cli.system.wording import size
+
+MEMORY_SHARE = 0.9  # of what is free on each of several devices, for weights
 
 # Every file of a folder is flat and relative: what transformers' scan of custom code can follow.
 MODULES = (
@@ -108,26 +113,57 @@ def load_config(folder, family: Family | None = None):
         raise ModelError(f"{folder}: config.json is refused by the model's code ({reason})") from error
 
 
-def load_model(folder, **kwargs):
+def read_onto(device: str, model_class: type, folder, **kwargs):
+    """A model of transformers, its weights read straight onto a device with no copy of them on the CPU.
+
+    Args:
+        device: `cuda` is all CUDA devices, over which the layers are spread where there are several; `cuda:1` is that
+            one alone.
+        kwargs: of `from_pretrained`.
+    Raises:
+        LigerError: the devices together have not enough memory left. torch.OutOfMemoryError: the one has not.
+    """
+    model = model_class.from_pretrained(folder, use_safetensors=True, **kwargs, **_placement(device))
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise LigerError(f"{folder} does not fit into the {size(available(device))} that the CUDA devices have left")
+    return model
+
+
+def _placement(device: str) -> dict:
+    """Arguments of `from_pretrained`."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    count = torch.cuda.device_count() if device == "cuda" else 1
+    if count < 2:
+        return {"device_map": {"": device}}
+    # The CPU is left out: what is written to a tensor that waits there would be lost.
+    room = {index: round(MEMORY_SHARE * available(f"cuda:{index}")) for index in range(count)}
+    return {"device_map": "auto", "max_memory": room}
+
+
+def load_model(folder, device: str = "cpu", **kwargs):
     """Load a converted or merged folder with liger's own model code; the folder's code is not run.
 
     Args:
         folder: path of the folder.
-        kwargs: of `from_pretrained` (dtype, device_map, attn_implementation, ...).
+        device: as for `read_onto`.
+        kwargs: of `from_pretrained` (dtype, attn_implementation, ...).
     Raises:
-        ModelError: the folder is broken, or not one of a family and format that this version knows.
+        ModelError: the folder is broken, or not one of a family and format that this version knows. LigerError: as of
+            `read_onto`.
     """
     import torch
 
     from liger_cli.checkpoint.converted import read_converted
-    from liger_cli.system.errors import LigerError, ModelError
+    from liger_cli.system.errors import ModelError
 
     found = read_converted(folder)
     _, model_class = model_classes(found.family)
-    options = {**kwargs, "use_safetensors": True, "trust_remote_code": False}
     config = load_config(folder, found.family)
     try:
-        return model_class.from_pretrained(found.folder, config=config, **options)
+        return read_onto(device, model_class, found.folder, config=config, trust_remote_code=False, **kwargs)
     except (LigerError, OSError, MemoryError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a value in config.json that the family's classes refuse, each in a way of its own

@@ -16,6 +16,7 @@ from liger_cli.checkpoint.adapters import check_shapes, overwritten, peft_config
 from liger_cli.checkpoint.extras import base_shards
 from liger_cli.checkpoint.reader import ADAPTER_CONFIG, fingerprint, read_checkpoint, read_config, read_weights
 from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
+from liger_cli.evaluation.other_weights import OtherWeights, other_weights
 from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.system.manifest import MANIFEST, read_manifest
 from liger_cli.system.outputs import check_unchanged, file_versions
@@ -37,7 +38,8 @@ class Subject:
         kind: `converted`, `adapter` or `merged`.
         model: the Liger model, wrapped by PEFT for an adapter.
         tokenizer: its tokenizer.
-        original: the base as a model of its own, where the switch cannot give it back, else None.
+        original: the base as a model of its own, where nothing less can give it back, else None.
+        other: the weights that a merged model's base has in place of its own, or None.
         base_label: `base`, or `softmax, tuned weights` where the original is not at hand; then there is no recovery.
         base_source: where the base column comes from, in words.
         fingerprint: of the weights that the folder holds, or, of an adapter, of the model it belongs to.
@@ -50,6 +52,7 @@ class Subject:
     model: Any
     tokenizer: Any
     original: Any = None
+    other: OtherWeights | None = None
     base_label: str = BASE
     base_source: str = SWITCH
     fingerprint: dict = field(default_factory=dict)
@@ -74,6 +77,8 @@ class Subject:
         with ExitStack() as stack:
             if name == "base" and self.kind == "adapter":
                 stack.enter_context(self.model.disable_adapter())
+            if name == "base" and self.other is not None:
+                stack.enter_context(self.other.in_place())
             stack.callback(self.liger_model.set_attention_mode, "liger")
             self.liger_model.set_attention_mode({"base": "softmax", "model": "liger", "window_only": "window"}[name])
             yield self.model
@@ -152,7 +157,9 @@ def open_subject(
             why = "the base that liger.json names is not there or has changed"
             subject.base_source = f"{SWITCH}; {why if 'created' in manifest else 'no liger.json names the base'}"
         else:
-            subject.original = _load_original(base, torch_dtype, device)
+            subject.other = other_weights(model, read_checkpoint(base, experimental=True))
+            if subject.other is None:
+                subject.original = _load_original(base, torch_dtype, device)
             subject.base_source = base.name
     elif kind == "merged":
         subject.base_label, subject.base_source = TUNED, SWITCH
@@ -256,7 +263,7 @@ def pick_dtype(device: str, dtype: str):
 def _load_liger(folder: Path, dtype, device: str):
     from liger_cli.checkpoint.model_code import generate_plainly, load_model
 
-    return generate_plainly(load_model(folder, dtype=dtype)).to(device).eval()
+    return generate_plainly(load_model(folder, device, dtype=dtype)).eval()
 
 
 def _load_original(folder: Path, dtype, device: str):
@@ -264,20 +271,19 @@ def _load_original(folder: Path, dtype, device: str):
     import transformers
 
     from liger_cli.checkpoint.converted import refuse_detours
-    from liger_cli.checkpoint.model_code import generate_plainly
+    from liger_cli.checkpoint.model_code import generate_plainly, read_onto
 
     base = read_checkpoint(folder, experimental=True)
     refuse_detours(base.folder, folder, base.config)
     try:
         config = getattr(transformers, base.family.config_class).from_dict(base.config)
-        model = getattr(transformers, f"{base.family.prefix}ForCausalLM").from_pretrained(
-            base.folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
-    except (MemoryError, torch.OutOfMemoryError):
+        model_class = getattr(transformers, f"{base.family.prefix}ForCausalLM")
+        model = read_onto(device, model_class, base.folder, config=config, dtype=dtype, trust_remote_code=False)
+    except (LigerError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a value in config.json that the family's classes refuse
         raise ModelError(f"the base {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return generate_plainly(model).to(device).eval()
+    return generate_plainly(model).eval()
 
 
 def _base_folder(name: str) -> Path:

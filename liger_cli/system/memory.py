@@ -44,11 +44,12 @@ class PeakMemory:
 
 
 def available(device: str) -> int | None:
-    """Bytes that can still be allocated, None where the system cannot tell."""
+    """Bytes that can still be allocated, None where the system cannot tell; on `cuda`, on all such devices together."""
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        several = range(torch.cuda.device_count()) if device == "cuda" else [device]
+        return sum(torch.cuda.mem_get_info(one)[0] for one in several)
     return _kilobytes(MEMINFO, "MemAvailable")
 
 

@@ -1,13 +1,14 @@
 """The model that a fine-tuning run trains: a converted one with a fresh LoRA adapter."""
 
-import os
-
-from liger_cli.training.plan import Base, layer_of, trained_extras
+from liger_cli.training.plan import Base, layer_of, own_device, trained_extras
 from liger_cli.training.recipes import Recipe
 
 
-def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str):
-    """The model with a fresh adapter on `modules`, ready to be trained by the recipe: an `objectives.TrainedModel`."""
+def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str, sharded: bool = False):
+    """The model with a fresh adapter on `modules`, ready to be trained by the recipe: an `objectives.TrainedModel`.
+
+    It is on the devices that this process trains on, or on the CPU where its weights are going to be sharded.
+    """
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -26,8 +27,7 @@ def adapted_model(base: Base, recipe: Recipe, modules: dict, dtype: str):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    model = load_model(base.folder, dtype=getattr(torch, dtype), **options)
+    model = load_model(base.folder, "cpu" if sharded else own_device(), dtype=getattr(torch, dtype), **options)
     model.config.use_cache = False
     model.set_attention_mode(recipe.attention)
     if recipe.load_in_4bit:

@@ -1,5 +1,6 @@
 """What a fine-tuning run will train, take and need, found out before anything is loaded."""
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -220,7 +221,7 @@ def weight_bytes(base: Base, recipe: Recipe, width: int) -> float:
 
 def check_memory(plan: dict) -> None:
     """Refuse a run that cannot fit. Raises LigerError naming what would make it fit."""
-    free = available(plan["device"])
+    free = available(own_device())
     if free is not None and plan["memory_estimate_bytes"] > MEMORY_SHARE * free:
         ways = ["--gradient-checkpointing", "--micro-batch-size 1", "a smaller --seq-len"]
         ways += ["--dtype bfloat16"] if plan["dtype"] == "float32" else []
@@ -236,6 +237,13 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def own_device() -> str:
+    """Where this process's weights go: `cpu`, all CUDA devices (`cuda`), or of several processes its own one."""
+    if world_size() == 1 or device() == "cpu":
+        return device()
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def training_dtype(name: str) -> str:

@@ -68,7 +68,9 @@ def train(
     checkpoints = partial / CHECKPOINTS
     last = last_checkpoint(checkpoints) if resume else None
     start = checkpoint_step(last) if last else 0
-    adapted = adapted_model(base, recipe, modules, dtype)
+    # DeepSpeed shards what it is given, too, and does not take a model that lies on a device already.
+    sharded = fsdp or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    adapted = adapted_model(base, recipe, modules, dtype, sharded)
     view = TrainView(schedule, start, quiet or not is_main_process())
     log = partial / LOG
     keeps_best = recipe.early_stop or recipe.keep_best
