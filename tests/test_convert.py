@@ -434,7 +434,7 @@ def test_interrupted(sparse_base, tmp_path, number):
             assert entries(here) == set()
         else:
             for name in entries(here):
-                assert name.startswith(".out.partial-")
+                assert name in (".out.partial", ".out.lock")
     assert caught
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -466,9 +466,15 @@ def test_refresh_renews_the_code_only(sparse_base, here, monkeypatch):
 
 
 def test_a_living_neighbour_is_not_swept(sparse_base, here):
+    """Who comes second waits, and then finds the name taken."""
+    line = [sys.executable, "-m", "liger_cli", "convert", str(sparse_base()), "out"]
     with outputs.atomic_folder(here / "out") as partial:
-        outputs._remove_stale(here / "out")
+        second = subprocess.Popen(line, cwd=here, stderr=subprocess.PIPE, text=True)
+        assert "waiting for another run, which is writing" in second.stderr.readline()
         assert partial.is_dir()
+        (partial / "file").write_text("ours")
+    assert "out exists already" in second.communicate(timeout=600)[1] and second.returncode == 2
+    assert entries(here) == {"out"} and entries(here / "out") == {"file"}
 
 
 def test_qwen3_8b_costs_nothing(sparse_base, tmp_path):
@@ -483,23 +489,24 @@ def test_qwen3_8b_costs_nothing(sparse_base, tmp_path):
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1],"
         " 'torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
     )
-    wall = 10.0
-    for _ in range(3):  # the best of three: other tests may be writing gigabytes to the same disk
+    busy = 10.0  # seconds of the processor: what else runs on the machine does not count
+    for _ in range(3):
         shutil.rmtree(here / "out", ignore_errors=True)
-        start, command = time.monotonic(), [sys.executable, "-c", watched, base]
+        before, command = resource.getrusage(resource.RUSAGE_CHILDREN), [sys.executable, "-c", watched, base]
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-        wall = min(wall, time.monotonic() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = min(busy, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     resident, torch, transformers = done.stderr.split()
     report = json.loads(done.stdout)
     assert report["parameters"] == 8_190_735_360
     assert (torch, transformers) == ("False", "False")
     assert int(resident) < 300_000
-    assert wall < 2
+    assert busy < 2
     own = {path.name: path.stat().st_size for path in (here / "out").iterdir() if path.stat().st_nlink == 1}
     written = sum(own.values()) - own["tokenizer.json"]  # a copy: tokenizers write it in place
     if report["link"] == "hard":
         assert written < 2_000_000
-    print(f"wall {wall:.2f} s, resident {int(resident) / 1024:.0f} MiB, written {written} B")
+    print(f"processor {busy:.2f} s, resident {int(resident) / 1024:.0f} MiB, written {written} B")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])

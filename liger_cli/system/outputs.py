@@ -1,14 +1,13 @@
 """Writing folders and files that appear whole or not at all, and placing big files without copying them."""
 
-import errno
 import fcntl
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.manifest import MANIFEST, read_manifest
 
@@ -43,27 +42,30 @@ def atomic_folder(output: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its name when the block ends well and is removed otherwise.
 
     With `force` the folder that was there stays until the new one is complete. What a killed run left behind is removed
-    by the next run with the same output. The caller has called `check_output`.
+    by the next run with the same output, which waits for one that is alive. The caller has called `check_output`.
 
     Raises:
+        UsageError: the name was taken meanwhile.
         OSError: the disk is full, the parent cannot be written to.
     """
     output = Path(os.path.abspath(output))
     output.parent.mkdir(parents=True, exist_ok=True)
-    _restore_replaced(output)
-    _remove_stale(output)
-    partial, lock = _locked_temporary(output, folder=True)
-    try:
-        yield partial
-        _sync_tree(partial)
-        partial.chmod(0o777 & ~_umask())
-        if os.path.lexists(output) or not _rename_new(partial, output):
-            check_output(output, force)  # a run beside this one may have made it meanwhile
-            _exchange(partial, output)
-        _sync(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+    partial = output.with_name(f".{output.name}.partial")
+    with _locked(output, lambda: say(f"waiting for another run, which is writing {output}")):
+        _settle(output)
+        if os.path.lexists(output):
+            check_output(output, force)
+        try:
+            partial.mkdir()
+            yield partial
+            _sync_tree(partial)
+            if os.path.lexists(output):
+                check_output(output, force)
+                os.rename(output, _aside(output))  # a folder cannot be renamed over one that holds files
+            os.rename(partial, output)
+            _sync(output.parent)
+        finally:
+            _settle(output)
 
 
 @contextmanager
@@ -76,17 +78,16 @@ def claimed_folder(folder: Path, fresh: bool) -> Iterator[None]:
         UsageError: another process has it.
         OSError: it cannot be made.
     """
+
+    def refuse() -> None:
+        raise UsageError(f"another run is writing to {folder}; wait for it, or name another output")
+
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        if not _lock(lock):
-            raise UsageError(f"another run is writing to {folder}; wait for it, or name another output")
+    with _locked(folder, refuse):
         if fresh:
             for entry in list(folder.iterdir()):
                 _remove(entry)
         yield
-    finally:
-        os.close(lock)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -94,21 +95,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     What a killed writer of the same file left behind is removed.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
     path = Path(os.path.abspath(path))
-    _remove_stale(path)
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-    temporary, descriptor = _locked_temporary(path, folder=False)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode)
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    partial = path.with_name(f".{path.name}.partial")
+    with _locked(path):
+        partial.unlink(missing_ok=True)
+        try:
+            with open(partial, "xb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+                if path.exists():
+                    os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -184,40 +184,44 @@ def _reflink(source: Path, target: Path) -> bool:
     return False
 
 
-def _locked_temporary(output: Path, folder: bool) -> tuple[Path, int]:
-    """A fresh `.NAME.partial-PID-N`, opened, and locked, which says that its writer is alive."""
-    for attempt in range(100):
-        partial = output.parent / f".{output.name}.partial-{os.getpid()}-{attempt}"
+@contextmanager
+def _locked(path: Path, taken: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One process at a time, and one thread of it, works on `path`; the others wait.
+
+    Args:
+        taken: called where another one has the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file)
+    try:
         try:
-            if folder:
-                partial.mkdir(mode=0o700)
-            lock = os.open(partial, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except (FileExistsError, FileNotFoundError):
-            continue
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.stat(partial).st_ino == os.fstat(lock).st_ino:
-                return partial, lock
-        os.close(lock)
-    raise LigerError(f"nothing temporary could be made beside {output}; remove the .{output.name}.partial-* there")
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken()
+            lock.acquire()
+        yield
+    finally:
+        if not lock.is_locked:  # a signal on the way to it may have left the file
+            with suppress(Timeout, OSError):
+                lock.acquire(timeout=0)
+        if lock.is_locked:
+            file.unlink(missing_ok=True)  # still held: who waits for it finds that it is gone, and makes another
+            lock.release()
 
 
-def _remove_stale(output: Path) -> None:
-    """Remove temporary folders and files of `output` whose writers are gone."""
-    pattern = re.compile(re.escape(f".{output.name}.partial-") + r"\d+-\d+")
-    for entry in output.parent.iterdir():
-        if not pattern.fullmatch(entry.name) or entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            continue
-        with suppress(OSError):
-            lock = os.open(entry, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its writer may have renamed it meanwhile, and another one taken the name.
-                if os.stat(entry).st_ino == os.fstat(lock).st_ino:
-                    _remove(entry)
-            finally:
-                os.close(lock)
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.replaced")
+
+
+def _settle(output: Path) -> None:
+    """Give a folder its name back that was set aside and not replaced, and remove all else that a run leaves."""
+    aside = _aside(output)
+    if aside.exists() and not os.path.lexists(output):
+        os.rename(aside, output)
+    for path in (aside, output.with_name(f".{output.name}.partial")):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -227,58 +231,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lock(descriptor: int) -> bool:
-    """Take the lock of an open file or folder; False where another process has it.
-
-    Some network file systems have no locks: there nothing is ever taken for stale, and nobody is kept out.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
 def _version(path: Path) -> tuple[int, int, int]:
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _rename_new(new: Path, name: Path) -> bool:
-    """Give a folder a name that is free; False where it is taken after all."""
-    try:
-        os.rename(new, name)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            return False
-        raise
-    return True
-
-
-def _restore_replaced(output: Path) -> None:
-    """Give a folder its name back that a killed run had set aside."""
-    pattern = re.compile(re.escape(f".{output.name}.replaced-") + r"\d+")
-    for aside in output.parent.iterdir():
-        if not pattern.fullmatch(aside.name):
-            continue
-        if os.path.lexists(output):
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(aside, output)
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders, with a way back."""
-    aside = old.with_name(f".{old.name}.replaced-{os.getpid()}")
-    os.rename(old, aside)
-    try:
-        os.rename(new, old)
-    except BaseException:
-        os.rename(aside, old)
-        raise
-    os.rename(aside, new)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -298,9 +253,3 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
