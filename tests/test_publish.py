@@ -9,7 +9,7 @@ import pytest
 
 from liger_cli.checkpoint import publish
 from liger_cli.commands import convert, merge
-from liger_cli.system.errors import SetupError, UsageError
+from liger_cli.system.errors import LigerError, SetupError, UsageError
 from liger_cli.system.manifest import new_manifest, read_manifest, write_manifest
 
 
@@ -127,27 +127,37 @@ def test_refused_before_any_work(tiny_base, adapter, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text, wanted",
+    "name, content, wanted",
     [
-        ("/home/alice/models/Qwen3-8B", "Qwen3-8B"),
-        ("trained on ~/data/a.jsonl:0.7,/srv/b.parquet:0.3", "trained on a.jsonl:0.7,b.parquet:0.3"),
-        ("--output=../runs/alice/x done", "--output=x done"),
-        ("data/alice/x.jsonl", "x.jsonl"),
-        ("Qwen/Qwen3-8B and yahma/alpaca-cleaned", "Qwen/Qwen3-8B and yahma/alpaca-cleaned"),
-        ("https://arxiv.org/abs/2503.01496", "https://arxiv.org/abs/2503.01496"),
-        ("alpha / r, 1/16, and/or", "alpha / r, 1/16, and/or"),
+        ("config.json", {"_name_or_path": "/home/alice/Qwen3-8B"}, {"_name_or_path": "Qwen3-8B"}),
+        ("tokenizer_config.json", {"name_or_path": "Qwen/Qwen3-8B"}, {"name_or_path": "Qwen/Qwen3-8B"}),
+        ("other.json", {"path": "/usr/share"}, {"path": "/usr/share"}),
+        (
+            "liger.json",
+            {"command": ["liger", "/a/b"], "base": {"path": "/a/b"}, "adapters": [{"path": "~/c"}]},
+            {"base": {"path": "b"}, "adapters": [{"path": "c"}]},
+        ),
+        ("tokenizer.json", {"vocab": {f"{Path.home()}/": 1}}, {"vocab": {f"{Path.home()}/": 1}}),
     ],
 )
-def test_paths_are_cut_to_their_last_part(text, wanted):
-    assert publish._shortened(text, []) == wanted
+def test_fields_that_hold_a_path_hold_its_last_part(tmp_path, name, content, wanted):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text(json.dumps(content))
+    publish.stage(tmp_path / "model", tmp_path / "staged")
+    assert json.loads((tmp_path / "staged" / name).read_text()) == wanted
+
+
+def test_a_record_that_holds_a_folder_of_this_machine_is_not_uploaded(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.md").write_text(f"made in {tmp_path}/base")
+    with pytest.raises(LigerError, match="notes.md holds .* so nothing was uploaded; take it out"):
+        publish.stage(tmp_path / "model", tmp_path / "staged")
 
 
 def test_hidden_files_and_caches_stay(tmp_path):
     folder = tmp_path / "model"
     for name in ("config.json", ".secret", "__pycache__/x.pyc", ".git/config", "deep/notes.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f'{{"_name_or_path": "{tmp_path}/base"}}')
+        (folder / name).write_text("{}")
     files = publish.stage(folder, tmp_path / "staged")
     assert set(files) == {"config.json", os.path.join("deep", "notes.md")}
-    assert json.loads((tmp_path / "staged" / "config.json").read_text()) == {"_name_or_path": "base"}
-    assert (tmp_path / "staged" / "deep" / "notes.md").read_text() == '{"_name_or_path": "base"}'

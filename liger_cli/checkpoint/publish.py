@@ -1,24 +1,27 @@
 """`--push-to-hub`: upload a folder that liger made, without what is private to this machine.
 
-Paths of this machine and what was typed are taken out of the records first; weights and model code go up as they are.
+What was typed and where folders lie on this machine stand in fields of their own, which are taken out of the records
+first; weights and model code go up as they are.
 """
 
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 
+from liger_cli.checkpoint.tokenizer import VOCABULARIES
+from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, SetupError, UsageError
 from liger_cli.system.manifest import MANIFEST
 from liger_cli.system.wording import size
 
 REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-RECORDS = (".json", ".jsonl", ".yaml", ".yml", ".md", ".csv", ".txt")  # text that liger writes and people read
-RECORD_BYTES = 4 << 20  # tokenizers are larger and hold no paths
-# An absolute, home or dotted path, or a relative one of three parts or more; not a hub id, a URL or a fraction.
-PART = r"[^\s/,:;'\"`()\[\]<>|]+"
-PATH = re.compile(rf"(?<![\w.:/~-])(?:(?:~[\w.-]*|\.{{1,2}})?/{PART}|[\w.-]+/{PART}(?=/))(?:/{PART})*/?")
+# The fields of these that hold a path, and what was typed, which stands in liger.json.
+RECORDS = (MANIFEST, "config.json", "tokenizer_config.json")
+PATHS = ("path", "_name_or_path", "name_or_path")
+TYPED = "command"
+TEXTS = (".json", ".jsonl", ".yaml", ".yml", ".md", ".csv", ".txt")
+WORDS = (*VOCABULARIES, "merges.txt", "added_tokens.json")  # of a tokenizer, which are no paths
 
 
 def check(repo: str, dry_run: bool = False) -> None:
@@ -45,9 +48,9 @@ def preview(repo: str, files: dict[str, int | None]) -> dict:
         files: name -> bytes, None where they are written only then.
     """
     known = sum(nbytes or 0 for nbytes in files.values())
-    print(f"liger: would upload {len(files)} files, {size(known)}, to {repo} on the hub:", file=sys.stderr)
+    say(f"would upload {len(files)} files, {size(known)}, to {repo} on the hub:")
     for name, nbytes in sorted(files.items()):
-        print(f"liger:   {name}" + (f" ({nbytes:,} bytes)" if nbytes is not None else ""), file=sys.stderr)
+        say(f"  {name}" + (f" ({nbytes:,} bytes)" if nbytes is not None else ""))
     return {"repo": repo, "uploaded": False, "files": files}
 
 
@@ -57,7 +60,7 @@ def push(folder: Path, repo: str) -> dict:
     Returns:
         repo, uploaded, files (name -> bytes) and the url.
     Raises:
-        SetupError: the hub does not answer or refuses. LigerError: a record holds a path that could not be taken out.
+        SetupError: the hub does not answer or refuses. LigerError: as of `stage`.
     """
     import huggingface_hub
 
@@ -66,64 +69,51 @@ def push(folder: Path, repo: str) -> dict:
         files = stage(folder, Path(temporary))
         _asked(repo, api.create_repo, repo, private=True, exist_ok=True)
         url = _asked(repo, api.upload_folder, repo_id=repo, folder_path=temporary, commit_message="Upload by liger")
-    print(f"liger: uploaded {len(files)} files to {repo}", file=sys.stderr)
+    say(f"uploaded {len(files)} files to {repo}")
     return {"repo": repo, "uploaded": True, "files": files, "url": str(url)}
 
 
 def stage(folder: Path, target: Path) -> dict[str, int]:
-    """Lay out what is uploaded: links to the files, and cleaned copies of the records. Name -> bytes.
+    """Lay out what is uploaded: links to the files, and records without what was typed and where folders are here.
 
     Hidden files and Python's caches are left out.
+
+    Returns:
+        Name -> bytes.
+    Raises:
+        LigerError: a record holds a folder of this machine elsewhere.
     """
-    files = {}
-    secrets = _private_strings(folder)
+    files, secrets = {}, _private_strings(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_dir() or any(part.startswith((".", "__")) for part in name.parts):
             continue
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in RECORDS and path.stat().st_size <= RECORD_BYTES:
-            text = _cleaned(path, secrets)
-            if left := next((secret for secret in secrets if secret in text), None):
-                raise LigerError(f"{path} holds {left!r}, which is private to this machine; it was not uploaded")
-            place.write_text(text, encoding="utf-8")
+        if str(name) in RECORDS:
+            record = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_paths)
+            place.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             place.symlink_to(path.resolve())
+        if path.suffix in TEXTS and path.name not in WORDS:
+            text = place.read_text(encoding="utf-8", errors="replace")
+            if left := next((secret for secret in secrets if secret in text), None):
+                raise LigerError(
+                    f"{path} holds {left!r}, which is private to this machine, so nothing was uploaded; take it out "
+                    "and run `hf upload`"
+                )
         files[str(name)] = place.stat().st_size
     return files
 
 
-def _cleaned(path: Path, secrets: list[str]) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if path.name == MANIFEST:
-        manifest = json.loads(text)
-        manifest.pop("command", None)
-        return json.dumps(_without_paths(manifest, secrets), indent=2) + "\n"
-    if not any(secret in text for secret in secrets):
-        return text
-    if path.suffix == ".json":
-        return json.dumps(_without_paths(json.loads(text), secrets), indent=2) + "\n"
-    return _shortened(text, secrets)
-
-
-def _without_paths(value, secrets: list[str]):
-    """Plain data with every path in its strings cut to its last part."""
-    if isinstance(value, dict):
-        return {key: _without_paths(one, secrets) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(one, secrets) for one in value]
-    return _shortened(value, secrets) if isinstance(value, str) else value
-
-
-def _shortened(text: str, secrets: list[str]) -> str:
-    for secret in secrets:
-        text = text.replace(f"{secret}/", "").replace(secret, Path(secret).name)
-    return PATH.sub(_last_part, text)
-
-
-def _last_part(match: re.Match) -> str:
-    return match[0].rstrip("/").rpartition("/")[2]
+def _without_paths(fields: dict) -> dict:
+    """A JSON object whose paths are cut to their last part; names on the hub stay."""
+    local = lambda value: isinstance(value, str) and value.startswith(("/", "~", "."))  # noqa: E731
+    return {
+        name: Path(value).name if name in PATHS and local(value) else value
+        for name, value in fields.items()
+        if name != TYPED
+    }
 
 
 def _private_strings(folder: Path) -> list[str]:
