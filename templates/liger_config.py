@@ -297,6 +297,8 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
+# Not `huggingface_hub.dataclasses.strict`, as transformers' own configs: that checks nothing when a frozen dataclass is
+# made, and `liger --help`, which shows the defaults above, would import its HTTP client.
 def _require(condition: bool, name: str, value, wanted: str) -> None:
     if not condition:
         raise LigerConfigError(f"{name} is {value!r}, but has to be {wanted}")

@@ -1,12 +1,21 @@
 """Fine-tuning recipes: YAML files in templates/recipes or of the user's own, checked, and overridden by flags."""
 
 import re
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import wraps
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, NoReturn
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
+from liger_cli.system.tables import Table, print_tables
 from liger_cli.system.untrusted import read_bytes
 from liger_cli.system.wording import did_you_mean
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
@@ -22,7 +31,82 @@ SCHEDULES = ("plateau", "constant", "cosine", "linear")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
-@dataclass(frozen=True)
+Real = int | float
+
+
+def checked(default, wanted: str, test: Callable[[Any], bool] = lambda value: True) -> Any:
+    """A field of a `strict` dataclass: of the type it is annotated with, and passing `test`.
+
+    Args:
+        default: or what makes it. wanted: what the field has to be, in words.
+    """
+
+    def validator(value) -> None:
+        if not test(value):
+            raise ValueError(wanted)
+
+    how = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**how, metadata={"validator": validator, "wanted": wanted})
+
+
+def one_of(names: tuple[str, ...], default: str) -> Any:
+    return checked(default, f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def number(default: Real, wanted: str, test: Callable[[Real], bool]) -> Any:
+    """A finite number that a float can hold."""
+    return checked(default, wanted, lambda value: abs(value) <= sys.float_info.max and test(value))
+
+
+def at_least_0(default: Real) -> Any:
+    return number(default, "a number, 0 or more", lambda value: value >= 0)
+
+
+def share(default: Real) -> Any:
+    return number(default, "from 0 up to, not including, 1", lambda value: 0 <= value < 1)
+
+
+def count(default: int | None) -> Any:
+    """None where that is the default, too."""
+    wanted = f"a positive whole number up to {LIMIT:,}"
+    return checked(default, wanted, lambda value: value is default is None or 0 < value <= LIMIT)
+
+
+def whole(default: int, limit: int = LIMIT) -> Any:
+    return checked(default, f"a whole number from 0 to {limit:,}", lambda value: 0 <= value <= limit)
+
+
+def flag(default: bool | None) -> Any:
+    return checked(default, "true or false" if default is not None else "true, false, or null")
+
+
+def text(default: str) -> Any:
+    return checked(default, "a text")
+
+
+def in_sentences(kind: type) -> type:
+    """`huggingface_hub.dataclasses.strict`, whose errors then say which field is what, and what it has to be."""
+    init, order = strict(kind).__init__, fields(kind)
+
+    @wraps(init)
+    def __init__(self, *values, **named) -> None:
+        try:
+            init(self, *values, **named)
+        except StrictDataclassFieldValidationError:
+            wrong = next(one for one in order if one.name not in vars(self))  # they are set one after another
+            given = dict(zip((one.name for one in order), values, strict=False)) | named
+            _refuse(wrong.name, given[wrong.name], wrong.metadata["wanted"])
+
+    kind.__init__ = __init__
+    return kind
+
+
+def _refuse(name: str, value, wanted: str) -> NoReturn:
+    raise UsageError(f"{name.replace('_', '-')} is {value!r:.100}, but has to be {wanted}") from None
+
+
+@in_sentences
+@dataclass
 class Stage:
     """A share of the training steps with one objective.
 
@@ -41,26 +125,21 @@ class Stage:
             `both`, which is LoRA alone where the model has no others.
     """
 
-    objective: str = "ce"
-    share: float = 1.0
-    lr: float = 1e-3
-    ce_weight: float = 0.0
-    temperature: float = 1.0
-    window_dropout: float | tuple[float, ...] = 0.0
-    train: str = "both"
+    objective: str = one_of(OBJECTIVES, "ce")
+    share: Real = number(1.0, "a positive number", lambda value: value > 0)
+    lr: Real = number(1e-3, "a positive number below 10", lambda value: 0 < value < 10)
+    ce_weight: Real = at_least_0(0.0)
+    temperature: Real = number(1.0, "a positive number", lambda value: value > 0)
+    window_dropout: Real | list[Real] | tuple[Real, ...] = checked(
+        0.0,
+        "from 0 up to, not including, 1, or a list of such",
+        lambda value: value not in ([], ()) and all(0 <= one < 1 for one in _listed(value)),
+    )
+    train: str = one_of(TRAINED, "both")
 
     def __post_init__(self):
-        _require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
-        _require(_number(self.share) and self.share > 0, "share", self.share, "a positive number")
-        _require(_number(self.lr) and 0 < self.lr < 10, "lr", self.lr, "a positive number below 10")
-        _require(_number(self.ce_weight) and self.ce_weight >= 0, "ce_weight", self.ce_weight, "0 or more")
-        _require(_number(self.temperature) and self.temperature > 0, "temperature", self.temperature, "positive")
-        _require(self.train in TRAINED, "train", self.train, f"one of {', '.join(TRAINED)}")
         if isinstance(self.window_dropout, list):
-            object.__setattr__(self, "window_dropout", tuple(self.window_dropout))
-        values = self.window_dropout if isinstance(self.window_dropout, tuple) else (self.window_dropout,)
-        ok = values and all(_number(value) and 0 <= value < 1 for value in values)
-        _require(ok, "window_dropout", self.window_dropout, "from 0 up to, not including, 1, or a list of such")
+            self.window_dropout = tuple(self.window_dropout)
 
     def window_dropout_at(self, done: float) -> float:
         """The probability when the share `done` of the stage, 0 to 1, has passed."""
@@ -72,7 +151,8 @@ class Stage:
         return first + (second - first) * (place - before)
 
 
-@dataclass(frozen=True)
+@in_sentences
+@dataclass
 class Recipe:
     """Everything that decides a fine-tuning run, apart from the model and the data.
 
@@ -83,7 +163,7 @@ class Recipe:
         calibrate: begin with a calibration (`liger convert --calibrate`) where the model has none and can have one.
         data: the default of `--data`. long_data: long documents, streamed, that are trained on beside it, as far as
             `--data` is not named; `--long-data` names others. long_share: of the rows.
-        held_out: examples kept for evaluation, but never more than a tenth of them.
+        held_out: examples left for evaluation, but never more than a tenth of them.
         epochs: passes over the training examples. max_steps: ends the run there instead, where it is set.
         seq_len: tokens of a row; batch_size: rows of a global batch; micro_batch_size: rows run at once.
         packing: several short documents share a row, where none sees another; else each has a row of its own.
@@ -102,105 +182,55 @@ class Recipe:
             and `linear`.
         eval_steps, save_steps: optimizer steps between evaluations and between checkpoints.
         early_stop: evaluations without improvement after which the run ends, and the best evaluation's adapter is
-            kept; 0 never ends early and keeps the last, or with keep_best the best.
+            the result; 0 never ends early, and the result is the last, or with keep_best the best.
         load_in_4bit: frozen weights in 4 bits (NF4, by bitsandbytes), on CUDA only.
     """
 
-    name: str = "paper"
-    description: str = ""
-    differs: tuple[str, ...] = ()
-    model: dict = field(default_factory=dict)
-    calibrate: bool = False
-    data: str = "yahma/alpaca-cleaned"
-    long_data: str | None = None
-    long_share: float = 0.5
-    held_out: int = 200
-    epochs: float = 2
-    max_steps: int | None = None
-    seq_len: int = 1024
-    batch_size: int = 8
-    micro_batch_size: int = 1
-    packing: bool = True
-    streaming: bool | None = None
-    lora_rank: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    train_softmax_layers: bool = False
-    attention: str = "liger"
-    loss_mean: str = "tokens"
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    schedule: str = "plateau"
-    warmup: float = 0.0
-    plateau_factor: float = 0.1
-    plateau_patience: int = 10
-    min_lr: float = 1e-5
-    eval_steps: int = 200
-    save_steps: int = 100
-    early_stop: int = 0
-    keep_best: bool = False
-    load_in_4bit: bool = False
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(),))
+    name: str = text("paper")
+    description: str = text("")
+    differs: tuple[str, ...] = checked((), "a list of texts")
+    model: dict = checked(dict, "a mapping of a layer's settings")
+    calibrate: bool = flag(False)
+    data: str = text("yahma/alpaca-cleaned")
+    long_data: str | None = checked(None, "a text, or null", lambda value: value is None or bool(value.strip()))
+    long_share: Real = number(0.5, "between 0 and 1", lambda value: 0 < value < 1)
+    held_out: int = whole(200)
+    epochs: Real = number(2, f"a positive number up to {MAX_EPOCHS:,}", lambda value: 0 < value <= MAX_EPOCHS)
+    max_steps: int | None = count(None)
+    seq_len: int = count(1024)
+    batch_size: int = count(8)
+    micro_batch_size: int = count(1)
+    packing: bool = flag(True)
+    streaming: bool | None = flag(None)
+    lora_rank: int = count(8)
+    lora_alpha: Real = number(8, "a positive number", lambda value: value > 0)
+    lora_dropout: Real = share(0.0)
+    target_modules: tuple[str, ...] = checked(("q_proj", "k_proj", "v_proj"), "a list of one name or more", bool)
+    train_softmax_layers: bool = flag(False)
+    attention: str = one_of(ATTENTIONS, "liger")
+    loss_mean: str = one_of(LOSS_MEANS, "tokens")
+    weight_decay: Real = at_least_0(0.01)
+    adam_beta2: Real = share(0.999)
+    max_grad_norm: Real = at_least_0(1.0)
+    schedule: str = one_of(SCHEDULES, "plateau")
+    warmup: Real = share(0.0)
+    plateau_factor: Real = share(0.1)
+    plateau_patience: int = whole(10)
+    min_lr: Real = at_least_0(1e-5)
+    eval_steps: int = count(200)
+    save_steps: int = count(100)
+    early_stop: int = whole(0)
+    keep_best: bool = flag(False)
+    load_in_4bit: bool = flag(False)
+    seed: int = whole(0, MAX_SEED)
+    gradient_checkpointing: bool = flag(False)
+    stages: tuple[Stage, ...] = checked(lambda: (Stage(),), "one stage or more", bool)
 
     def __post_init__(self):
-        for name in ("seq_len", "batch_size", "micro_batch_size", "lora_rank", "eval_steps", "save_steps"):
-            value = getattr(self, name)
-            _require(_whole(value) and value > 0, name, value, f"a positive whole number up to {LIMIT:,}")
-        ok = self.max_steps is None or (_whole(self.max_steps) and self.max_steps > 0)
-        _require(ok, "max_steps", self.max_steps, f"a positive whole number up to {LIMIT:,}")
-        for name in ("held_out", "seed", "plateau_patience", "early_stop"):
-            value = getattr(self, name)
-            limit = MAX_SEED if name == "seed" else LIMIT
-            _require(_whole(value, limit), name, value, f"a whole number from 0 to {limit:,}")
-        for name in (
-            "calibrate",
-            "packing",
-            "train_softmax_layers",
-            "load_in_4bit",
-            "gradient_checkpointing",
-            "keep_best",
-        ):
-            _require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
-        ok = self.long_data is None or (isinstance(self.long_data, str) and self.long_data.strip())
-        _require(ok, "long_data", self.long_data, "a text, or null")
-        ok = _number(self.long_share) and 0 < self.long_share < 1
-        _require(ok, "long_share", self.long_share, "between 0 and 1")
-        ok = self.streaming is None or type(self.streaming) is bool
-        _require(ok, "streaming", self.streaming, "true, false, or null")
-        for name in ("epochs", "lora_alpha"):
-            value = getattr(self, name)
-            _require(_number(value) and value > 0, name, value, "a positive number")
-        _require(self.epochs <= MAX_EPOCHS, "epochs", self.epochs, f"at most {MAX_EPOCHS:,}")
-        for name in ("name", "description", "data"):
-            value = getattr(self, name)
-            _require(isinstance(value, str), name, value, "a text")
-        for name in ("differs", "target_modules"):
-            value = getattr(self, name)
-            _require(all(isinstance(one, str) for one in value), name, value, "a list of texts")
-        for name in ("weight_decay", "max_grad_norm", "min_lr"):
-            value = getattr(self, name)
-            _require(_number(value) and value >= 0, name, value, "a number, 0 or more")
-        for name in ("lora_dropout", "warmup", "plateau_factor", "adam_beta2"):
-            value = getattr(self, name)
-            _require(_number(value) and 0 <= value < 1, name, value, "from 0 up to, not including, 1")
-        _require(self.attention in ATTENTIONS, "attention", self.attention, f"one of {', '.join(ATTENTIONS)}")
-        if any(stage.window_dropout for stage in self.stages):
-            _require(self.attention == "liger", "window_dropout", "on", "0 with attention: window")
-        _require(self.loss_mean in LOSS_MEANS, "loss_mean", self.loss_mean, f"one of {', '.join(LOSS_MEANS)}")
-        _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
-        _require(bool(self.target_modules), "target_modules", self.target_modules, "one name or more")
-        _require(bool(self.stages), "stages", self.stages, "one stage or more")
-        _require(
-            self.batch_size % self.micro_batch_size == 0,
-            "batch_size",
-            self.batch_size,
-            f"a multiple of micro_batch_size ({self.micro_batch_size})",
-        )
-        _require(isinstance(self.model, dict), "model", self.model, "a mapping of a layer's settings")
+        if self.attention != "liger" and any(stage.window_dropout for stage in self.stages):
+            _refuse("window_dropout", "on", "0 with attention: window")
+        if self.batch_size % self.micro_batch_size:
+            _refuse("batch_size", self.batch_size, f"a multiple of micro_batch_size ({self.micro_batch_size})")
         try:
             LayerSpec(**self.model)
         except (LigerConfigError, TypeError) as error:
@@ -311,10 +341,12 @@ def run(name: str | None = None, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps([recipe.to_dict() for recipe in recipes] if name is None else recipes[0].to_dict(), indent=2))
     elif name is None:
-        for recipe in recipes:
-            print(f"{recipe.name:<16}{' '.join(recipe.description.split())}")
+        rows = [[recipe.name, " ".join(recipe.description.split())] for recipe in recipes]
+        print_tables([Table(f"{len(rows)} recipes", ["recipe", "what it does"], rows, words=2)])
+        say("next: liger recipes NAME shows one whole, liger finetune --recipe NAME trains with it")
     else:
         print(yaml.safe_dump(recipes[0].to_dict(), sort_keys=False, width=110), end="")
+        say(f"next: liger finetune --recipe {shlex.quote(name)}")
 
 
 def _build(kind: type, value):
@@ -324,8 +356,12 @@ def _build(kind: type, value):
     if unknown := sorted(map(str, set(value) - known)):
         hint = did_you_mean(unknown[0], known)
         raise UsageError(f"a recipe's {kind.__name__.lower()} has no field {unknown[0][:100]!r}{hint}")
-    real = {one.name for one in fields(kind) if one.type in (float, float | tuple[float, ...])}
+    real = {one.name for one in fields(kind) if one.type == Real or one.name == "window_dropout"}
     return kind(**{name: _read_number(one) if name in real else one for name, one in value.items()})
+
+
+def _listed(value) -> list | tuple:
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _read_number(value):
@@ -333,17 +369,3 @@ def _read_number(value):
     if isinstance(value, (list, tuple)):
         return [_read_number(one) for one in value]
     return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
-
-
-def _number(value) -> bool:
-    """Whether it is a finite number that a float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _whole(value, limit: int = LIMIT) -> bool:
-    return type(value) is int and 0 <= value <= limit
-
-
-def _require(condition: bool, name: str, value, wanted: str) -> None:
-    if not condition:
-        raise UsageError(f"{name.replace('_', '-')} is {value!r:.100}, but has to be {wanted}")
