@@ -386,13 +386,14 @@ def test_the_matrix_rate_is_that_of_the_faster_type(monkeypatch):
     assert speeds == {"bandwidth_bytes_per_s": roofline.BYTES / 2, "matmul_flops_per_s": 2 * 8**3 / 2}
 
 
-def test_shapes_only(tiny_base, tmp_path, capsys):
+def test_shapes_only(tiny_base, tmp_path, monkeypatch, capsys):
     """From a config alone: the same cache as the converted model's, and nothing is written."""
+    monkeypatch.setattr(bench, "SWEEP_END", 4)
     config = tmp_path / "config.json"
     config.write_text((tiny_base() / "config.json").read_text())
     result = bench_command.run(
         str(config), shapes_only=True, seq_len=128, new_tokens=1, repetitions=1, output_format="json", batch_sweep=True,
-        base_limit=2,
+        base_limit=300,
     )  # fmt: skip
     assert json.loads(capsys.readouterr().out) == result
     convert.convert(str(tiny_base()), str(tmp_path / "converted"))

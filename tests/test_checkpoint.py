@@ -6,7 +6,7 @@ import struct
 
 import pytest
 from conftest import QWEN3_8B, write_shard
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liger_cli.checkpoint.reader import DTYPE_BITS, read_checkpoint, read_shard
@@ -246,7 +246,7 @@ def test_header_longer_than_the_file(tmp_path):
             read_shard(tmp_path.resolve(), "x.safetensors")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(raw=st.binary(max_size=200))
 def test_any_bytes_are_refused_cleanly(tmp_path_factory, raw):
     folder = tmp_path_factory.mktemp("fuzz").resolve()

@@ -25,13 +25,13 @@ from liger_cli.checkpoint.reader import inside, read_checkpoint, read_shard
 from liger_cli.checkpoint.tokenizer import load_tokenizer
 from liger_cli.commands import bench, convert, evaluate, finetune, merge
 from liger_cli.commands import inspect as inspection
-from liger_cli.evaluation.report import Table, print_tables
 from liger_cli.evaluation.results_card import refresh_card
 from liger_cli.evaluation.scoring import read_texts
 from liger_cli.evaluation.subject import open_subject
 from liger_cli.system.errors import LigerError, ModelError, UsageError, guarded
 from liger_cli.system.escape import code_span, csv_cell, markdown, printable, yaml_string
 from liger_cli.system.manifest import read_manifest
+from liger_cli.system.tables import Table, print_tables
 from liger_cli.training.conversations import conversation_documents, read_conversation
 from liger_cli.training.data import load_data, read_rows
 from liger_cli.training.recipes import load_recipe
@@ -88,19 +88,19 @@ def test_configs_that_made_a_traceback(sparse_base, model_type, changes):
 
     folder = sparse_base(model_type=model_type, config={**TINY, **extra})
     edit(folder / "config.json", **changes)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ModelError):
         read_checkpoint(folder)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_shape_whose_product_takes_for_ever(tmp_path):
     raw = b'{"a": {"dtype": "F32", "shape": [' + b",".join([b"9"] * 1_000_000) + b'], "data_offsets": [0, 4]}}'
     (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ModelError, match="dimensions"):
         read_shard(tmp_path.resolve(), "x.safetensors")
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_names_that_no_path_can_have(tmp_path):

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recurrence_examples import example, relative_rms, rms, run, tuple_of
 
@@ -103,7 +103,7 @@ def padding(kind: str, batch: int, length: int, seed: int):
     return place >= length - kept if kind == "left" else place < kept
 
 
-@settings(max_examples=FUZZ_EXAMPLES, deadline=None)
+@settings(max_examples=FUZZ_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(sorted(GATES)),
     length=st.integers(1, 140),

@@ -214,7 +214,7 @@ def test_no_network(run, tmp_path):
     done = run("convert", "nobody/no-such-model", env=settings)
     text_of(done, 4)
     assert done.stderr.count(b"\n") == 1 and b"network" in done.stderr
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300  # against retries; the rest is imports on a busy machine
 
 
 def test_standard_streams_that_are_closed(sparse_base, tmp_path):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liger_cli.templates import liger_window
@@ -37,7 +37,11 @@ def example(batch, kv_heads, groups, length, past, dim, seed=0, dtype=torch.floa
     return random(kv_heads * groups, length), random(kv_heads, past + length), random(kv_heads, past + length)
 
 
-@settings(max_examples=int(os.environ.get("LIGER_FUZZ_EXAMPLES", "80")), deadline=None)
+@settings(
+    max_examples=int(os.environ.get("LIGER_FUZZ_EXAMPLES", "80")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(
     window=st.integers(1, 150),
     length=st.integers(1, 300),
