@@ -3,9 +3,9 @@
 The rooms, from the ground up; a module imports only from its own and from lower ones:
 
     system       errors, signals, output that appears whole, untrusted files, words and tables on a terminal
-    shipped      the small base that comes along, its text and its recall probes
     checkpoint   reading, checking and writing model folders and adapters: families, weights, model code, the hub
     conversion   the plan of a conversion, its edits, and the folder that is written
+    shipped      the small base that comes along, its text and its recall probes
     evaluation   a model beside its base: perplexity, agreement, recall, harness tasks; results, tables, plots, card
     calibration  what is measured on a little text before any training: fitted scores and states, kept tokens by head,
                  softmax layers and heads

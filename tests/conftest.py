@@ -70,6 +70,16 @@ def _save_tiny(folder: Path, model_type: str, overrides: dict) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def converted(tiny_base, tmp_path_factory):
+    """A plain conversion with a window of 8 tokens, whose last layer stays softmax."""
+    from liger_cli.commands import convert
+
+    folder = tmp_path_factory.mktemp("converted") / "tiny-liger-gla"
+    convert.convert(str(tiny_base()), str(folder), settings={"window": 8}, softmax_layers="3")
+    return folder
+
+
 @pytest.fixture
 def sparse_base(tmp_path):
     """sparse_base(name, model_type, shards, config) -> folder with true headers and zeros that take no disk."""

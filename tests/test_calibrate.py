@@ -148,7 +148,7 @@ def test_a_budget_is_kept(tiny_base, tmp_path, words):
         ({"softmax_heads": "4"}, "layers and heads"),
         ({"softmax_layers": "auto:x"}, "whole number, 1 or more"),
         ({"softmax_layers": "auto:99"}, "leaves no layer"),
-        ({"softmax_heads": "auto:99"}, "keep fewer"),
+        ({"softmax_heads": "auto:99"}, "ask for fewer"),
         ({"softmax_layers": "auto:1", "softmax_heads": "auto:1"}, "give one of them"),
         ({"settings": {"kept": "share:x"}}, "share:N"),
         ({"settings": {"kept": "share:8"}, "calibrate": False}, "add --calibrate"),

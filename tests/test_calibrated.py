@@ -98,6 +98,19 @@ def test_it_is_calibrated_on_the_training_data(here, capsys):
     assert "(calibrated on the training data (text.jsonl))" in capsys.readouterr().err
 
 
+def test_what_calibration_did_stands_at_the_end(here, capsys):
+    """Of text that the base writes, too: what it gave is said when it is done, and once more beside the training's."""
+    tune(calibration_data="self", quiet=False)
+    assert read_manifest(here / COPY)["calibration"]["text"] == "text that the base wrote itself"
+    said = capsys.readouterr().err
+    end = said[said.index(f"wrote {LORA}") :]
+    sentence = "tokens of text that the base wrote itself in "
+    assert sentence in said[: -len(end)] and sentence in end
+    assert end.index(sentence) < end.index("held-out perplexity") < end.index("next: liger merge")
+    tune(calibration_data="self", output="another")
+    assert "taking plain-calibrated" in capsys.readouterr().err
+
+
 def test_too_little_to_calibrate_on(here, capsys):
     (here / "few.jsonl").write_text("".join(json.dumps({"text": f"w{n} w5 w6 w7"}) + "\n" for n in range(10, 25)))
     finetune.run("plain", data="few.jsonl", **SMALL)

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from liger_cli.commands import convert, finetune
+from liger_cli.commands import finetune
 from liger_cli.system.errors import LigerError, ModelError, UsageError
 from liger_cli.system.manifest import read_manifest
 from liger_cli.training import plan as train_plan
@@ -18,13 +18,6 @@ from liger_cli.training.recipes import Recipe, Stage, load_recipe, override, rec
 
 SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8}
 PAPER = {**SMALL, "recipe": "paper", "quiet": True}
-
-
-@pytest.fixture(scope="module")
-def converted(tiny_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("converted") / "tiny-liger-gla"
-    convert.convert(str(tiny_base()), str(folder), settings={"window": 8}, softmax_layers="3")
-    return folder
 
 
 @pytest.fixture(scope="module")

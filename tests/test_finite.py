@@ -78,6 +78,10 @@ def test_a_run_that_diverges(converted, tmp_path, monkeypatch):
     [
         ({"calibrate": True, "settings": {"window": 4, "kept": 8}}, "the calibration"),
         ({"softmax_layers": "auto:1", "settings": {"window": 4}}, "the measurement"),
+        (
+            {"calibrate": True, "calibration_data": "self", "settings": {"window": 4, "kept": 8}},
+            "writing a text to calibrate on",
+        ),
     ],
 )
 def test_a_base_that_overflows_while_it_is_measured(tiny_base, tmp_path, options, what):
@@ -90,5 +94,5 @@ def test_a_base_that_overflows_while_it_is_measured(tiny_base, tmp_path, options
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 90}" for i in range(4000)))
     with pytest.raises(LigerError, match=rf"{what} gave numbers .* first in layer 1 \(mlp\): the base's own"):
-        convert.convert(str(base), str(tmp_path / "out"), calibration_data=str(text), **options)
+        convert.convert(str(base), str(tmp_path / "out"), **{"calibration_data": str(text), **options})
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from test_families import folder_of, implementations, load_base  # noqa: F401 (a fixture)
-from test_model import close, in_pieces, linearized, tokens
+from test_model import check_packed_documents, close, in_pieces, linearized, tokens
 from transformers import DynamicCache
 
 from liger_cli.benchmark.contest import cache_bytes
@@ -275,16 +275,7 @@ def test_local_softmax_heads_stop_growing(folder_of):  # noqa: F811
 def test_packed_documents(tiny_base):
     """Packed documents neither see nor remember one another, in softmax heads either; with gradients."""
     _, model = linearized(tiny_base(), window=16, softmax_kv_heads=(1,))
-    ids, lengths = tokens(120, batch=2), [[1, 50, 20, 49], [70, 3, 47]]
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-    packed = model(ids, position_ids=positions, use_cache=False).logits
-    gradient = torch.autograd.grad(packed.square().sum(), model.model.embed_tokens.weight)[0]
-    parts = [part for row, sizes in zip(ids, lengths, strict=True) for part in row.split(sizes)]
-    separate = [model(part[None]).logits[0] for part in parts]
-    close(packed.flatten(0, 1), torch.cat(separate))
-    expected = torch.autograd.grad(torch.cat(separate).square().sum(), model.model.embed_tokens.weight)[0]
-    # Each entry sums over some hundred tokens in another order: compared as a whole.
-    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    check_packed_documents(model)
 
 
 @torch.no_grad()

@@ -179,7 +179,8 @@ def test_inspect(made, tmp_path, capsys):
     assert run(str(folder)) == 0
     out = capsys.readouterr().out
     assert "kept 40" in out and "branch_scales True" in out and "160 of them added to the base's" in out
-    assert "held-out rows of that text" in out
+    measured = report["calibration"]
+    assert f"on {measured['held_out_tokens']:,} tokens of {measured['held_out']}" in " ".join(out.split())
 
     with open(folder / EXTRAS, "r+b") as file:
         file.seek(-2, 2)

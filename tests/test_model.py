@@ -304,10 +304,8 @@ def test_prepared_masks_are_refused(tiny_base):
         model(tokens(5), attention_mask=torch.ones(1, 1, 5, 5))
 
 
-def test_packed_documents(tiny_base, gate):
-    """Documents packed into rows, told by positions that start anew, neither see nor remember one another."""
-    specs = [LayerSpec(gate=gate, window=16, slots=8, sinks=1)] * 3 + [LayerSpec(kind="softmax")]
-    _, model = linearized(tiny_base(), specs=specs)
+def check_packed_documents(model):
+    """Packed rows give what each document gives alone, with gradients."""
     ids, lengths = tokens(120, batch=2), [[1, 50, 20, 49], [70, 3, 47]]
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     packed = model(ids, position_ids=positions, use_cache=False).logits
@@ -318,6 +316,13 @@ def test_packed_documents(tiny_base, gate):
     expected = torch.autograd.grad(torch.cat(separate).square().sum(), model.model.embed_tokens.weight)[0]
     # Each entry sums over some hundred tokens in another order: compared as a whole.
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_packed_documents(tiny_base, gate):
+    """Documents packed into rows, told by positions that start anew, neither see nor remember one another."""
+    specs = [LayerSpec(gate=gate, window=16, slots=8, sinks=1)] * 3 + [LayerSpec(kind="softmax")]
+    _, model = linearized(tiny_base(), specs=specs)
+    check_packed_documents(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

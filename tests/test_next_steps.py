@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from liger_cli.checkpoint.reader import context_length
 from liger_cli.commands import convert, finetune, merge
 from liger_cli.main import app
 from liger_cli.system.errors import ModelError, SetupError
-from liger_cli.system.manifest import pip_install
+from liger_cli.system.manifest import new_manifest, pip_install, write_manifest
 from liger_cli.system.wording import without_folders
 from liger_cli.training.view import outcome
 
@@ -70,7 +72,79 @@ def test_convert_ends_with_the_next_command(tiny_base, tmp_path):
     assert said.endswith(" ".join(next_step("plain", tmp_path / "plain").split()))
     assert f"liger finetune {tmp_path / 'plain'}" in said and "none to use yet" in said
     assert f"next: liger eval {tmp_path / 'w'}" in liger("convert", base, tmp_path / "w", "--mix", "window-only")
-    assert "next:" not in liger("convert", base, tmp_path / "dry", "--dry-run")
+    said = liger("convert", base, tmp_path / "dry", "--dry-run")
+    assert said.endswith("was not written; next: the same command without --dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["families"], "next: liger convert BASE"),
+        (["gates"], "next: liger convert BASE --gate NAME"),
+        (["recipes"], "liger finetune --recipe NAME trains with it"),
+        (["recipes", "paper"], "next: liger finetune --recipe paper"),
+        (["doctor"], "next: liger demo, or liger convert BASE"),
+        (["inspect", "BASE"], "next: liger convert BASE"),
+        (["inspect", "MODEL"], "next: liger finetune MODEL (which calibrates it first)"),
+        (["inspect", "ADAPTER"], "next: liger merge ADAPTER"),
+        (["bench", "BASE", "--shapes-only", "--seq-len", "16", "--new-tokens", "2"], "next: liger convert BASE"),
+        (["bench", "MODEL", "--seq-len", "16", "--new-tokens", "2"], "next: liger finetune MODEL"),
+        (["eval", "MODEL", "--seq-len", "64", "--rows", "1", "--perplexity"], "next: liger bench MODEL"),
+        (["eval", "--from", "MODEL"], "next: liger bench MODEL shows what each costs"),
+        (["merge", "ADAPTER", "--dry-run"], "next: the same command without --dry-run"),
+        (["merge", "ADAPTER", "--output", "MERGED"], "next: liger eval MERGED"),
+        (["inspect", "MERGED"], "next: liger eval MERGED"),
+        (["bench", "MERGED", "--seq-len", "16", "--new-tokens", "2"], "next: use it: AutoModelForCausalLM"),
+        (["convert", "MODEL", "--refresh"], "next: liger eval MODEL"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_every_command_ends_with_the_next(home, monkeypatch, words, end):
+    monkeypatch.chdir(home)
+    said = liger(*words)
+    assert end in said[-len(end) - 100 :], said[-400:]
+
+
+@pytest.fixture(scope="module")
+def home(tiny_base, tmp_path_factory):
+    """A base, its conversion and an adapter in one folder."""
+    from peft import LoraConfig, get_peft_model
+
+    from liger_cli.checkpoint.model_code import load_model
+
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(tiny_base(), home / "BASE")
+    convert.convert(str(home / "BASE"), str(home / "MODEL"), settings={"window": 8})
+    adapter = get_peft_model(load_model(home / "MODEL"), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(home / "ADAPTER")
+    write_manifest(home / "ADAPTER", new_manifest("adapter", base={"path": str(home / "MODEL")}))
+    return home
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "MODEL", "--samples", "1", "--beyond-context"],
+        ["finetune", "MODEL", "--data", "long.txt", "--recipe", "paper", "--max-steps", "1", "--output", "lora"],
+        ["convert", "BASE", "calibrated", "--calibrate", "--calibration-data", "self", "--window", "8"],
+        ["bench", "MODEL", "--seq-len", "1024", "--new-tokens", "2", "--repetitions", "1"],
+    ],
+    ids=" ".join,
+)
+def test_transformers_does_not_warn_of_lengths(home, tmp_path, words):
+    """Texts beyond the base's context are cut into rows: nothing would result in indexing errors."""
+    work = tmp_path / "work"
+    shutil.copytree(home, work)
+    for folder in (work / "BASE", work / "MODEL"):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 32}))
+    (work / "long.txt").write_text("w5 w6 w7 w8 " * 2000)
+    done = subprocess.run(
+        [sys.executable, "-m", "liger_cli", *words], cwd=work, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "indexing errors" not in said and "predefined maximum length" not in said, said
 
 
 def test_memory_goes_up_to_the_bases_context(tiny_base, tmp_path):

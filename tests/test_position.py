@@ -10,7 +10,7 @@ from liger_cli.checkpoint.model_code import load_model
 from liger_cli.commands.convert import convert
 from liger_cli.evaluation import position
 from liger_cli.evaluation.position import buckets, make_needles, modes, needle, score_positions, second_reading
-from liger_cli.evaluation.subject import load_tokenizer
+from liger_cli.evaluation.subject import padding_tokenizer
 from liger_cli.shipped import BASE_DIR
 from liger_cli.system.errors import LigerError
 
@@ -104,7 +104,7 @@ def opened():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(BASE_DIR, None)
+    return padding_tokenizer(BASE_DIR, None)
 
 
 def test_needles_stand_at_their_distance(tokenizer):
@@ -128,7 +128,7 @@ def test_needles_stand_at_their_distance(tokenizer):
 
 def test_a_tokenizer_without_digits(tiny_base, opened):
     """Codes that come out as unknown words would all look alike: nothing is asked."""
-    tokenizer = load_tokenizer(tiny_base(), None)
+    tokenizer = padding_tokenizer(tiny_base(), None)
     with pytest.raises(ValueError, match="does not spell"):
         make_needles(tokenizer, [5] * 900, 128, 1, seed=0)
     assert needle({"base": opened(None)}, tokenizer, [5] * 900, distances=(128,), count=1) == {"base": {}}

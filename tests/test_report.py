@@ -10,11 +10,12 @@ import pytest
 from liger_cli.commands import evaluate
 from liger_cli.evaluation.plots import position_plot
 from liger_cli.evaluation.published import BASES, published_figures
-from liger_cli.evaluation.report import Table, eval_notes, eval_tables, number, percent, print_tables
+from liger_cli.evaluation.report import eval_notes, eval_tables, number, percent
 from liger_cli.evaluation.results import BEGIN, END, keep, read_results, rewrite_card
 from liger_cli.evaluation.results_card import refresh_card
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.outputs import write_whole
+from liger_cli.system.tables import Table, print_tables
 
 # perplexity, needles found, nats of the second reading
 COLUMN = {

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "liger_cli"
 FLOORS = (
     ("templates",),
-    ("system", "shipped"),
+    ("system",),
     ("checkpoint",),
-    ("conversion",),
+    ("conversion", "shipped"),
     ("evaluation",),
     ("calibration",),
     ("training", "benchmark"),

@@ -19,13 +19,6 @@ SMALL = {"seq_len": 48, "batch_size": 4, "micro_batch_size": 2, "held_out": 8, "
 
 
 @pytest.fixture(scope="module")
-def converted(tiny_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("converted") / "tiny-liger-gla"
-    convert.convert(str(tiny_base()), str(folder), settings={"window": 8}, softmax_layers="3")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
     rng = Random(0)
@@ -112,7 +105,7 @@ def test_early_stop_keeps_the_best(train, tmp_path, monkeypatch):
     evaluations = {one["step"]: one["eval_loss"] for one in records if "eval_loss" in one and one["step"]}
     best = min(evaluations, key=evaluations.get)
     assert report["stopped_early"] and report["steps_done"] == best + 3 * 2 < 60
-    assert report["kept_step"] == best
+    assert report["adapter_step"] == best
     assert report["held_out_perplexity"] == pytest.approx(min(one["eval_perplexity"] for one in records
                                                               if "eval_loss" in one and one["step"]))  # fmt: skip
     train("to-the-best", **{**flags, "max_steps": best})
@@ -132,8 +125,8 @@ def test_the_best_is_kept_without_an_early_end(train, tmp_path):
     flags = {"lr": 0.05, "max_steps": 14, "eval_steps": 2}
     report, records = train("kept", recipe=recipe, **flags)
     evaluations = {one["step"]: one["eval_loss"] for one in records if "eval_loss" in one and one["step"]}
-    assert not report["stopped_early"] and report["steps_done"] == max(evaluations) == 14 > report["kept_step"]
-    train("to-the-best", recipe=recipe, **{**flags, "max_steps": report["kept_step"]})
+    assert not report["stopped_early"] and report["steps_done"] == max(evaluations) == 14 > report["adapter_step"]
+    train("to-the-best", recipe=recipe, **{**flags, "max_steps": report["adapter_step"]})
     assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "to-the-best")
 
 
@@ -250,7 +243,7 @@ def test_trackers(converted, corpus, tmp_path, train, monkeypatch):
 
 def test_what_needs_cuda_is_refused_before_anything_loads(train, tmp_path, monkeypatch):
     monkeypatch.setattr(train_plan, "device", lambda: "cpu")
-    monkeypatch.setattr(finetune, "load_tokenizer", lambda folder: pytest.fail("something was loaded"))
+    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: pytest.fail("something was loaded"))
     for flags, needle in (({"load_in_4bit": True}, "CUDA"), ({"fsdp": True}, "DDP"), ({"recipe": "24gb"}, "CUDA")):
         with pytest.raises(SetupError, match=needle) as error:
             train("out", **flags)

@@ -12,7 +12,6 @@ from liger_cli.benchmark.contest import Decoding, OutOfTime, Side, cache_bytes, 
 from liger_cli.benchmark.roofline import limit_ms, measure_machine, processor_name, step_cost
 from liger_cli.evaluation.results import stamp
 from liger_cli.evaluation.subject import Subject
-from liger_cli.system.errors import UsageError
 from liger_cli.system.memory import PeakMemory, available
 from liger_cli.system.progress import progress
 
@@ -53,16 +52,6 @@ def bench(
         `prefill_speedup`, the base's time over the model's at the longest position that both have read; `backend`,
         what the kernels run on.
     """
-    for option, value in (
-        ("--seq-len", seq_len),
-        ("--batch-size", batch_size),
-        ("--new-tokens", new_tokens),
-        ("--repetitions", repetitions),
-    ):
-        if value < 1:
-            raise UsageError(f"{option} is {value}, but has to be 1 or more")
-    if base_limit <= 0:
-        raise UsageError(f"--base-limit is {base_limit}, but has to be more than 0 seconds")
     model = subject.liger_model
     device = str(model.device)
     backend = model_backends(model)

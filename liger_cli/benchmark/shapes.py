@@ -5,8 +5,8 @@ from pathlib import Path
 
 from liger_cli.checkpoint.families import FAMILIES
 from liger_cli.checkpoint.hub import HUB_ID, reachable
-from liger_cli.checkpoint.reader import read_config, supported_family
-from liger_cli.evaluation.subject import DTYPES, SWITCH, Subject, pick_device, pick_dtype
+from liger_cli.checkpoint.reader import DTYPES, read_config, supported_family
+from liger_cli.evaluation.subject import SWITCH, Subject, pick_device, pick_dtype
 from liger_cli.system.errors import ModelError, SetupError, UsageError
 from liger_cli.system.memory import available
 from liger_cli.system.untrusted import read_json
@@ -36,8 +36,8 @@ def shapes_subject(name: str, *, device: str = "auto", dtype: str = "auto") -> S
     else:
         family = supported_family(config, Path(name))
         local = family.local_layers(config)
-        kept = any(local) and not all(local)
-        specs = [LayerSpec(kind="base" if kept and one else "liger") for one in local]
+        mixed = any(local) and not all(local)
+        specs = [LayerSpec(kind="base" if mixed and one else "liger") for one in local]
         config = {**config, "liger": liger_block(specs), "model_type": f"liger_{family.model_type}"}
     config_class, model_class = model_classes(family)
     if torch_dtype == "auto":

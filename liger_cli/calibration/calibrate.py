@@ -26,7 +26,7 @@ from liger_cli.calibration.costs import HeadCosts
 from liger_cli.calibration.fits import StateFit, fit_keep_score
 from liger_cli.calibration.layerwise import visit, visit_backward
 from liger_cli.calibration.memories import draw_queries, parts_of, ranks, sizes_below
-from liger_cli.calibration.text import Text
+from liger_cli.calibration.text import OWN_TEXT, Text, check_data, data_name
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.reader import context_length
 from liger_cli.conversion.plan import Plan
@@ -34,7 +34,7 @@ from liger_cli.conversion.plan_edits import constant_bytes, liger_layers, with_h
 from liger_cli.conversion.requests import OWN, Request
 from liger_cli.evaluation.position import modes, score_positions
 from liger_cli.evaluation.scoring import make_rows, read_texts
-from liger_cli.evaluation.subject import load_tokenizer
+from liger_cli.evaluation.subject import padding_tokenizer
 from liger_cli.shipped import prose
 from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, UsageError
@@ -123,12 +123,6 @@ def calibrate(
     return plan, {name: value for name, value in extra_values(model).items() if name in wanted}, report
 
 
-def check_data(data: str | Text | None) -> None:
-    """Raises UsageError where a text to calibrate on is no file."""
-    if isinstance(data, str) and data != OWN and not Path(data).is_file():
-        raise UsageError(f"--calibration-data {data} is not a file; name a text or a .jsonl file, or {OWN}")
-
-
 def check_request(plan: Plan, request: Request) -> None:
     """Raises UsageError where more is to be chosen than there is."""
     layers = len(liger_layers(plan))
@@ -138,7 +132,7 @@ def check_request(plan: Plan, request: Request) -> None:
         )
     heads, free = softmax_heads(plan, request), len(_free_heads(plan))
     if heads and heads >= free:
-        raise UsageError(f"--softmax-heads keeps {heads} heads, but only {free} can be chosen from; keep fewer")
+        raise UsageError(f"--softmax-heads asks for {heads} heads, but there are {free} to choose from; ask for fewer")
 
 
 def softmax_heads(plan: Plan, request: Request) -> int:
@@ -155,7 +149,7 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
     Raises:
         LigerError: too little text.
     """
-    tokenizer = load_tokenizer(plan.checkpoint.folder, model.config)
+    tokenizer = padding_tokenizer(plan.checkpoint.folder, model.config)
     context = context_length(plan.checkpoint.config) or seq_len
     length, count = min(seq_len, context), FIT_ROWS + CHOICE_ROWS
     fitted_on, judged_on = prose()
@@ -163,12 +157,15 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
         from liger_cli.calibration.own_text import own_text
 
         model.set_attention_mode("softmax")
-        text = Text("text that the base wrote itself", own_text(model, tokenizer, count, length).cpu().flatten())
+        try:
+            text = Text(OWN_TEXT, own_text(model, tokenizer, count, length).cpu().flatten())
+        except FloatingPointError as error:
+            raise not_finite(model, error.args[0], "writing a text to calibrate on") from None
         model.set_attention_mode("liger")
     elif isinstance(data, Text):
         text = data
     else:
-        texts, name = ([fitted_on], FITTED_ON) if data is None else (read_texts(Path(data)), data)
+        texts, name = ([fitted_on], FITTED_ON) if data is None else (read_texts(Path(data)), data_name(data))
         text = Text(name, make_rows(tokenizer, texts, length, 1).stream)
     if len(text.ids) < LEAST_ROWS * length:
         length = len(text.ids) // LEAST_ROWS
@@ -467,14 +464,3 @@ def _announcement(model, rows: Rows, tokens: int) -> str:
     seconds = PASSES * (time.perf_counter() - start) * tokens / row.numel() / 2
     model.set_attention_mode("liger")
     return f"calibrating on {tokens:,} tokens of {rows.text}, about {duration(seconds)}"
-
-
-def calibration_note(report: dict) -> str:
-    """One sentence on what a calibration gave."""
-    return (
-        f"calibrated on {report['tokens']:,} tokens of {report['text']} in {report['seconds']:.0f} s: on "
-        f"{report['held_out_tokens']:,} tokens of {report['held_out']}, in rows of {report['held_out_seq_len']:,}, "
-        f"the KL divergence from the base is {report['kl']:.4f} nats a token; the window alone has "
-        f"{report['window_only_kl']:.4f}, and a window of the same bytes ({report['same_bytes_window']} tokens) "
-        f"{report['same_bytes_kl']:.4f}"
-    )

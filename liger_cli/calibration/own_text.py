@@ -10,6 +10,7 @@ from itertools import cycle
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from liger_cli.checkpoint.tokenizer import separator, token_ids
 from liger_cli.system.errors import LigerError
 
 CACHE_BYTES = 1 << 30  # of the keys and values of the rows that are written at once
@@ -31,6 +32,7 @@ def own_text(model, tokenizer, rows: int, length: int, *, seed: int = 0) -> torc
         [rows, length] int64 on the model's device.
     Raises:
         LigerError: the tokenizer names no token that a text could begin with.
+        FloatingPointError: logits that no token can be drawn by; its argument is what is written so far, [B, T].
     """
     start, turns = openings(tokenizer)
     width = torch.finfo(model.dtype).bits // 8
@@ -67,6 +69,8 @@ class Openings(LogitsProcessor):
     Args:
         ends: tokens that end a turn or a document.
         openings: for each row the openings in order, token ids each, without end.
+    Raises:
+        FloatingPointError: scores that no token can be drawn by; its argument is what is written so far, [B, T].
     """
 
     def __init__(self, ends: set[int], openings: list[Iterator[list[int]]]):
@@ -75,6 +79,8 @@ class Openings(LogitsProcessor):
         self.opening = [True] * len(openings)  # whether the last token was forced
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.max(-1).values.isfinite().all():
+            raise FloatingPointError(input_ids)
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if token in self.ends and not self.opening[row]:
                 self.pending[row] = list(next(self.openings[row]))
@@ -93,13 +99,12 @@ def openings(tokenizer) -> tuple[list[int], list[list[int]]]:
     Raises:
         LigerError: neither a chat template nor a token that a text begins with.
     """
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     parts = _template_parts(tokenizer)
     if parts is not None:
-        first, *between = map(encode, parts)
+        first, *between = (token_ids(tokenizer, part) for part in parts)
         if first:
             return first, between
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = separator(tokenizer)
     if start is None:
         raise LigerError("the tokenizer names no token that a text begins with; give a text (--calibration-data)")
     return [start], [[start] if start == tokenizer.bos_token_id else []]

@@ -2,12 +2,12 @@
 
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from liger_cli.checkpoint.reader import ADAPTER_CONFIG, Shard, inside, read_config, read_shard
 from liger_cli.checkpoint.tensors import read_tensor
+from liger_cli.system.console import say
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.manifest import read_manifest
 from liger_cli.system.untrusted import read_json
@@ -253,7 +253,7 @@ def check_fits(adapter: Adapter, model: Path, shards: tuple[Shard, ...], found: 
     """Raises ModelError where the adapter was trained on other weights, or names tensors that are not there."""
     wanted = (adapter.manifest or {}).get("fingerprint", {}).get("digest")
     if wanted is None:
-        print(f"liger: {adapter.folder} records no fingerprint; only the shapes are checked", file=sys.stderr)
+        say(f"{adapter.folder} records no fingerprint; only the shapes are checked")
     elif wanted != found["digest"]:
         raise ModelError(f"{adapter.folder} was trained on other weights than those of {model}; name its own --base")
     check_shapes(adapter, model, shards)

@@ -1,12 +1,11 @@
 """Which folder a command takes when none is named: the newest fitting one in the current folder."""
 
 import shlex
-import sys
 from datetime import datetime
 from pathlib import Path
 
+from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
-from liger_cli.system.escape import printable
 from liger_cli.system.manifest import read_manifest
 from liger_cli.system.processes import is_main_process
 
@@ -37,12 +36,23 @@ def resolve_model(given: str | Path | None, command: str, here: Path | None = No
     found = newest(FITTING[command], here or Path())
     kind = read_manifest(found)["kind"]
     if is_main_process():
-        print(f"liger: taking {printable(found)}, the newest {kind} model here", file=sys.stderr)
+        say(f"taking {found}, the newest {kind} model here")
     return found
 
 
-def next_step(kind: str, folder: Path | str) -> str:
-    """What a user does next with a folder of a kind: `plain` (converted and nothing fitted), `calibrated`, ..."""
+def state_of(layers: list[dict], calibrated: bool) -> str:
+    """What a converted folder is to `next_step`: `calibrated`, `window-only`, or `plain`, of which nothing is fitted.
+
+    Args:
+        layers: with the fields of `LayerSpec` that their kind has.
+    """
+    if calibrated:
+        return "calibrated"
+    return "plain" if any(layer["kind"] == "liger" and layer["mix"] > 0 for layer in layers) else "window-only"
+
+
+def next_step(kind: str, folder: Path | str = "") -> str:
+    """What a user does next with a folder: of `state_of`, `adapter`, `merged`, `evaluated`, `timed`, ..."""
     name = shlex.quote(str(folder))
     return {
         "plain": (
@@ -54,6 +64,10 @@ def next_step(kind: str, folder: Path | str) -> str:
         "adapter": f"next: liger merge {name}",
         "merged": f"next: liger eval {name}",
         "evaluated": f"next: liger bench {name}",
+        "timed": f"next: use it: AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)",
+        "base": f"next: liger convert {name}",
+        "checkpoint": "next: the command that began this run, with --resume",
+        "dry run": "next: the same command without --dry-run",
     }[kind]
 
 

@@ -10,16 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.reader import DTYPE_BITS, DTYPES, check_dtype
 from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
-from liger_cli.system.escape import printable
 from liger_cli.system.memory import available
 from liger_cli.system.outputs import atomic_folder
 from liger_cli.system.untrusted import read_bytes, refuse_pointer
 from liger_cli.system.wording import size
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
-DTYPES, DEFAULT_DTYPE = {"bfloat16": 2, "float16": 2, "float32": 4}, "bfloat16"  # bytes of a value
+DEFAULT_DTYPE = "bfloat16"
 SOURCE = "gguf.txt"  # in the folder of whole weights: which file they are of
 READ_BYTES = 4  # a value while the file is read: transformers makes float32 of every tensor
 
@@ -40,7 +40,7 @@ def whole_weights(path: Path, target: Path, dtype: str = DEFAULT_DTYPE, dry_run:
     Args:
         path: the file.
         target: the folder; taken as it is where an earlier call made it of the same file.
-        dtype: of the weights, a key of `DTYPES`.
+        dtype: of the weights, a key of `reader.DTYPES`.
         dry_run: write nothing, which then cannot be told from what is not there.
     Returns:
         Whether it was written now.
@@ -48,8 +48,7 @@ def whole_weights(path: Path, target: Path, dtype: str = DEFAULT_DTYPE, dry_run:
         UsageError: no such file, another folder in the way. SetupError: the reader is not installed. ModelError: a
             broken file, or one of a family that transformers or liger does not read. LigerError: too little memory.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     source = _source(path, dtype)
     if os.path.lexists(target):
         with suppress(LigerError):
@@ -59,7 +58,8 @@ def whole_weights(path: Path, target: Path, dtype: str = DEFAULT_DTYPE, dry_run:
     names, values = _header(path)
     if dry_run:
         raise UsageError(f"{path} has no whole weights yet in {target}, which --dry-run does not make; make them first")
-    needed = values * (READ_BYTES + DTYPES[dtype])
+    whole = values * DTYPE_BITS[DTYPES[dtype]] // 8
+    needed = values * READ_BYTES + whole
     free = available("cpu")
     if free is not None and needed > free:
         raise LigerError(
@@ -67,7 +67,7 @@ def whole_weights(path: Path, target: Path, dtype: str = DEFAULT_DTYPE, dry_run:
             "a machine with more, or the checkpoint folder that the file was made of"
         )
     say(
-        f"making whole weights ({dtype}, {size(values * DTYPES[dtype])}) of {printable(path)} in {printable(target)}, "
+        f"making whole weights ({dtype}, {size(whole)}) of {path} in {target}, "
         f"once; that takes some {size(needed)} of memory"
     )
     with _alone(path) as folder:

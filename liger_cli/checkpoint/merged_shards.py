@@ -5,11 +5,10 @@ from pathlib import Path
 
 from liger_cli.checkpoint.adapters import Adapter
 from liger_cli.checkpoint.adapters import merged as merged_by
-from liger_cli.checkpoint.reader import EXTRAS, Shard
-from liger_cli.checkpoint.tensors import read_tensor
+from liger_cli.checkpoint.reader import DTYPES, EXTRAS, Shard
+from liger_cli.checkpoint.tensors import FLOATING, read_tensor
 from liger_cli.system.errors import LigerError, ModelError
 
-MERGED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 COPIED = 16 << 20  # bytes copied at a time
 
 
@@ -21,7 +20,7 @@ def is_rewritten(shard: Shard, trained: set[str], dtype: str | None, added: dict
     """
     # Extra tensors stay float32: they are few, and the model loads them so.
     converts = dtype is not None and shard.name != EXTRAS
-    converts = converts and any(tensor.dtype != MERGED_DTYPES[dtype] for tensor in shard.tensors.values())
+    converts = converts and any(tensor.dtype != DTYPES[dtype] for tensor in shard.tensors.values())
     return converts or bool((trained | set(added.values())) & set(shard.tensors))
 
 
@@ -44,7 +43,7 @@ def write_shard(
     header, position = ({"__metadata__": metadata} if metadata else {}), 0
     for name, source in sources.items():
         tensor = shard.tensors[source]
-        kind = MERGED_DTYPES[dtype] if dtype and tensor.dtype in MERGED_DTYPES.values() else tensor.dtype
+        kind = DTYPES[dtype] if dtype and tensor.dtype in DTYPES.values() else tensor.dtype
         size = tensor.nbytes if kind == tensor.dtype else tensor.numel * (4 if kind == "F32" else 2)
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, position + size]}
         position += size
@@ -65,7 +64,6 @@ def write_shard(
 def _write_merged(shard: Shard, name: str, source: str, adapters: list[Adapter], kind: str, writer) -> None:
     import torch
 
-    names = {value: key for key, value in MERGED_DTYPES.items()}
     merged = read_tensor(shard, source)
     for adapter in adapters:
         merged = merged_by(adapter, name, merged)
@@ -73,9 +71,9 @@ def _write_merged(shard: Shard, name: str, source: str, adapters: list[Adapter],
         why = "once merged; the adapter is broken" if adapters else f"in {shard.path}; the model is broken"
         raise ModelError(f"{name} is not finite {why}")
     largest = merged.abs().max().item() if merged.numel() else 0.0
-    merged = merged.to(getattr(torch, names[kind])).contiguous()
+    merged = merged.to(getattr(torch, FLOATING[kind])).contiguous()
     if not torch.isfinite(merged).all():
-        raise ModelError(f"{name} has a value of {largest:g}, too large for {names[kind]}; use --dtype bfloat16")
+        raise ModelError(f"{name} has a value of {largest:g}, too large for {FLOATING[kind]}; use --dtype bfloat16")
     writer.write(merged.flatten().view(torch.uint8).numpy().data)
 
 

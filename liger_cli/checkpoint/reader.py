@@ -32,7 +32,7 @@ DTYPE_BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-USABLE_DTYPES = ("F32", "F16", "BF16")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # as torch and as safetensors name them
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 MAX_COUNT = 1 << 14  # heads, experts: what is gone through one by one
 MAX_DIMS = 16  # of a tensor
@@ -539,8 +539,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
                 f"{folder}: {name} is {tensor.dtype} with scales, and config.json lacks its quantization_config; put "
                 f"it back (quant_method fp8, weight_block_size), then {_whole_of_float8(folder)}"
             )
-        if tensor.dtype not in USABLE_DTYPES:
-            raise ModelError(f"{folder}: {name} is {tensor.dtype}; give a model in {', '.join(USABLE_DTYPES)}")
+        if tensor.dtype not in DTYPES.values():
+            raise ModelError(f"{folder}: {name} is {tensor.dtype}; give a model in {', '.join(DTYPES.values())}")
 
 
 def _check_prefix(checkpoint: Checkpoint) -> None:
@@ -612,3 +612,10 @@ FIELDS = (
     (("mlp_only_layers", "no_rope_layers"), _list_of(int, bool), "a list of whole numbers"),
     (("layer_types",), _list_of(str), "a list of layer types"),
 )  # fmt: skip
+
+
+def check_dtype(name: str, *others: str) -> None:
+    """Raises UsageError where the value of `--dtype` is none of `DTYPES`, nor of `others`."""
+    known = (*others, *DTYPES)
+    if name not in known:
+        raise UsageError(f"--dtype is {name!r}, but has to be one of {', '.join(known)}")

@@ -1,9 +1,9 @@
 """Single tensors of a shard, for what works on one at a time."""
 
-from liger_cli.checkpoint.reader import Shard
+from liger_cli.checkpoint.reader import DTYPES, Shard
 from liger_cli.system.errors import ModelError
 
-FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATING = {"F64": "float64"} | {stored: name for name, stored in DTYPES.items()}
 
 
 def read_tensor(shard: Shard, name: str):

@@ -72,6 +72,22 @@ def load_tokenizer(folder: Path, config=None):
     return tokenizer
 
 
+def token_ids(tokenizer, text: str) -> list[int]:
+    """The ids of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def put_before(tokenizer) -> list[int]:
+    """The token that the tokenizer puts before every text, if it does so."""
+    start = tokenizer("a")["input_ids"][:1]
+    return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
+
+
+def separator(tokenizer) -> int | None:
+    """The token that a text begins with where texts stand one behind another: BOS, else EOS."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
 def converted_tokenizer_config(base: Checkpoint) -> str | None:
     """The text of a converted folder's tokenizer_config.json; None where what the base has, or has not, will do.
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from liger_cli import __version__
+from liger_cli.calibration.text import calibration_note, check_data
 from liger_cli.checkpoint import gguf, paper_folders, publish
 from liger_cli.checkpoint.experimental import family_of
 from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.checkpoint.folders import next_step
 from liger_cli.checkpoint.hub import Source, find_base
 from liger_cli.checkpoint.model_code import code_hashes, model_files
 from liger_cli.checkpoint.reader import (
@@ -26,8 +28,9 @@ from liger_cli.conversion.folder import planned_files, replace_text, write_conve
 from liger_cli.conversion.identity_check import check_identity
 from liger_cli.conversion.plan import Plan, calibration_bytes, make_plan, read_mix, with_defaults
 from liger_cli.conversion.plan_edits import with_heads
-from liger_cli.conversion.requests import OWN, Request, read_request
+from liger_cli.conversion.requests import Request, read_request
 from liger_cli.system.errors import ModelError, UsageError
+from liger_cli.system.escape import printable
 from liger_cli.system.manifest import MANIFEST, package_versions, read_manifest, utc_now, write_manifest
 from liger_cli.system.outputs import (
     LINKS,
@@ -39,7 +42,6 @@ from liger_cli.system.outputs import (
 )
 from liger_cli.system.wording import size
 from liger_cli.templates.liger_config import FORMAT, LayerSpec, LigerConfigError, layer_specs
-from liger_cli.training.recipes import model_settings
 
 
 def run(*, as_json: bool = False, quiet: bool = False, **options) -> dict:
@@ -63,6 +65,7 @@ def run(*, as_json: bool = False, quiet: bool = False, **options) -> dict:
         print_plan(report, plan)
     elif not quiet:
         print(f"{'would refresh' if asked.dry_run else 'refreshed'} {asked.base}: {', '.join(report['refreshed'])}")
+        print(printable(next_step("dry run" if asked.dry_run else "merged", asked.base)))
     return report
 
 
@@ -104,7 +107,11 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     calibrate, dry_run, link = options.calibrate, options.dry_run, options.link
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
-    of_recipe = model_settings(options.recipe) if options.recipe else {}
+    of_recipe = {}
+    if options.recipe:
+        from liger_cli.training.recipes import model_settings
+
+        of_recipe = model_settings(options.recipe)
     settings = of_recipe | options.settings() | others
     own_kept = any("kept=" in text for text in settings.get("layers", ()))
     shared = 0 if not calibrate or options.budget or own_kept else 2 * settings.get("window", LayerSpec.window)
@@ -116,9 +123,7 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
         settings["kept"] = request.kept or 0
     elif isinstance(kept, str):
         settings["kept"] = int(kept)
-    text = options.calibration_data
-    if text not in (None, OWN) and not Path(text).expanduser().is_file():
-        raise UsageError(f"--calibration-data {text} is not a file; name a text or a .jsonl file, or {OWN}")
+    check_data(options.calibration_data)
     made = "calibrated" if calibrate else settings.get("gate") or LayerSpec.gate
     source, note = _source(options, made)
     checkpoint = read_checkpoint(source.folder, options.experimental)
@@ -170,8 +175,6 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
         measured["calibration" if calibrate else "selection"] = report
     noted = plan
     if "calibration" in measured:  # in the card it has a section of its own
-        from liger_cli.calibration.calibrate import calibration_note
-
         noted = replace(plan, notes=(*plan.notes, calibration_note(measured["calibration"])))
     report = _report(source, noted, target, dry_run) | measured
     check_unchanged(versions)  # what was measured is told of the weights that are there now

@@ -6,7 +6,7 @@ from liger_cli.commands.options import EXPERT, OUTPUT, argument, option, push
 from liger_cli.templates.liger_config import FEATURE_MAPS, GATE_POOLINGS, GATE_SOURCES, NORMALIZERS, LayerSpec
 from liger_cli.templates.liger_gates import GATES
 
-LAYERS = "Layers"
+BASE, LAYERS = "The base", "Layers"
 
 
 def setting(name: str, help: str, **settings):
@@ -32,7 +32,7 @@ class ConvertOptions:
         metavar="FILE|self",
     )
     recipe: str | None = option(
-        None, "Settings of the models that this recipe of `liger finetune` is for, such as lolcats."
+        None, "Settings of the models that this recipe of `liger finetune` is for, such as lolcats.", panel=LAYERS
     )
     gate: str | None = setting(
         "gate",
@@ -55,23 +55,26 @@ class ConvertOptions:
     )
     softmax_layers: str = option(
         "none",
-        "Layers kept as softmax: none, every:N (the last of every N), auto:N (the N whose heads look back most to some "
-        "effect, measured on the base), or a list such as 3,11.",
+        "Layers that stay softmax: none, every:N (the last of every N), auto:N (the N whose heads look back most to "
+        "some effect, measured on the base), or a list such as 3,11.",
     )
     softmax_heads: str = option(
         "none",
-        "Key/value heads kept as softmax inside Liger layers: none, auto:N or auto:10% (those that look back most to "
+        "Key/value heads that stay softmax inside Liger layers: none, auto:N or auto:10% (those that look back most to "
         "some effect, measured on the base), or layer:head such as 4:0,5:1.",
     )
     dry_run: bool = option(False, "Print the plan and write nothing.")
     force: bool = option(False, "Replace an output that liger made.")
     refresh: bool = option(False, "BASE is a folder liger made: only renew its model code.")
-    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.", panel=BASE)
     dtype: str | None = option(
-        None, "Of the whole weights that are made of a GGUF file: bfloat16, float16 or float32.", shown="bfloat16"
+        None,
+        "Of the whole weights that are made of a GGUF file: bfloat16, float16 or float32.",
+        shown="bfloat16",
+        panel=BASE,
     )
     experimental: bool = option(
-        False, "Try a model type that `liger families` does not list; an identity check decides."
+        False, "Try a model type that `liger families` does not list; an identity check decides.", panel=BASE
     )
     mix: str | None = setting(
         "mix", "Share of the recurrent branch, the window's is 1 - mix; window-only is 0, the control.", panel=LAYERS

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from liger_cli.benchmark import bench
 from liger_cli.commands import convert, evaluate, finetune, merge
-from liger_cli.evaluation.report import Table, number, percent, print_tables
+from liger_cli.evaluation.report import number, percent
 from liger_cli.evaluation.results import stamp
 from liger_cli.evaluation.results_card import keep_result
 from liger_cli.evaluation.samples import write_samples
@@ -19,6 +18,7 @@ from liger_cli.shipped.probes import evaluate_recall, held_out_text
 from liger_cli.shipped.text import TRAIN_SEED
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.outputs import write_whole
+from liger_cli.system.tables import Table, print_tables
 from liger_cli.system.untrusted import read_json
 from liger_cli.system.wording import size
 
@@ -66,11 +66,11 @@ def run(folder: str | Path | None = None, *, force: bool = False, as_json: bool 
     Raises:
         UsageError: the folder is in the way. LigerError in all its kinds, OSError.
     """
+    home = Path(folder or FOLDER)
+    steps = _Steps(home, _begun(home, force))
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    home = Path(folder or FOLDER)
-    steps = _Steps(home, _begun(home, force))
     for name in (NAME, HYBRID):
         _make(home, name, steps)
     columns = {one: figures for result in steps.results.values() for one, figures in result.get("columns", {}).items()}
@@ -154,11 +154,11 @@ def _make(home: Path, name: str, steps: _Steps) -> None:
 
 def _time(home: Path) -> dict:
     """The base, the model and the hybrid, step by step in turn: a busy moment of the machine meets them all alike."""
+    from liger_cli.benchmark.bench import bench
+
     merged = home / f"{NAME}-merged"
     beside = {"hybrid": open_subject(home / f"{HYBRID}-merged")}
-    timed = bench.bench(
-        open_subject(merged), seq_len=SEQ_LEN, new_tokens=8, repetitions=3, base_limit=20, beside=beside
-    )
+    timed = bench(open_subject(merged), seq_len=SEQ_LEN, new_tokens=8, repetitions=3, base_limit=20, beside=beside)
     own = {**timed, "rows": [row for row in timed["rows"] if row["which"] not in beside]}
     own["flatness"] = {which: found for which, found in timed["flatness"].items() if which not in beside}
     keep_result(merged, "bench", own)

@@ -6,8 +6,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from liger_cli import __version__
 from liger_cli.benchmark.roofline import processor_name
+from liger_cli.system.console import say
 from liger_cli.system.errors import SetupError
 from liger_cli.system.manifest import pip_install
+from liger_cli.system.tables import Table, print_tables
 from liger_cli.system.wording import counted, size
 
 OPTIONAL = {
@@ -110,29 +112,24 @@ def run(as_json: bool) -> None:
         _print(report)
     if report["problems"]:
         raise SetupError("; ".join(report["problems"]))
+    if not as_json:
+        say("next: liger demo, or liger convert BASE")
 
 
 def _print(report: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from liger_cli.system.console import print_table
-
-    console = Console(highlight=False, markup=False)
-    console.print(f"liger {report['liger']}, Python {report['python']}, {report['platform']}")
-    table = Table("package", "installed", "wanted or used for")
-    for name, row in report["packages"].items():
-        table.add_row(name, row["version"] or "missing", row["wanted"])
-    for name, row in report["optional"].items():
-        table.add_row(name, row["version"] or "-", row["for"])
-    print_table(console, table)
+    packages = Table("", ["package", "installed", "wanted or used for"], words=3)
+    packages.rows += [[name, row["version"] or "missing", row["wanted"]] for name, row in report["packages"].items()]
+    packages.rows += [[name, row["version"] or "-", row["for"]] for name, row in report["optional"].items()]
+    print(f"liger {report['liger']}, Python {report['python']}, {report['platform']}")
+    notes = []
     for device in report["devices"]:
         memory = f", {size(device['memory_bytes'], 0)}" if "memory_bytes" in device else ""
         threads = f", {counted(device['threads'], 'thread')}" if "threads" in device else ""
-        console.print(f"{device['device']}: {device['name']}{memory}{threads}")
+        notes.append(f"{device['device']}: {device['name']}{memory}{threads}")
+    print_tables([packages], notes=tuple(notes))
     if report["gates"]:
-        table = Table("gate", "runs on", "why")
+        backends = Table("", ["gate", "runs on", "why"], words=3)
         for name, row in {**report["gates"], "window": report["window"]}.items():
-            table.add_row(name, row["backend"], row["why"])
-        print_table(console, table)
-        console.print(f"backend asked for: {report['backend']} (LIGER_BACKEND, or `backend` in a model's config.json)")
+            backends.rows.append([name, row["backend"], row["why"]])
+        asked = f"backend asked for: {report['backend']} (LIGER_BACKEND, or `backend` in a model's config.json)"
+        print_tables([backends], notes=(asked,))

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from liger_cli.checkpoint.folders import next_step, resolve_model
-from liger_cli.checkpoint.reader import context_length
+from liger_cli.checkpoint.reader import check_dtype, context_length
 from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.commands.evaluate_options import EvaluateOptions
 from liger_cli.evaluation.harness import check_tasks, parse_metadata, parse_tasks, run_tasks
@@ -14,23 +14,22 @@ from liger_cli.evaluation.published import TASKS as PUBLISHED_TASKS
 from liger_cli.evaluation.published import published_figures
 from liger_cli.evaluation.recovery import FAILS_BELOW, Gap, nats_gap, recall_gap, scale, task_gap
 from liger_cli.evaluation.report import (
-    FORMATS,
     comparison_notes,
     comparison_tables,
     eval_notes,
     eval_tables,
-    print_tables,
     sample_lines,
     sample_table,
 )
 from liger_cli.evaluation.results import read_results, shown, stamp
 from liger_cli.evaluation.samples import write_samples
 from liger_cli.evaluation.scoring import Rows, batch_size_for, make_rows, read_texts, score
-from liger_cli.evaluation.subject import COLUMNS, Subject, open_subject, read_kind
+from liger_cli.evaluation.subject import COLUMNS, Subject, base_folder, open_subject, read_kind
 from liger_cli.shipped import prose
 from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
 from liger_cli.system.progress import progress
+from liger_cli.system.tables import FORMATS, print_tables
 
 SHIPPED_TEXT = "shipped prose"
 SEQ_LEN = 2048
@@ -69,6 +68,9 @@ def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False,
         value = getattr(asked, name)
         _check_positive(f"--{name.replace('_', '-')}", None if name == "samples" and value == 0 else value)
     texts = None if asked.data is None else read_texts(Path(asked.data))
+    if asked.against is not None:
+        base_folder(asked.against)
+    check_dtype(asked.dtype, "auto")
     tasks = parse_tasks(asked.tasks) if asked.tasks else ()
     if tasks:
         check_tasks(tasks, asked.num_fewshot, asked.limit, asked.include_path)
@@ -114,6 +116,7 @@ def _compare(files: tuple[str, ...], output_format: str, quiet: bool) -> dict:
         print(shown(lambda: json.dumps(results, indent=2, allow_nan=False), where))
     else:
         notes = shown(lambda: comparison_notes(results), where)
+        notes = (*notes, "next: liger bench MODEL shows what each costs")
         print_tables(shown(lambda: comparison_tables(results), where), output_format, notes)
     return results
 

@@ -3,6 +3,8 @@
 import json
 
 from liger_cli.checkpoint.families import FAMILIES
+from liger_cli.system.console import say
+from liger_cli.system.tables import Table, print_tables
 
 
 def run(as_json: bool = False) -> None:
@@ -20,18 +22,8 @@ def run(as_json: bool = False) -> None:
     if as_json:
         print(json.dumps({"families": rows}, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    from liger_cli.system.console import print_table
-
-    table = Table(title=f"{len(rows)} model families", title_justify="left")
-    for name in ("model_type", "architecture", "special"):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(row["model_type"], row["architecture"], row["special"])
-    console = Console(highlight=False, markup=False)
-    print_table(console, table)
-    console.print(
-        "Each passes the identity check: mix 0 and a window over the whole text give the base's logits bit for bit."
-    )
+    cells = [[row["model_type"], row["architecture"], row["special"]] for row in rows]
+    table = Table(f"{len(rows)} model families", ["model_type", "architecture", "special"], cells, words=3)
+    note = "Each passes the identity check: mix 0 and a window over the whole text give the base's logits bit for bit."
+    print_tables([table], notes=(note,))
+    say("next: liger convert BASE")

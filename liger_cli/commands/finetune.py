@@ -7,22 +7,21 @@ on with `resume` from its last complete checkpoint.
 import json
 import os
 import shutil
-import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from liger_cli.calibration.text import calibration_note, check_data
 from liger_cli.checkpoint.adapters import ADAPTER_WEIGHTS
 from liger_cli.checkpoint.folders import next_step, resolve_model
 from liger_cli.checkpoint.model_code import load_config
 from liger_cli.checkpoint.reader import context_length, fingerprint, read_json, read_shard
-from liger_cli.checkpoint.tokenizer import check_ids
-from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
+from liger_cli.checkpoint.tokenizer import check_ids, load_tokenizer
 from liger_cli.commands.finetune_options import FinetuneOptions
 from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, ModelError, UsageError
-from liger_cli.system.escape import code_span, markdown, printable, yaml_string
+from liger_cli.system.escape import code_span, markdown, yaml_string
 from liger_cli.system.manifest import new_manifest, write_manifest
 from liger_cli.system.outputs import atomic_folder, check_output, claimed_folder, place_tree, unchanged, write_whole
 from liger_cli.system.processes import is_launched, is_main_process, launch
@@ -52,6 +51,7 @@ from liger_cli.training.view import outcome
 
 RUN = "run.json"
 NONE = "none"  # of --long-data
+DATA = ("data", "long_data")  # fields of a recipe that name files
 
 
 def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool = False, **options) -> dict:
@@ -99,7 +99,7 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
             raise UsageError(f"{partial} is an unfinished run; go on with it (--resume) or discard it (--force)")
     if starts:
         if copy and not asked.dry_run:
-            loaded, _ = load_schedule(base, checked, data, load_tokenizer(base.folder))
+            loaded, _ = load_schedule(base, checked, data, load_tokenizer(base.folder, load_config(base.folder)))
             text = asked.calibration_data or (lambda: training_text(loaded, data, checked.seed))
             calibrated_base(base, copy, force, text)
         return launch(asked.processes)
@@ -156,7 +156,7 @@ def finetune(
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     check_model(base, recipe)
     modules = lora_modules(base, recipe)
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_tokenizer(base.folder, load_config(base.folder))
     loaded, schedule = load_schedule(base, recipe, data, tokenizer)
     planned = replace(base, specs=list(calibrated_specs(base.specs))) if copy else base
     plan = make_plan(planned, recipe, modules, data, loaded, schedule, dtype, target)
@@ -164,7 +164,9 @@ def finetune(
         print_plan(plan)
     if dry_run:
         if copy and not quiet and is_main_process():
-            print(f"liger: {base.folder.name} would first be calibrated into {copy}", file=sys.stderr)
+            say(f"{base.folder.name} would first be calibrated into {copy}")
+        if not quiet and is_main_process():
+            say(next_step("dry run"))
         return {**plan, "dry_run": True}
     check_memory(plan)
     if copy:
@@ -185,16 +187,18 @@ def finetune(
                 result = train(base, recipe, modules, loaded, schedule, tokenizer, partial, **options)
         except KeyboardInterrupt:
             if is_main_process():
-                print(f"liger: {partial} keeps the run's checkpoints; go on with --resume", file=sys.stderr)
+                say(f"{partial} keeps the run's checkpoints; go on with --resume")
             raise
         report = {**plan, "dry_run": False, **result}
         if is_main_process():
             _finish(base, recipe, settings, report, target, partial, force or resume)
             if not quiet:
-                say(printable(f"wrote {target}"))
+                say(f"wrote {target}")
+                if is_calibrated(base):
+                    say(calibration_note(base.manifest["calibration"]))
                 for sentence in outcome(report):
                     say(sentence)
-                say(printable(next_step("adapter", target)))
+                say(next_step("adapter", target))
     return report
 
 
@@ -215,8 +219,7 @@ def _check_calibration_data(calibration_data: str | None, base: Base, copy: Path
             f"--calibration-data is given, but {base.folder.name} is not calibrated first: it is calibrated already, "
             "or the recipe trains it as it is"
         )
-    if not Path(calibration_data).is_file():
-        raise UsageError(f"--calibration-data {calibration_data} is not a file; name a text or a .jsonl file")
+    check_data(calibration_data)
 
 
 def _say_limit(seq_len: int, limit: int) -> None:
@@ -279,11 +282,6 @@ def load_schedule(base: Base, recipe: Recipe, data: str, tokenizer):
     return replace(loaded, report=[*loaded.report, *beside.report]), schedule
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer of a folder that liger made; no code of the folder is run. Raises ModelError."""
-    return tokenizer_of(folder, load_config(folder))
-
-
 def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Path, partial: Path, force: bool) -> None:
     """Make the finished run the output: the files are linked, so that a kill in between loses nothing."""
     import yaml
@@ -296,9 +294,9 @@ def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Pa
         base={"path": str(base.folder), "name": base.folder.name, "model_type": base.config["model_type"]},
         fingerprint=base.fingerprint,
         source={"base": converted.get("base"), "fingerprint": converted.get("fingerprint")},
-        settings=settings,
+        settings=_named(settings),
         seed=recipe.seed,
-        result={name: value for name, value in report.items() if name not in ("recipe", "dry_run")},
+        result={name: value for name, value in report.items() if name not in ("recipe", "dry_run", "data", "sources")},
     )
     card = (
         f"---\nlibrary_name: peft\nbase_model: {yaml_string(base.folder.name)}\ntags: [liger, lora]\n---\n"
@@ -317,6 +315,13 @@ def _finish(base: Base, recipe: Recipe, settings: dict, report: dict, target: Pa
         write_manifest(folder, {**manifest, "written": written})
     (partial / RUN).unlink()  # from here on it is no unfinished run, even if what follows is killed
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _named(settings: dict) -> dict:
+    """What a run was made with for those who get its adapter: files of data by their names alone."""
+    recipe = {name: without_folders(one) if name in DATA and one else one for name, one in settings["recipe"].items()}
+    sources = [{**source, "source": without_folders(source["source"])} for source in settings["sources"]]
+    return {"recipe": recipe, "data": without_folders(settings["data"]), "sources": sources}
 
 
 def _sweep(partial: Path) -> None:

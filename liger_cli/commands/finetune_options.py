@@ -30,7 +30,10 @@ class FinetuneOptions:
         "best emozilla/pg19, paper none",
     )
     calibration_data: str | None = option(
-        None, "A text or .jsonl file to calibrate on, where that comes first.", shown="the training data"
+        None,
+        "Text or .jsonl file to calibrate on, where that comes first, or self: text that the base writes.",
+        shown="the training data",
+        metavar="FILE|self",
     )
     recipe: str | None = option(
         None,

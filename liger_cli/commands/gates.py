@@ -2,6 +2,8 @@
 
 import json
 
+from liger_cli.system.console import say
+from liger_cli.system.tables import Table, print_tables
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
 
@@ -30,17 +32,11 @@ def run(as_json: bool, head_dim: int) -> None:
     if as_json:
         print(json.dumps({"head_dim": head_dim, "gates": rows}, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    from liger_cli.system.console import print_table
-
-    table = Table(title=f"State per key/value head at head dim {head_dim}, float32")
-    for name in ("gate", "formula", "state", "KiB"):
-        table.add_column(name, justify="right" if name == "KiB" else "left")
+    title = f"state per key/value head at head dim {head_dim}, float32"
+    table = Table(title, ["gate", "formula", "state", "KiB"], words=3)
     for row in rows:
         state = " + ".join(f"{a} x {b}" for a, b in row["state_shapes"])
-        table.add_row(row["gate"], row["formula"], state, f"{row['state_bytes'] / 1024:.1f}")
-    console = Console(highlight=False, markup=False)
-    print_table(console, table)
-    console.print("p is the gate's source (--gate-source, keys by default) before RoPE; phi is --feature-map.")
+        table.rows.append([row["gate"], row["formula"], state, f"{row['state_bytes'] / 1024:.1f}"])
+    note = "p is the gate's source (--gate-source, keys by default) before RoPE; phi is --feature-map."
+    print_tables([table], notes=(note,))
+    say("next: liger convert BASE --gate NAME")

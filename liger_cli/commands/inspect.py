@@ -11,8 +11,10 @@ from itertools import groupby
 from pathlib import Path
 
 from liger_cli import __version__
+from liger_cli.calibration.text import calibration_note
 from liger_cli.checkpoint.converted import Converted, read_converted
 from liger_cli.checkpoint.extras import base_shards
+from liger_cli.checkpoint.folders import next_step, state_of
 from liger_cli.checkpoint.model_code import code_hashes, model_files
 from liger_cli.checkpoint.reader import (
     ADAPTER_CONFIG,
@@ -24,6 +26,7 @@ from liger_cli.checkpoint.reader import (
     read_shard,
     read_weights,
 )
+from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, ModelError, UsageError
 from liger_cli.system.escape import printable
 from liger_cli.system.manifest import read_manifest
@@ -43,6 +46,8 @@ def run(folder: str, *, full: bool = False, as_json: bool = False) -> int:
         print(json.dumps(report, indent=2))
     else:
         print("\n".join(printable(line) for line in _lines(report)))
+        if not report["differences"]:
+            say(next_step(_state(report), report["folder"]))
     return 1 if report["differences"] else 0
 
 
@@ -66,6 +71,13 @@ def inspect_folder(folder: Path, full: bool = False) -> dict:
     if manifest is None and os.path.lexists(folder / TRAINER):
         report["step"] = read_json(inside(folder.resolve(), TRAINER)).get("global_step")
     return report
+
+
+def _state(report: dict) -> str:
+    """What the folder is to `next_step`."""
+    if report["kind"] != "converted":
+        return report["kind"]
+    return state_of(report["layers"], bool(report["calibration"])) if report["made"] else "merged"
 
 
 def _kind(folder: Path, manifest: dict | None) -> str:
@@ -260,19 +272,6 @@ def _file_id(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _calibration(section: dict, merged: bool) -> str:
-    """What `liger.json` says of a calibration, whatever stands there."""
-    number = lambda name, form: (  # noqa: E731
-        format(section[name], form) if type(section.get(name)) in (int, float) else "an unknown number"
-    )
-    when = ", as it was before the merge" if merged else ""
-    return (
-        f"calibrated on {number('tokens', ',')} tokens of {str(section.get('text'))[:500]}: KL divergence from the "
-        f"base on held-out rows of that text {number('kl', '.4f')} nats a token, the window alone "
-        f"{number('window_only_kl', '.4f')}{when}"
-    )
-
-
 def _lines(report: dict) -> list[str]:
     from liger_cli.conversion.plan_table import describe
 
@@ -301,7 +300,8 @@ def _lines(report: dict) -> list[str]:
         whose = f", {added:,} of them added to the base's" if added else ""
         lines.append(f"{report['parameters']:,} parameters, {size(report['bytes'])} of weights{whose}")
     if calibration := report.get("calibration"):
-        lines.append(_calibration(calibration, report["kind"] == "merged"))
+        merged = report["kind"] == "merged"
+        lines.append(calibration_note(calibration) + ", as it was before the merge" * merged)
     for shard in report.get("shards", []):
         whole = f", SHA-256 {shard['sha256']}" if "sha256" in shard else ""
         lines.append(f"  {shard['file']}: {size(shard['size'])}, {shard['state']}, {shard['is']}{whole}")

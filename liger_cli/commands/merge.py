@@ -5,7 +5,6 @@ Shards without a trained tensor are linked; the others are written anew (`merged
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from liger_cli.checkpoint import publish
@@ -20,12 +19,13 @@ from liger_cli.checkpoint.adapters import (
 )
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.folders import next_step, resolve_model
-from liger_cli.checkpoint.merged_shards import MERGED_DTYPES, is_rewritten, write_shard
+from liger_cli.checkpoint.merged_shards import is_rewritten, write_shard
 from liger_cli.checkpoint.model_code import code_hashes, model_files
 from liger_cli.checkpoint.reader import (
     INDEX,
     PICKLES,
     Shard,
+    check_dtype,
     file_sha256,
     fingerprint,
     inside,
@@ -37,7 +37,7 @@ from liger_cli.commands.merge_options import MergeOptions
 from liger_cli.conversion.card import UNTRAINED
 from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
-from liger_cli.system.escape import code_span, markdown, printable
+from liger_cli.system.escape import code_span, markdown
 from liger_cli.system.manifest import MANIFEST, new_manifest, read_manifest, write_manifest
 from liger_cli.system.outputs import LINKS, atomic_folder, check_output, copy_file, place, unchanged
 from liger_cli.system.untrusted import read_bytes
@@ -64,8 +64,8 @@ def run(
     force, dry_run, push_to_hub = asked.force, asked.dry_run, asked.push_to_hub
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
-    if dtype is not None and dtype not in MERGED_DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(MERGED_DTYPES)}")
+    if dtype is not None:
+        check_dtype(dtype)
     if push_to_hub:
         publish.check(push_to_hub, dry_run)
     folders = [resolve_model(one, "merge") for one in asked.adapters or [None]]
@@ -101,13 +101,11 @@ def run(
         print(json.dumps(report, indent=2))
     elif not quiet:
         done = "would write" if dry_run else "wrote"
-        print(
-            f"liger: {done} {printable(target)}: {counted(report['merged_tensors'], 'weight')} merged, "
-            f"{report['linked_shards']} of {counted(report['shards'], 'shard')} linked",
-            file=sys.stderr,
+        say(
+            f"{done} {target}: {counted(report['merged_tensors'], 'weight')} merged, "
+            f"{report['linked_shards']} of {counted(report['shards'], 'shard')} linked"
         )
-        if not dry_run:
-            say(next_step("merged", target))
+        say(next_step("dry run" if dry_run else "merged", target))
     return report
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from liger_cli.system.console import without_length_advice
+
 OURS = ("make", "flags", "panel", "shown", "recipe")  # of a field's metadata: not for Typer as they stand
 # Panels of `--help`, from what people need first to what few ever do.
 OUTPUT, EXPERT = "Output", "For experts"
@@ -65,7 +67,8 @@ def command(options: type, module: str) -> Callable[..., None]:
     """
 
     def call(as_json: bool = False, **given) -> None:
-        import_module(module).run(as_json=as_json, **given)
+        with without_length_advice():
+            import_module(module).run(as_json=as_json, **given)
 
     hints = get_type_hints(options)
     parameters = [_parameter(one, hints[one.name]) for one in fields(options)]
@@ -95,7 +98,8 @@ def function(options: type, module: str) -> Callable[..., dict]:
     signature = inspect.Signature(parameters, return_annotation=dict)
 
     def call(*values, **given) -> dict:
-        return import_module(module).run(quiet=True, **signature.bind(*values, **given).arguments)
+        with without_length_advice():
+            return import_module(module).run(quiet=True, **signature.bind(*values, **given).arguments)
 
     call.__signature__ = signature
     told = "\n".join(f"    {one.name}: {one.metadata['help']}" for one in fields(options))

@@ -9,7 +9,7 @@ from liger_cli.checkpoint.reader import Checkpoint, inside
 from liger_cli.conversion.plan import Plan
 from liger_cli.system.errors import ModelError
 from liger_cli.system.escape import code_span, markdown, yaml_string
-from liger_cli.system.wording import by_layer, size, without_folders
+from liger_cli.system.wording import by_layer, size
 
 UNTRAINED = "**Converting changes no weight, and until it is fine-tuned a converted model is worse than its base.**"
 FRONT_BYTES = 64 << 10  # of a model card, looked through for its licence
@@ -64,7 +64,7 @@ def _shown_calibration(report: dict | None) -> dict | None:
     }
     found = report["kl_by_position"]
     return {
-        "text": without_folders(report["text"]),
+        "text": report["text"],
         "tokens": f"{report['tokens']:,}",
         "seq_len": f"{report['seq_len']:,}",
         "held_out": report["held_out"],

@@ -15,7 +15,6 @@ SHORTEST, LONGEST = 256, 128 << 10  # tokens that memory is told for
 SINKS = 4  # of a calibrated model: the first tokens take most of what a real base's heads look at beyond the window
 # What a recurrence over all tokens may be asked for beside its gate; a state of evicted tokens has no use for it.
 BRANCH = ("mix", "normalizer", "branch_scales", "feature_map", "feature_params", "feature_dim", "positions", "delayed")
-ONE_DECAY = ("none", "retention", "mamba2", "mlstm", "retnet")  # gates that forget all of a head's state alike
 STATE_BYTES = LOGIT_BYTES = 4  # float32
 POSITION_BYTES = PRIORITY_BYTES = 8
 
@@ -165,7 +164,7 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
     candidates = [index for index in range(count) if index not in left]
     softmax = parse_softmax_layers(softmax_layers, candidates, count)
     if len(softmax) == len(candidates):
-        raise UsageError(f"--softmax-layers {softmax_layers} leaves no layer to linearize; keep fewer softmax layers")
+        raise UsageError(f"--softmax-layers {softmax_layers} leaves no layer to linearize; ask for fewer")
     kinds = {**dict.fromkeys(left, "base"), **dict.fromkeys(softmax, "softmax")}
     for index in sorted(set(others) & set(kinds)):
         raise UsageError(f"--layer names layer {index}, which is not linearized")
@@ -202,8 +201,9 @@ def with_defaults(settings: dict, calibrate: bool = False) -> dict:
     window = found.get("window", LayerSpec.window)
     if window:
         found = {"sinks": SINKS, "kept": 2 * window, **found}
-    if window and found.get("gate", "none") in ONE_DECAY and not _describes_branch(found):
-        return {"rest": True, **found, "gate": found.get("gate", "none"), "mix": 0.0}
+    gate = GATES.get(found.get("gate", "none"))
+    if window and gate is not None and gate.one_decay and not _describes_branch(found):
+        return {"rest": True, **found, "gate": gate.name, "mix": 0.0}
     gate = GATES.get(found.get("gate", LayerSpec.gate))
     if "normalizer" not in found and gate is not None and found.get("feature_map") != "none":
         found["normalizer"] = "running" if gate.rule.divisible else LayerSpec.normalizer

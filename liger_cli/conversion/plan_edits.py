@@ -1,4 +1,4 @@
-"""A plan with other layers: some kept as softmax, whole or by the head."""
+"""A plan with other layers: some softmax layers, or softmax heads."""
 
 from dataclasses import replace
 
@@ -12,13 +12,13 @@ def liger_layers(plan: Plan) -> list[int]:
 
 
 def with_softmax(plan: Plan, layers: list[int]) -> Plan:
-    """The plan with these layers kept as softmax."""
+    """The plan with these layers as softmax."""
     specs = tuple(LayerSpec(kind="softmax") if index in layers else spec for index, spec in enumerate(plan.specs))
     return replace(plan, specs=specs)
 
 
 def with_heads(plan: Plan, heads) -> Plan:
-    """The plan with these key/value heads kept as softmax; a layer whose heads are all kept becomes a softmax layer.
+    """The plan with these key/value heads as softmax; a layer that has no others becomes a softmax layer.
 
     Raises:
         UsageError: a head that is not there or is not linearized, or no linearized head left.
@@ -38,7 +38,7 @@ def with_heads(plan: Plan, heads) -> Plan:
         if len(spec.softmax_kv_heads) == count:
             specs[index] = LayerSpec(kind="softmax")
     if not any(spec.kind == "liger" for spec in specs):
-        raise UsageError("--softmax-heads leaves no head to linearize; keep fewer")
+        raise UsageError("--softmax-heads leaves no head to linearize; name fewer")
     return replace(plan, specs=tuple(specs))
 
 

@@ -12,6 +12,7 @@ from random import Random
 
 import torch
 
+from liger_cli.checkpoint.tokenizer import put_before, token_ids
 from liger_cli.evaluation.finite import first_non_finite
 from liger_cli.system.errors import LigerError
 
@@ -219,15 +220,13 @@ def make_needles(tokenizer, text: Sequence[int], distance: int, count: int, seed
             digits.
     """
     rng = Random(f"{seed}/{distance}")
-    start = tokenizer("a")["input_ids"][:1]
-    start = start if start == [tokenizer.bos_token_id] else []
-    encode = lambda words: tokenizer(words, add_special_tokens=False)["input_ids"]  # noqa: E731
+    start, ids = put_before(tokenizer), partial(token_ids, tokenizer)
     rows = []
     for _ in range(count):
         place, code = rng.choice(PLACES), str(rng.randint(10_000, 99_999))
-        tail = encode(".\n")
-        asked = encode(f"\nQuestion: What is the code of the {place} office? Answer: The code of the {place} office is")
-        answer = encode(f" {code}")
+        tail = ids(".\n")
+        asked = ids(f"\nQuestion: What is the code of the {place} office? Answer: The code of the {place} office is")
+        answer = ids(f" {code}")
         before, between = rng.randint(*BEFORE), distance - len(tail) - len(asked)
         if tokenizer.decode(answer).strip() != code:
             raise ValueError(f"the tokenizer does not spell {code}")
@@ -235,7 +234,7 @@ def make_needles(tokenizer, text: Sequence[int], distance: int, count: int, seed
             raise ValueError(f"no needle {distance} tokens back fits")
         at = rng.randint(0, len(text) - before - between)
         piece = list(text[at : at + before + between])
-        stated = encode(f"\nRemember this: The code of the {place} office is") + answer + tail
+        stated = ids(f"\nRemember this: The code of the {place} office is") + answer + tail
         rows.append(Needle(start + piece[:before] + stated + piece[before:] + asked + answer, len(answer)))
     return rows
 

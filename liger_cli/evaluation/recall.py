@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from random import Random
 
+from liger_cli.checkpoint.tokenizer import token_ids
 from liger_cli.shipped.probes import guessed_tokens, recall_probe
 from liger_cli.shipped.text import NAMES, TEST_SEED, Story, sample_facts
 
@@ -48,27 +49,27 @@ def _multi_probe(rng: Random, tokenizer, distance: int) -> Probe:
     names = rng.sample(NAMES, len(NAMES))
     facts = sample_facts(rng, PAIRS, names[3:])
     story = Story(rng, names[:3])
-    tokens = _start(tokenizer) + _encode(tokenizer, story.opening())
+    tokens = _start(tokenizer) + token_ids(tokenizer, story.opening())
     for fact in facts:
-        tokens += _encode(tokenizer, f" {fact.statement}")
+        tokens += token_ids(tokenizer, f" {fact.statement}")
     stated = len(tokens)
     asked = rng.sample(facts, PAIRS)
-    questions = [_encode(tokenizer, f" {fact.question} {fact.prefix}") for fact in asked]
+    questions = [token_ids(tokenizer, f" {fact.question} {fact.prefix}") for fact in asked]
     if distance < len(questions[0]):
         raise ValueError(f"no multi probe fits into a distance of {distance} tokens")
     filler: list[int] = []
     while len(filler) < distance - len(questions[0]):
-        filler += _encode(tokenizer, f" {story.sentence()}")
+        filler += token_ids(tokenizer, f" {story.sentence()}")
     tokens += filler[len(filler) - (distance - len(questions[0])) :]
     assert len(tokens) == stated + distance - len(questions[0])
     spans = []
     for fact, question in zip(asked, questions, strict=True):
         tokens += question
-        answer = _encode(tokenizer, f" {fact.value}")
+        answer = token_ids(tokenizer, f" {fact.value}")
         spans.append((len(tokens), len(tokens) + len(answer)))
         tokens += answer
         if fact is not asked[-1]:
-            tokens += _encode(tokenizer, f"{fact.tail}.")
+            tokens += token_ids(tokenizer, f"{fact.tail}.")
     return Probe(tokens, tuple(spans))
 
 
@@ -76,14 +77,10 @@ def _copy_probe(rng: Random, tokenizer, distance: int) -> Probe:
     passage: list[int] = []
     while len(passage) < distance:
         fact = sample_facts(rng, 1, rng.sample(NAMES, 1))[0]
-        passage += _encode(tokenizer, f" {fact.statement}")
+        passage += token_ids(tokenizer, f" {fact.statement}")
     passage = passage[:distance]
     tokens = _start(tokenizer) + passage + passage
     return Probe(tokens, ((len(tokens) - min(COPIED, distance // 2), len(tokens)),))
-
-
-def _encode(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _start(tokenizer) -> list[int]:

@@ -1,98 +1,12 @@
-"""Tables of results for people, as text, Markdown or CSV, made from the JSON that the commands print."""
+"""The tables of results, made from the JSON that the commands print."""
 
-import csv
-import io
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from liger_cli.evaluation.recovery import BASE_FAILS, ERRORS, FAILS_BELOW, LEAST_NATS, NO_GAP, recall_gap, task_gap
 from liger_cli.evaluation.subject import BASE, TITLES
-from liger_cli.system.escape import csv_cell, markdown, printable
+from liger_cli.system.tables import Table
 from liger_cli.system.wording import counted, size
-
-FORMATS = ("table", "md", "json", "csv")
-
-
-@dataclass
-class Table:
-    """One table: a title, a header, rows of strings; the first column is left-aligned."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        lines = [f"**{markdown(self.title)}**", "", _markdown_row(self.header)]
-        lines.append("|" + "---|" + "---:|" * (len(self.header) - 1))
-        return "\n".join([*lines, *map(_markdown_row, self.rows)])
-
-    def csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([list(map(csv_cell, cells)) for cells in (self.header, *self.rows)])
-        return text.getvalue()
-
-    def rich(self, width: int):
-        """Without its title, for a terminal of `width` columns: only headers are wrapped where that is enough."""
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        header, *rows = [[printable(cell) for cell in row] for row in (self.header, *self.rows)]
-        table = RichTable(box=box.SIMPLE_HEAD)
-        for index, (name, columns) in enumerate(zip(header, _widths(header, rows, width), strict=True)):
-            table.add_column(Text(name), justify="right" if index else "left", width=columns, overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        return table
-
-
-def _widths(header: list[str], rows: list[list[str]], width: int) -> list[int | None]:
-    """Columns that every cell and every word of the header fit into, and what is left of `width` for the headers.
-
-    None for each where they do not fit: rich then breaks cells as it sees fit.
-    """
-    from rich.cells import cell_len
-
-    least = [
-        max(map(cell_len, (*name.split(), *(row[index] for row in rows), " "))) for index, name in enumerate(header)
-    ]
-    left = width - sum(least) - 3 * len(least) - 1  # borders, and a space on either side of a cell
-    if left < 0:
-        return [None] * len(header)
-    for index, name in enumerate(header):
-        more = min(left, max(cell_len(name) - least[index], 0))
-        least[index] += more
-        left -= more
-    return least
-
-
-def print_tables(tables: list[Table], output_format: str = "table", notes: tuple[str, ...] = ()) -> None:
-    """Print tables to stdout; notes follow them (for CSV on stderr)."""
-    if output_format == "table":
-        from rich.console import Console
-
-        from liger_cli.system.console import print_table
-
-        console = Console(highlight=False, markup=False, emoji=False)
-        for table in tables:
-            console.print(printable(table.title), soft_wrap=True)
-            print_table(console, table.rich(console.width))
-        for note in notes:
-            console.print(printable(note, keep="\n"), soft_wrap=True)
-        return
-    if output_format == "md":
-        print("\n\n".join([table.markdown() for table in tables] + [printable(note, keep="\n") for note in notes]))
-        return
-    print("\n".join(table.csv() for table in tables), end="")
-    for note in notes:
-        print(printable(note, keep="\n"), file=sys.stderr)
-
-
-def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(map(markdown, cells)) + " |"
 
 
 def percent(value: float | None) -> str:

@@ -1,14 +1,14 @@
 """The results section of a model card, made anew from the folder's results file by every eval and bench."""
 
 import re
-import sys
 from pathlib import Path
 
 from liger_cli.evaluation.plots import bench_plot, position_plot
 from liger_cli.evaluation.report import bench_notes, bench_tables, eval_notes, eval_tables, sample_table
 from liger_cli.evaluation.results import EVALUATED, RESULTS, keep, read_results, rewrite_card, shown
+from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError
-from liger_cli.system.escape import markdown, printable
+from liger_cli.system.escape import markdown
 
 PLOT = re.compile(r"\w+\.png", re.ASCII)
 PLOTS = {"eval": position_plot, "bench": bench_plot}
@@ -25,7 +25,7 @@ def keep_result(folder: Path, part: str, result: dict) -> list[str]:
         refresh_card(folder)
     except (OSError, LigerError) as error:
         reason = getattr(error, "strerror", None) or error
-        print(printable(f"liger: the results could not be kept in {folder}: {reason}"), file=sys.stderr)
+        say(f"the results could not be kept in {folder}: {reason}")
         return []
     files = [str(folder / name) for name in (*result["plots"], RESULTS)]
     notes = [f"wrote {', '.join(files)} and the model card"]

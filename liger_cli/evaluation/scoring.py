@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from liger_cli.checkpoint.tokenizer import separator, token_ids
 from liger_cli.evaluation.subject import COLUMNS, Subject
 from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.untrusted import read_bytes
@@ -73,12 +74,12 @@ def make_rows(tokenizer, texts: list[str], seq_len: int, most: int | None = None
     """
     import torch
 
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    separator = [] if start is None else [start]
+    start = separator(tokenizer)
+    between = [] if start is None else [start]
     rows, lengths = [], []
     stream: list[int] = []
     for text in texts:
-        stream += separator + tokenizer(text, add_special_tokens=False)["input_ids"]
+        stream += between + token_ids(tokenizer, text)
     if len(stream) < 2:
         raise LigerError("the text is too short to predict a single token")
     starts = range(0, len(stream) - 1, seq_len)

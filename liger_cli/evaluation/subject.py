@@ -14,8 +14,15 @@ from typing import Any
 
 from liger_cli.checkpoint.adapters import check_shapes, overwritten, peft_config, read_adapter
 from liger_cli.checkpoint.extras import base_shards
-from liger_cli.checkpoint.reader import ADAPTER_CONFIG, fingerprint, read_checkpoint, read_config, read_weights
-from liger_cli.checkpoint.tokenizer import load_tokenizer as tokenizer_of
+from liger_cli.checkpoint.reader import (
+    ADAPTER_CONFIG,
+    check_dtype,
+    fingerprint,
+    read_checkpoint,
+    read_config,
+    read_weights,
+)
+from liger_cli.checkpoint.tokenizer import load_tokenizer
 from liger_cli.evaluation.other_weights import OtherWeights, other_weights
 from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.system.manifest import MANIFEST, read_manifest
@@ -24,7 +31,6 @@ from liger_cli.system.untrusted import read_json
 
 COLUMNS = ("base", "model", "window_only")
 TITLES = {"base": "base", "model": "model", "window_only": "window only"}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE, TUNED = "base", "softmax, tuned weights"
 SWITCH = "the same weights run as softmax attention"
 
@@ -109,7 +115,7 @@ def open_subject(
         folder: a converted, an adapter or a merged folder.
         against: the base to compare with, a folder or a hub id; by default the folder's own.
         device: `auto` (CUDA where there is one), or a torch device.
-        dtype: `auto` (the checkpoint's; float32 on a CPU), or one of `DTYPES`.
+        dtype: `auto` (the checkpoint's; float32 on a CPU), or one of `reader.DTYPES`.
         original: look for the base of a merged folder. Without it the base column is the softmax switch.
     Raises:
         UsageError: not such a folder. ModelError: it is broken. SetupError: no such device.
@@ -126,7 +132,7 @@ def open_subject(
     files = [shard.path for shard in read_weights(weights)]
     versions = file_versions([*files, adapter.weights.path] if adapter else files)
     model = _load_liger(weights, torch_dtype, device)
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").exists() else weights, model.config)
+    tokenizer = padding_tokenizer(folder if (folder / "tokenizer_config.json").exists() else weights, model.config)
     if kind == "adapter":
         from peft import PeftModel
 
@@ -146,7 +152,7 @@ def open_subject(
         subject.base_label = TUNED
         subject.base_source = f"{SWITCH}; the weights in {weights.name} are not the ones that were converted"
     if against is not None:
-        base = _base_folder(against)
+        base = base_folder(against)
         subject.original = _load_original(base, torch_dtype, device)
         _check_same_tokens(subject, base, against)
         subject.base_label, subject.base_source = BASE, base.name if Path(against).exists() else against
@@ -189,7 +195,7 @@ def _check_same_tokens(subject: Subject, base: Path, name: str) -> None:
         raise UsageError(f"--against {name} knows {theirs:,} tokens, {subject.folder} {ours:,}; name its own base")
     if (base / "tokenizer_config.json").exists():
         known = subject.tokenizer.get_vocab()
-        ids = tokenizer_of(base, subject.original.config).get_vocab()
+        ids = load_tokenizer(base, subject.original.config).get_vocab()
         if any(known.get(token) != number for token, number in ids.items()):
             raise UsageError(f"--against {name} has another tokenizer than {subject.folder}; name its own base")
 
@@ -227,9 +233,9 @@ def named_base(manifest: dict) -> Path | None:
         return None
 
 
-def load_tokenizer(folder: Path, config):
-    """The tokenizer of a folder (see `tokenizer.load_tokenizer`), with a padding token in any case."""
-    tokenizer = tokenizer_of(folder, config)
+def padding_tokenizer(folder: Path, config):
+    """The tokenizer of a folder with a padding token in any case."""
+    tokenizer = load_tokenizer(folder, config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -253,8 +259,7 @@ def pick_dtype(device: str, dtype: str):
     """The dtype to load in: `auto` is the checkpoint's own, but float32 on a CPU, where half precision is slow."""
     import torch
 
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}, but has to be one of {', '.join(DTYPES)}")
+    check_dtype(dtype, "auto")
     if dtype == "auto":
         return torch.float32 if device == "cpu" else "auto"
     return getattr(torch, dtype)
@@ -286,7 +291,8 @@ def _load_original(folder: Path, dtype, device: str):
     return generate_plainly(model).eval()
 
 
-def _base_folder(name: str) -> Path:
+def base_folder(name: str) -> Path:
+    """The folder that `--against` names. Raises as `hub.find_base`."""
     from liger_cli.checkpoint.hub import find_base
 
     return Path(find_base(name).folder)

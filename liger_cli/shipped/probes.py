@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
+from liger_cli.checkpoint.tokenizer import put_before, token_ids
 from liger_cli.shipped.text import NAMES, TEST_SEED, Story, documents, sample_facts
 
 if TYPE_CHECKING:
@@ -35,32 +37,28 @@ def recall_probe(
         ValueError: the distance is too short for any question (below 12 or so), or there are too many pairs.
     """
     rng = Random(seed * 1009 + distance)
-    start = tokenizer("a")["input_ids"][:1]
-    start = start if start == [tokenizer.bos_token_id] else []
-    return [_probe(tokenizer, distance, pairs, rng, start) for _ in range(count)]
+    ids, start = partial(token_ids, tokenizer), put_before(tokenizer)
+    return [_probe(ids, distance, pairs, rng, start) for _ in range(count)]
 
 
-def _probe(tokenizer, distance: int, pairs: int, rng: Random, start: list[int]) -> Probe:
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
+def _probe(ids: Callable[[str], list[int]], distance: int, pairs: int, rng: Random, start: list[int]) -> Probe:
     for _ in range(500):
         names = rng.sample(NAMES, len(NAMES))
         story = Story(rng, names[:3])
         facts = sample_facts(rng, pairs, names[3:], len(names))
         asked = rng.randrange(pairs)
         fact = facts[asked]
-        tail = encode(f"{fact.tail}.")
-        later = [token for other in facts[asked + 1 :] for token in encode(f" {other.statement}")]
-        question = encode(f" {fact.question} {fact.prefix}")
+        tail = ids(f"{fact.tail}.")
+        later = [token for other in facts[asked + 1 :] for token in ids(f" {other.statement}")]
+        question = ids(f" {fact.question} {fact.prefix}")
         filler = fill(
-            lambda story=story: encode(f" {story.sentence()}"), distance - len(tail) - len(later) - len(question)
+            lambda story=story: ids(f" {story.sentence()}"), distance - len(tail) - len(later) - len(question)
         )
         if filler is None:
             continue
         before = "".join(f" {other.statement}" for other in facts[:asked])
-        prompt = encode(f"{story.sentence()}{before} {fact.prefix}")
-        answer = encode(f" {fact.value}")
+        prompt = ids(f"{story.sentence()}{before} {fact.prefix}")
+        answer = ids(f" {fact.value}")
         return start + prompt + answer + tail + later + filler + question, answer
     raise ValueError(f"no probe with {pairs} facts fits into a distance of {distance} tokens")
 
@@ -128,14 +126,14 @@ def guessed_tokens(model, rows: list[list[int]], positions: list, tokenizer) -> 
     # Padding stands on the right, where a causal model does not see it.
     tensors = [torch.tensor(row) for row in rows]
     input_ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)  # [B, T]
-    kept = sorted({position for row in positions for position in row})
-    column = {position: index for index, position in enumerate(kept)}
+    wanted = sorted({position for row in positions for position in row})
+    column = {position: index for index, position in enumerate(wanted)}
     with torch.inference_mode():
         logits = model(
             input_ids=input_ids.to(model.device),
-            logits_to_keep=torch.tensor(kept, device=model.device),
+            logits_to_keep=torch.tensor(wanted, device=model.device),
             use_cache=False,
-        ).logits  # [B, len(kept), V]
+        ).logits  # [B, len(wanted), V]
     guesses = logits.argmax(-1).tolist()
     return [[guess[column[position]] for position in row] for guess, row in zip(guesses, positions, strict=True)]
 
@@ -180,7 +178,7 @@ def perplexity(
 
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += token_ids(tokenizer, text)
         ids.append(tokenizer.eos_token_id)
     rows = torch.tensor(ids[: len(ids) // seq_len * seq_len]).view(-1, seq_len)
     if not len(rows):

@@ -1,38 +1,34 @@
-"""Tables on terminals of any width."""
+"""What is said on a terminal, by liger and by the libraries it runs."""
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from rich.text import Text
+from liger_cli.system.escape import printable
 
-
-def print_table(console, table) -> None:
-    """Print a rich table; where it would have to cut words or figures, one line for each cell.
-
-    Args:
-        console: it decides the width. table: cells that are no text, such as bars, are left out of the lines.
-    """
-    with console.capture() as shown:
-        console.print(table)
-    text = shown.get()
-    names = [_text(column.header) for column in table.columns]
-    rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    cells = [cell for row in [names, *rows] for cell in row if isinstance(cell, (str, Text))]
-    if all(word in text for cell in cells for word in str(cell).split()):
-        console.print(table)
-        return
-    if table.title:
-        console.print(_text(table.title))
-    for row in rows:
-        console.print(names[0] + Text(": " if names[0] else "") + _text(row[0]))
-        for name, cell in zip(names[1:], row[1:], strict=True):
-            if isinstance(cell, (str, Text)) and str(cell):
-                console.print(Text("  ") + name + Text(": ") + _text(cell))
+LENGTHS = ("transformers.tokenization_utils_base", "transformers.generation.stopping_criteria")
+ADVICE = ("will result in indexing errors", "exceeded the model's predefined maximum length")
 
 
-def _text(content: str | Text) -> Text:
-    return content.copy() if isinstance(content, Text) else Text(content)
+@contextmanager
+def without_length_advice() -> Iterator[None]:
+    """Within, transformers does not warn of texts that are longer than a model was made for: rows are cut out of long
+    texts, and where one goes beyond the base's context liger says so itself."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        return not any(advice in str(record.msg) for advice in ADVICE)
+
+    loggers = [logging.getLogger(name) for name in LENGTHS]
+    for logger in loggers:
+        logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(passes)
 
 
 def say(sentence: str) -> None:
-    """A line for the user while something takes long."""
-    print(f"liger: {sentence}", file=sys.stderr)
+    """A line for the user, on stderr, whatever it quotes."""
+    print(f"liger: {printable(sentence)}", file=sys.stderr)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from liger_cli.calibration.text import Text
+from liger_cli.calibration.text import Text, calibration_note, data_name
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.hub import Source
@@ -17,10 +17,10 @@ from liger_cli.conversion.plan import Plan, with_defaults
 from liger_cli.conversion.requests import Request
 from liger_cli.system.console import say
 from liger_cli.system.errors import UsageError
-from liger_cli.system.escape import printable
 from liger_cli.system.manifest import read_manifest
 from liger_cli.system.outputs import check_output, check_unchanged, file_versions
 from liger_cli.system.processes import is_launched, is_main_process
+from liger_cli.system.wording import without_folders
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.training.data import Data
 from liger_cli.training.plan import Base, read_base
@@ -65,7 +65,7 @@ def training_text(loaded: Data | Stream, data: str, seed: int) -> Text | None:
     else:
         least = wanted // LEAST_SHARE
         if loaded.tokens < least:
-            say(f"{printable(data)} has {loaded.tokens:,} tokens to train on, too few to calibrate on ({least:,})")
+            say(f"{data} has {loaded.tokens:,} tokens to train on, too few to calibrate on ({least:,})")
             return None
         examples = iter(Random(seed).sample(loaded.train, len(loaded.train)))
     taken, tokens = [], 0
@@ -74,7 +74,7 @@ def training_text(loaded: Data | Stream, data: str, seed: int) -> Text | None:
         tokens += len(example)
         if tokens >= wanted:
             break
-    return Text(f"the training data ({data})", np.concatenate(taken))
+    return Text(f"the training data ({without_folders(data)})", np.concatenate(taken))
 
 
 def calibrated_base(
@@ -97,12 +97,12 @@ def calibrated_base(
         LigerError: as of `calibrate.calibrate`.
     """
     specs = calibrated_specs(base.specs)
-    name = printable(base.folder.name)
+    name = base.folder.name
     named = text if isinstance(text, str) else None
     if target.exists() and (found := _same_copy(target, base, specs, named)):
         if is_main_process():
-            on = printable(str(found.manifest["calibration"].get("text")))
-            say(f"taking {printable(target)}, the calibrated {name} (calibrated on {on})")
+            on = found.manifest["calibration"].get("text")
+            say(f"taking {target}, the calibrated {name} (calibrated on {on})")
         return found
     if not make:
         raise UsageError(f"{target}, the calibrated {name} that the unfinished run was begun with, is gone")
@@ -116,9 +116,9 @@ def calibrated_base(
             f"{name} is not calibrated, and of several processes none can do it alone; run `liger convert BASE OUTPUT "
             "--calibrate` first and name that output"
         )
-    say(f"{name} is not calibrated: calibrating it into {printable(target)} (--recipe paper trains it as it is)")
+    say(f"{name} is not calibrated: calibrating it into {target} (--recipe paper trains it as it is)")
     check_output(target, force, base=base.folder)
-    from liger_cli.calibration.calibrate import calibrate, calibration_note
+    from liger_cli.calibration.calibrate import calibrate
     from liger_cli.conversion.folder import write_converted
 
     checkpoint = _without_liger(base)
@@ -168,7 +168,7 @@ def _same_copy(target: Path, base: Base, specs: tuple[LayerSpec, ...], text: str
     manifest = read_manifest(target) or {}
     if not manifest.get("calibration") or manifest.get("fingerprint", {}).get("digest") != base.fingerprint["digest"]:
         return None
-    if text is not None and manifest["calibration"].get("text") != text:
+    if text is not None and manifest["calibration"].get("text") != data_name(text):
         return None
     found = read_base(target)
     return found if _unchosen(found.specs) == _unchosen(specs) else None

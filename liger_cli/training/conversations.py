@@ -254,8 +254,8 @@ def _without_opening(found: Conversation, tokenizer) -> Conversation:
     try:
         _render(found.messages, found, tokenizer)
     except ValueError:
-        kept = [index for index in range(len(found.messages)) if index != first]
-        messages, trained = ([values[index] for index in kept] for values in (found.messages, found.trained))
+        others = [index for index in range(len(found.messages)) if index != first]
+        messages, trained = ([values[index] for index in others] for values in (found.messages, found.trained))
         if not messages:
             raise
         unused = found.unused | {"the assistant's turn before the first question, which the chat template refuses"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liger_cli.checkpoint.hub import spare_retries
+from liger_cli.checkpoint.tokenizer import put_before, token_ids
 from liger_cli.system.errors import LigerError, SetupError, UsageError
 from liger_cli.training.conversations import Document
 from liger_cli.training.files import READERS, local_rows
@@ -101,17 +102,17 @@ def load_data(
     sources = parse_sources(spec)
     parts = [_tokenized(source, tokenizer, seq_len) for source in sources]
     total = sum(len(examples) for examples, _ in parts)
-    train, kept = [], []
+    train, others = [], []
     for examples, report in parts:
         count = min(round(held_out * len(examples) / total), len(examples) // 10)
-        kept += examples[:count]
+        others += examples[:count]
         report["held_out"] = count
         train.append(examples[count:])
     reports = [report for _, report in parts]
     mixed = _mixed(train, [source.weight for source in sources], seed)
     for source, report in zip(sources, reports, strict=True):
         report["weight"] = source.weight
-    return Data(mixed, kept, reports)
+    return Data(mixed, others, reports)
 
 
 def _mixed(parts: list[list[Example]], weights: list[float | None], seed: int) -> list[Example]:
@@ -259,7 +260,7 @@ def encode(documents: Iterable[Document], tokenizer, seq_len: int) -> Iterator[t
 
     A token is trained on where it has a character that is: segments tokenized apart would be other tokens.
     """
-    start, end = _start_tokens(tokenizer), tokenizer.eos_token_id
+    start, end = put_before(tokenizer), tokenizer.eos_token_id
     for block in _blocks(documents):
         for document, (ids, mask) in zip(block, _tokens(block, tokenizer), strict=True):
             if document.starts and start and ids[: len(start)] != start:
@@ -282,7 +283,7 @@ def _tokens(block: list[Document], tokenizer) -> Iterator[tuple[list[int], list[
         if not chosen:
             continue
         offsets = {"return_offsets_mapping": True} if fast and not plain else {}
-        made = tokenizer([block[i].text for i in chosen], add_special_tokens=False, verbose=False, **offsets)
+        made = tokenizer([block[i].text for i in chosen], add_special_tokens=False, **offsets)
         for place, i in enumerate(chosen):
             ids = list(made["input_ids"][place])
             if plain:
@@ -312,7 +313,7 @@ def _by_prefixes(ids: list[int], document: Document, tokenizer) -> list[bool]:
     for span in document.trained:
         ends = []
         for character in span:
-            part = tokenizer(document.text[:character], add_special_tokens=False, verbose=False)["input_ids"]
+            part = token_ids(tokenizer, document.text[:character])
             same = zip(ids, part, strict=False)
             ends.append(next((i for i, (one, other) in enumerate(same) if one != other), min(len(ids), len(part))))
         last = len(ids) if span[1] == len(document.text) else ends[1]
@@ -334,9 +335,3 @@ def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _example(ids: list[int], labels: list[int]) -> Example:
     return Example(np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32))
-
-
-def _start_tokens(tokenizer) -> list[int]:
-    """The token that the tokenizer puts before every text, if there is one."""
-    start = tokenizer("a")["input_ids"][:1]
-    return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from liger_cli.checkpoint.adapters import is_extra
 from liger_cli.checkpoint.converted import read_converted
-from liger_cli.checkpoint.reader import Geometry, Shard, fingerprint, layer_index, read_config
+from liger_cli.checkpoint.reader import Geometry, Shard, check_dtype, fingerprint, layer_index, read_config
 from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.system.manifest import read_manifest
 from liger_cli.system.memory import available
@@ -18,7 +18,6 @@ from liger_cli.training.reach import exact_tokens, share_beyond
 from liger_cli.training.recipes import Recipe
 
 MEMORY_SHARE = 0.95  # of what is free; the estimate is one
-TRAINING_DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 NF4_BYTES = 0.5 + 4 / 64 / 4 + 1 / 256  # 4 bits, and a quantised scale for each 64 values (arXiv 2305.14314, section 3)
 
@@ -250,8 +249,5 @@ def training_dtype(name: str) -> str:
     """The dtype of the frozen weights that `--dtype` asks for. Raises UsageError."""
     if name == "auto":
         return "bfloat16" if device() == "cuda" else "float32"
-    if name not in TRAINING_DTYPES:
-        raise UsageError(
-            f"--dtype is {name!r}, but has to be auto, {', '.join(TRAINING_DTYPES[:-1])} or {TRAINING_DTYPES[-1]}"
-        )
+    check_dtype(name, "auto")
     return name

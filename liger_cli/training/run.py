@@ -108,9 +108,9 @@ def train(
     evaluations = [record for record in records if "eval_loss" in record]
     stop = trainer.early_stop()
     trainer.save_adapter(partial)
-    kept = evaluations[-1] if evaluations else None
+    chosen = evaluations[-1] if evaluations else None
     if stop is not None and stop.best_step:
-        kept = next(record for record in evaluations if record["step"] == stop.best_step)
+        chosen = next(record for record in evaluations if record["step"] == stop.best_step)
         if is_main_process():
             for path in (checkpoints / BEST).iterdir():
                 shutil.copyfile(path, partial / path.name)
@@ -119,7 +119,7 @@ def train(
     return {
         "steps_done": trainer.state.global_step,
         "stopped_early": trainer.state.global_step < schedule.steps,
-        "kept_step": kept["step"] if kept else trainer.state.global_step,
+        "adapter_step": chosen["step"] if chosen else trainer.state.global_step,
         "resumed_from_step": start,
         "trained_tokens": sum(record["tokens"] for record in records if "loss" in record),
         "seconds": round(seconds, 2),
@@ -128,5 +128,5 @@ def train(
         "last_loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "held_out_perplexity_base": None if base_loss is None else math.exp(min(base_loss, 700)),
         "held_out_perplexity_before": evaluations[0]["eval_perplexity"] if evaluations else None,
-        "held_out_perplexity": kept["eval_perplexity"] if kept else None,
+        "held_out_perplexity": chosen["eval_perplexity"] if chosen else None,
     }  # fmt: skip

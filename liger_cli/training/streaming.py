@@ -92,7 +92,7 @@ def open_stream(spec: str, tokenizer, seq_len: int, held_out: int) -> Stream:
         sources = [Source(source.name, Path(source.name).expanduser().stat().st_size) for source in sources]
     total = sum(source.weight or 1 for source in sources)
     counts = [round(held_out * (source.weight or 1) / total) for source in sources]
-    kept, report = [], []
+    first_ones, report = [], []
     for source, count, weight in zip(sources, counts, given, strict=True):
         opened = open_source(source.name, tokenizer, seq_len, streaming=True)
         first = list(islice(_with_targets(opened), count + 1))
@@ -101,14 +101,14 @@ def open_stream(spec: str, tokenizer, seq_len: int, held_out: int) -> Stream:
                 f"{source.name} has {len(first)} examples, and {count} are to be held out; lower --held-out, or "
                 "load it whole with --no-streaming"
             )
-        kept += first[:count]
+        first_ones += first[:count]
         files = [path.stat().st_size for path in _files(source.name)]
         report.append(
             {"source": source.name, "layout": opened.layout, "examples": None, "tokens": None, "cut": None,
              "without_targets": None, "held_out": count, "weight": weight, "bytes": sum(files) or None,
              **not_used(opened.tally)}
         )  # fmt: skip
-    return Stream(sources, tokenizer, seq_len, counts, kept, report)
+    return Stream(sources, tokenizer, seq_len, counts, first_ones, report)
 
 
 def _files(spec: str) -> list[Path]:

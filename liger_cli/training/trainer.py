@@ -25,7 +25,7 @@ from liger_cli.training.streaming import StreamSchedule
 
 COMPLETE = "complete"
 LOG = "log.jsonl"
-BEST = "best"  # among the checkpoints: the adapter of the best evaluation, kept by runs that may stop early
+BEST = "best"  # among the checkpoints: the adapter of the best evaluation, of runs that may stop early
 KEPT_CHECKPOINTS = 2  # the one before stays until the newest is marked complete
 
 
@@ -299,9 +299,9 @@ def lr_factor(recipe: Recipe, ends: tuple[int, ...], step: int) -> float:
 def diverged(what: str, step: int, checkpoints: Path, where: str | None = None) -> LigerError:
     """The error for a NaN or infinite loss or gradient at optimizer step `step` (from 0), first seen in `where`."""
     last = last_checkpoint(checkpoints)
-    kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    advice = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     origin = f", first in {where}" if where else ""
-    return LigerError(f"the {what} is not finite at step {step + 1}{origin}; {kept}; try a lower --lr")
+    return LigerError(f"the {what} is not finite at step {step + 1}{origin}; {advice}; try a lower --lr")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -332,7 +332,7 @@ class EarlyStop(TrainerCallback, ExportableState):
     Args:
         patience: evaluations without improvement; 0 never ends the run.
     Attributes:
-        best_step: optimizer step of the best evaluation, whose adapter is kept; 0 before the first.
+        best_step: optimizer step of the best evaluation, whose adapter stays; 0 before the first.
         best_loss: held-out cross-entropy there, by the recipe's mean.
         worse: evaluations since.
     """
@@ -343,8 +343,8 @@ class EarlyStop(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        kept = {"best_step": self.best_step, "best_loss": self.best_loss, "worse": self.worse}
-        return {"args": {"patience": self.patience}, "attributes": kept}
+        attributes = {"best_step": self.best_step, "best_loss": self.best_loss, "worse": self.worse}
+        return {"args": {"patience": self.patience}, "attributes": attributes}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Trainer's hook. The evaluation before the first step does not count."""
@@ -372,8 +372,8 @@ class Recorder(TrainerCallback):
         self.path, self.schedule, self.view = path, schedule, view
         if not is_main_process():
             return
-        kept = [record for record in read_log(path) if record["step"] <= start] if start else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        before = [record for record in read_log(path) if record["step"] <= start] if start else []
+        path.write_text("".join(json.dumps(record) + "\n" for record in before), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Trainer's hook: one record a step or evaluation."""

@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from liger_cli.system.console import say
 from liger_cli.system.escape import printable
 from liger_cli.system.wording import counted, size
 from liger_cli.training.reach import LITTLE
@@ -16,7 +17,6 @@ NOTHING = 0.005  # of a perplexity: a smaller change is none
 
 def print_plan(plan: dict) -> None:
     """The plan before anything is loaded, on stderr."""
-    say = lambda text: print(f"liger: {printable(text)}", file=sys.stderr)  # noqa: E731
     for source in plan["sources"]:
         if source["examples"] is None:
             notes = [

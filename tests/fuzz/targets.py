@@ -407,8 +407,8 @@ def results(world: World, rng: random.Random) -> None:
     from results_example import RESULTS
 
     from liger_cli.commands.evaluate import run
-    from liger_cli.evaluation.report import FORMATS
     from liger_cli.evaluation.results_card import refresh_card
+    from liger_cli.system.tables import FORMATS
 
     case = world.root / "case"
     shutil.rmtree(case, ignore_errors=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from liger_cli.system.errors import LigerError, UsageError, guarded
 from liger_cli.system.outputs import write_whole
+from liger_cli.system.tables import Table
 from study.rows import RATED, RATES, Row, at_rate, parse_tokens, show_tokens, windows_of_equal_bytes, with_sinks
 
 FORMAT = 1  # raised when what is measured changes
@@ -437,14 +438,14 @@ def table(results: list[dict]) -> str:
     """One Markdown table for each text, and one of the tasks."""
     done = [result for result in results if "failed" not in result]
     done += best_rates(done)
-    lines = []
+    tables = []
     for text in dict.fromkeys(name for result in done for name in result["texts"]):
         buckets = list(done[0]["texts"][text]["kl_by_position"])
         distances = list(dict.fromkeys(d for result in done for d in result["texts"][text]["needle"]))
         header = ["row", "perplexity", *(f"KL {bucket}" for bucket in buckets)]
         header += [*(f"needle {distance}" for distance in distances), "second reading"]
         header += [*(f"MiB at {tokens // 1024}K" for tokens in CONTEXTS), "tokens seen", "seconds"]
-        lines += [f"**{text}**", "", *_head(header)]
+        shown = Table(text, header)
         for result in done:
             found = result["texts"][text]
             cells = [f"{found['perplexity']:.2f}", *(f"{found['kl_by_position'][bucket]:.4f}" for bucket in buckets)]
@@ -453,15 +454,15 @@ def table(results: list[dict]) -> str:
             cells += [f"{result['bytes'][str(tokens)] / 2**20:.1f}" for tokens in CONTEXTS]
             cells.append(f"{sum(result['tokens'].values()):,}")
             cells.append(f"{result['seconds']['convert'] + result['seconds'].get('training', 0):.0f}")
-            lines.append(_line([result["name"], *cells]))
-        lines.append("")
+            shown.rows.append([result["name"], *cells])
+        tables.append(shown)
     names = list(dict.fromkeys(task for result in done for task in result["tasks"]["figures"]))
     if names:
-        lines += _head(["row", *names])
-        lines += [_line([result["name"], *(_task(result["tasks"], name) for name in names)]) for result in done]
-        lines.append(_line(["examples", *(_examples(done[0]["tasks"], name) for name in names)]))
-    lines += [f"\nfailed: {result['name']} ({result['failed']})" for result in results if "failed" in result]
-    return "\n".join(lines) + "\n"
+        rows = [[result["name"], *(_task(result["tasks"], name) for name in names)] for result in done]
+        rows.append(["examples", *(_examples(done[0]["tasks"], name) for name in names)])
+        tables.append(Table("", ["row", *names], rows))
+    failed = [f"failed: {result['name']} ({result['failed']})" for result in results if "failed" in result]
+    return "\n\n".join([*(shown.markdown() for shown in tables), *failed]) + "\n"
 
 
 def best_rates(results: list[dict]) -> list[dict]:
@@ -492,14 +493,6 @@ def _task(tasks: dict, name: str) -> str:
 def _examples(tasks: dict, name: str) -> str:
     """How many examples a figure rests on; of a group its tasks are not counted."""
     return str((tasks["details"].get(name) or {}).get("examples") or "")
-
-
-def _head(cells: list[str]) -> list[str]:
-    return [_line(cells), "|" + "---|" + "---:|" * (len(cells) - 1)]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
