@@ -107,12 +107,15 @@ def gates(
 
 @app.command()
 def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A base or a model of liger's: which commands will fit.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show versions and devices and what runs on what; exit 4 where liger cannot run."""
+    """Show versions and devices and what runs on what, and which commands fit; exit 4 where liger cannot run."""
     from liger_cli.commands import doctor
 
-    doctor.run(as_json)
+    doctor.run(as_json, model)
 
 
 app.command("finetune")(command(FinetuneOptions, "liger_cli.commands.finetune"))

@@ -61,3 +61,18 @@ def test_gates():
     assert next(row for row in rows if row["gate"] == "gla")["state_bytes"] == 64 * 64 * 4
     table = runner.invoke(app, ["gates"]).stdout
     assert all(name in table for name in GATES)
+
+
+def test_which_commands_fit(tiny_base, tmp_path, monkeypatch):
+    """Of a base and of a converted model, against what is free; a sentence for what is neither."""
+    monkeypatch.setattr(doctor, "available", lambda device: 64 << 20)
+    found = json.loads(runner.invoke(app, ["doctor", str(tiny_base()), "--json"]).stdout)["memory"]
+    fits = {row["command"]: row["fits"] for row in found["commands"]}
+    assert found["free_bytes"] == 64 << 20 and fits["liger convert --calibrate"] and not fits["liger eval"]
+    table = runner.invoke(app, ["doctor", str(tiny_base())]).stdout
+    assert "liger finetune --gradient-checkpointing" in table and "64.0 MiB free" in table
+    monkeypatch.setattr(doctor, "available", lambda device: None)
+    assert "unknown" in runner.invoke(app, ["doctor", str(tiny_base())]).stdout
+    for place, code, needle in ((tmp_path / "no", 2, "is not a folder"), (tmp_path, 3, "config.json")):
+        result = runner.invoke(app, ["doctor", str(place)])
+        assert result.exit_code == code and needle in result.stderr, result.stderr

@@ -29,7 +29,7 @@ from liger_cli.calibration.memories import draw_queries, parts_of, ranks, sizes_
 from liger_cli.calibration.text import OWN_TEXT, Text, check_data, data_name
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.reader import context_length
-from liger_cli.conversion.plan import Plan
+from liger_cli.conversion.plan import FIT_ROWS, QUERIES, Plan
 from liger_cli.conversion.plan_edits import constant_bytes, liger_layers, with_heads, with_softmax
 from liger_cli.conversion.requests import OWN, Request
 from liger_cli.evaluation.position import modes, score_positions
@@ -42,10 +42,10 @@ from liger_cli.system.wording import duration, size
 from liger_cli.templates.liger_kept import keep_scores
 
 SEQ_LEN = 2048  # tokens of a row that is fitted on
-FIT_ROWS, CHOICE_ROWS, HELD_OUT_ROWS = 4, 2, 2
+CHOICE_ROWS, HELD_OUT_ROWS = 2, 2
 LEAST_ROWS, LEAST_LENGTH = 3, 32  # shorter rows where the text has fewer; in tokens
 LONGER = 1.5  # held-out rows, than the others
-SCORE_QUERIES, FIT_QUERIES, CHOICE_QUERIES = 256, 128, 256  # of a row that stand for all
+SCORE_QUERIES, FIT_QUERIES, CHOICE_QUERIES = QUERIES, 128, QUERIES  # of a row that stand for all
 FITTED_ON, HELD_OUT = "shipped prose (Moby-Dick)", "shipped prose (Opticks)"
 PASSES = 9  # of a row's length through the base, about, that a calibration takes for each row
 

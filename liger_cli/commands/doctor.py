@@ -3,15 +3,19 @@
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 from liger_cli import __version__
 from liger_cli.benchmark.roofline import processor_name
+from liger_cli.evaluation.subject import pick_device
 from liger_cli.system.console import say
-from liger_cli.system.errors import SetupError
+from liger_cli.system.errors import SetupError, UsageError
 from liger_cli.system.manifest import pip_install
+from liger_cli.system.memory import available
 from liger_cli.system.tables import Table, print_tables
 from liger_cli.system.wording import counted, size
 
+MEMORY_SHARE = 0.95  # of what is free: the needs are estimates
 OPTIONAL = {
     "flash-linear-attention": "the recurrences on CUDA; " + pip_install("cuda"),
     "flash-attn": "the window on CUDA in half precision; " + pip_install("cuda"),
@@ -103,9 +107,26 @@ def _smoke_test(torch) -> None:
         raise ArithmeticError(f"the chunked recurrence is off by {difference} from its definition")
 
 
-def run(as_json: bool) -> None:
+def memory(folder: str) -> dict:
+    """`{"model", "device", "free_bytes", "commands"}`: which commands fit beside what is free on the device that they
+    take by themselves. Raises as `needs.command_needs`; UsageError where there is no such folder."""
+    from liger_cli.commands.needs import command_needs
+
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"{folder} is not a folder; name a base or a model that liger made")
+    device = pick_device("auto")
+    free = available(device)
+    rows = command_needs(path, device)
+    fitting = [{**row, "fits": None if free is None else row["bytes"] <= MEMORY_SHARE * free} for row in rows]
+    return {"model": folder, "device": device, "free_bytes": free, "commands": fitting}
+
+
+def run(as_json: bool, model: str | None = None) -> None:
     """Print the report. Raises SetupError (exit 4) where the environment cannot run liger."""
     report = examine()
+    if model and not report["problems"]:
+        report["memory"] = memory(model)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -133,3 +154,11 @@ def _print(report: dict) -> None:
             backends.rows.append([name, row["backend"], row["why"]])
         asked = f"backend asked for: {report['backend']} (LIGER_BACKEND, or `backend` in a model's config.json)"
         print_tables([backends], notes=(asked,))
+    if "memory" in report:
+        found = report["memory"]
+        words = {True: "yes", False: "no", None: "unknown"}
+        needs = Table("", ["command", "takes about", "fits"])
+        needs.rows = [[row["command"], size(row["bytes"]), words[row["fits"]]] for row in found["commands"]]
+        free = "" if found["free_bytes"] is None else f", {size(found['free_bytes'])} free"
+        where = f"{found['model']} on {found['device']}{free}"
+        print_tables([needs], notes=(f"{where}; counted from the weights' shapes, on the safe side",))

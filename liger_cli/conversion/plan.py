@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 from liger_cli.checkpoint.extras import count as count_extras
-from liger_cli.checkpoint.reader import Checkpoint, context_length, layer_index
+from liger_cli.checkpoint.reader import Checkpoint, Geometry, context_length, layer_index
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.wording import did_you_mean
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError
@@ -16,6 +16,7 @@ SINKS = 4  # of a calibrated model: the first tokens take most of what a real ba
 # What a recurrence over all tokens may be asked for beside its gate; a state of evicted tokens has no use for it.
 BRANCH = ("mix", "normalizer", "branch_scales", "feature_map", "feature_params", "feature_dim", "positions", "delayed")
 STATE_BYTES = LOGIT_BYTES = 4  # float32
+FIT_ROWS, QUERIES = 4, 256  # rows that a calibration fits on, all at once; queries of each
 POSITION_BYTES = PRIORITY_BYTES = 8
 
 
@@ -126,15 +127,49 @@ class Plan:
         return 2 * sizes.num_key_value_heads * sizes.head_dim * (embedding.nbytes // embedding.numel)
 
 
-def calibration_bytes(plan: Plan, seq_len: int) -> int:
-    """Of memory that a calibration takes beside the weights: the inputs of all layers, one layer's activations and the
-    attention weights of some queries, for rows of `seq_len` tokens. About, in float32."""
-    sizes = plan.checkpoint.geometry
-    width = plan.checkpoint.config.get("intermediate_size") or 4 * sizes.hidden_size
-    inputs = seq_len * sizes.hidden_size * sizes.num_hidden_layers
-    activations = 4 * seq_len * (4 * sizes.hidden_size + 3 * width)
-    weights = 3 * 512 * seq_len * sizes.num_attention_heads // sizes.num_key_value_heads
-    return 4 * (inputs + activations + weights)
+def trained_layer_bytes(config: dict, sizes: Geometry, spec: LayerSpec, width: int) -> int:
+    """Bytes of one token's tensors that one decoder layer keeps for its backward pass.
+
+    The gated feed-forward's three, the inputs of both norms and of LoRA in float32, and of each head what its branches
+    hold, which is float32 whatever the model is; counted in runs of small models (`tests/test_memory_counted.py`).
+
+    Args:
+        config: config.json. width: bytes of a weight.
+    """
+    heads = (sizes.num_attention_heads + 2 * sizes.num_key_value_heads) * sizes.head_dim
+    copies = 3 if width == 4 else 5
+    held = 16 if spec.kept or spec.rest else 6
+    return width * 3 * _inner(config, sizes) + 4 * (copies * sizes.hidden_size + held * heads)
+
+
+def read_layer_bytes(config: dict, sizes: Geometry, width: int) -> int:
+    """Bytes of one token's tensors that a forward pass holds at most, in one decoder layer and before it."""
+    heads = (sizes.num_attention_heads + 2 * sizes.num_key_value_heads) * sizes.head_dim
+    return width * 8 * sizes.hidden_size + max(width * 3 * _inner(config, sizes), 20 * heads)
+
+
+def _inner(config: dict, sizes: Geometry) -> int:
+    return config.get("intermediate_size") or 4 * sizes.hidden_size
+
+
+def calibration_bytes(plan: Plan, seq_len: int, width: int = 4) -> int:
+    """Bytes that a calibration takes at most beside the weights, for rows of `seq_len` tokens.
+
+    One layer's reading of all the rows that are fitted on; or the inputs of all layers, and one layer with its
+    gradients, of one row. With that the attention weights and the ranks of the keys for some queries, and an output
+    projection in float32.
+
+    Args:
+        width: bytes of a weight.
+    """
+    sizes, config = plan.checkpoint.geometry, plan.checkpoint.config
+    read = FIT_ROWS * seq_len * read_layer_bytes(config, sizes, width)
+    inputs = seq_len * sizes.hidden_size * sizes.num_hidden_layers * width
+    backward = inputs + 2 * seq_len * trained_layer_bytes(config, sizes, LayerSpec(), width)
+    groups = sizes.num_attention_heads // sizes.num_key_value_heads
+    scores = QUERIES * seq_len * (6 * 4 * groups + 4 * 8 * sizes.num_key_value_heads)
+    projection = 2 * 4 * sizes.num_attention_heads * sizes.head_dim * sizes.hidden_size
+    return max(read, backward) + scores + projection
 
 
 def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "none", linearize_local=False) -> Plan:

@@ -8,6 +8,7 @@ from pathlib import Path
 from liger_cli.checkpoint.adapters import is_extra
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.reader import Geometry, Shard, check_dtype, fingerprint, layer_index, read_config
+from liger_cli.conversion.plan import trained_layer_bytes
 from liger_cli.system.errors import LigerError, ModelError, SetupError, UsageError
 from liger_cli.system.manifest import read_manifest
 from liger_cli.system.memory import available
@@ -185,25 +186,20 @@ def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> d
 def estimate_memory(base: Base, recipe: Recipe, trainable: int, dtype: str) -> int:
     """Bytes that training will take: weights, LoRA with its gradients and AdamW moments, activations, logits.
 
-    An estimate: the activations are counted by the tensors that a decoder layer keeps for its backward pass; what a
-    layer's branches compute on the way is there for one layer at a time. On the safe side: it says 0.84 GiB beyond the
-    weights where `tests/benchmarks/train_step.py` took 0.64 on a CPU (float32, glibc's heap as it is).
+    An estimate on the safe side, of the tensors alone: `tests/test_memory_counted.py` holds it against what a step
+    holds at once.
     """
     width = 4 if dtype == "float32" else 2
-    sizes = base.geometry
-    inner = base.config.get("intermediate_size") or 4 * sizes.hidden_size
-    heads = (sizes.num_attention_heads + 2 * sizes.num_key_value_heads) * sizes.head_dim
-    tokens = recipe.seq_len * recipe.micro_batch_size
-    per_layer = tokens * width * (8 * sizes.hidden_size + 4 * inner + 4 * heads)
+    sizes, tokens = base.geometry, recipe.seq_len * recipe.micro_batch_size
+    layers = [tokens * trained_layer_bytes(base.config, sizes, spec, width) for spec in base.specs]
     if recipe.gradient_checkpointing:
-        activations = per_layer + sizes.num_hidden_layers * tokens * sizes.hidden_size * width
+        # The inputs of all layers, and one layer computed again with the gradients of all that it holds.
+        activations = 2 * max(layers) + len(layers) * tokens * sizes.hidden_size * width
     else:
-        activations = per_layer * sizes.num_hidden_layers
-    # Gradients and temporaries while a layer goes backward, and its branches computed again in float32.
-    activations += per_layer + tokens * 4 * 6 * heads
+        activations = sum(layers) + max(layers)
     # Float32 copies of a chunk's logits: logits, their softmax, gradient and the head's own; the teacher's and KL's.
     copies = max(
-        {"ce": 4, "distill": 9, "transfer": 0, "transfer-heads": 0}[stage.objective] for stage in recipe.stages
+        {"ce": 4, "distill": 7, "transfer": 0, "transfer-heads": 0}[stage.objective] for stage in recipe.stages
     )
     logits = copies * 4 * min(1 << 25, tokens * sizes.vocab_size)
     return round(weight_bytes(base, recipe, width) + 16 * trainable + activations + logits)
