@@ -84,6 +84,9 @@ def test_the_comparison_is_fair(base):
         assert sizes[0] <= constant_bytes(make_plan(checkpoint, model)) < sizes[1] or window == 1, name
         assert rows[f"window-only-as-{name}"].convert[-2:] == ("--sinks", "4")
         assert rows[f"window-only-as-{name}-trained-0.1M"].changes["attention"] == "window"
+        nbytes = constant_bytes(make_plan(checkpoint, model))
+        assert rows[f"calibrated-as-{name}"].convert == ("--calibrate", "--budget", f"{nbytes}@32K")
+        assert rows[f"best-as-{name}-0.1M"].convert == rows[f"calibrated-as-{name}"].convert
     tried = [
         {"name": f"{row}-0.1M", "row": row, "budget": 100_000, "training": {"held_out_perplexity": held_out}}
         for row, held_out in (("lolcats", 9.0), ("lolcats-lr3x", 8.0), ("lolcats-lr10x", 8.5), ("supra", 7.0))

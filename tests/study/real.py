@@ -23,7 +23,18 @@ from pathlib import Path
 from liger_cli.system.errors import LigerError, UsageError, guarded
 from liger_cli.system.outputs import write_whole
 from liger_cli.system.tables import Table
-from study.rows import RATED, RATES, Row, at_rate, parse_tokens, show_tokens, windows_of_equal_bytes, with_sinks
+from study.rows import (
+    COUNTED,
+    RATED,
+    RATES,
+    Row,
+    at_rate,
+    calibrated_of_equal_bytes,
+    parse_tokens,
+    show_tokens,
+    windows_of_equal_bytes,
+    with_sinks,
+)
 
 FORMAT = 1  # raised when what is measured changes
 SINKS = 4
@@ -137,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="*", metavar="ROWS", help="names of rows, with * and ?, by commas")
     parser.add_argument(
         "--fair", action="store_true",
-        help="also the published methods with our sinks, at other learning rates, and windows of their bytes",
+        help="also the published methods with our sinks, at other learning rates, and what else has their bytes",
     )  # fmt: skip
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no row after that long")
     parser.add_argument("--plan", action="store_true", help="print the rows and compute nothing")
@@ -183,7 +194,8 @@ def compared(base: Path) -> tuple[Row, ...]:
     sinks = [replace(with_sinks(row, SINKS), name=f"{row.name}-sinks{SINKS}") for row in published]
     sinks = [row for row, plain in zip(sinks, published, strict=True) if row.convert != plain.convert]
     rates = [at_rate(row, factor) for row in published for factor in RATES]
-    return (*sinks, *rates, *(with_sinks(row, SINKS) for row in windows_of_equal_bytes(base, SINKS)))
+    windows = [with_sinks(row, SINKS) for row in windows_of_equal_bytes(base, SINKS)]
+    return (*sinks, *rates, *windows, *calibrated_of_equal_bytes(base, SINKS))
 
 
 def planned(budget: int, longer: int | None, more: tuple[Row, ...] = ()) -> list[tuple[str, Row, int]]:
@@ -256,7 +268,8 @@ def compute(home: str, name: str, key: str, row: dict, budget: int, question: di
     training = None
     if row.recipe:
         folder = work / "adapter"
-        training = _train(row, budget, question, converted, folder)
+        left = budget - tokens["calibration"] if row.name.startswith(COUNTED) else budget
+        training = _train(row, left, question, converted, folder)
         commands.append(training.pop("command"))
         seconds["training"], tokens["training"] = training["seconds"], training["tokens"]
     measured = measure(folder, row.column, question)

@@ -13,7 +13,9 @@ from liger_cli.training.recipes import load_recipe
 # the held-out loss of training, so that no figure of the table is chosen by.
 RATED = ("paper", "lolcats", "supra")
 RATES = (0.3, 3.0, 10.0)
-EQUAL = ("gla", "lolcats", "supra")  # methods beside which a window alone of as many bytes stands
+EQUAL = ("gla", "lolcats", "supra")  # methods beside which others of as many bytes stand
+COUNTED = "best-as-"  # begins the names of rows whose calibration's tokens count as training's
+LONG = "32K"  # tokens, after which a cache of constant size has all its bytes
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,7 @@ def windows_of_equal_bytes(folder: Path, sinks: int) -> tuple[Row, ...]:
     """For every published method the window alone with as many bytes (and sinks), untrained and trained."""
     rows = []
     for name in EQUAL:
-        settings = {} if name == "gla" else load_recipe(name).model
-        kept = 0 if settings.get("window") == 0 else sinks
-        whole = _cache_bytes(folder, {**settings, "sinks": kept})
+        whole = _method_bytes(folder, name, sinks)
         alone = [_cache_bytes(folder, {"window": window, "mix": 0.0, "sinks": sinks}) for window in (1, 2)]
         window = 1 + max(0, whole - alone[0]) // (alone[1] - alone[0])
         options = ("--window", str(window))
@@ -61,6 +61,21 @@ def windows_of_equal_bytes(folder: Path, sinks: int) -> tuple[Row, ...]:
             Row(f"window-only-as-{name}-trained", options, "window-only", {"attention": "window"}, "window_only")
         )
     return tuple(rows)
+
+
+def calibrated_of_equal_bytes(folder: Path, sinks: int) -> tuple[Row, ...]:
+    """For every published method a calibrated model with as many bytes, untrained and trained."""
+    rows = []
+    for name in EQUAL:
+        options = ("--calibrate", "--budget", f"{_method_bytes(folder, name, sinks)}@{LONG}")
+        rows += [Row(f"calibrated-as-{name}", options), Row(f"{COUNTED}{name}", options, "best")]
+    return tuple(rows)
+
+
+def _method_bytes(folder: Path, name: str, sinks: int) -> int:
+    """Of a published method's cache, with as many sinks where it has a window that sees them."""
+    settings = {} if name == "gla" else load_recipe(name).model
+    return _cache_bytes(folder, {**settings, "sinks": 0 if settings.get("window") == 0 else sinks})
 
 
 def with_sinks(row: Row, sinks: int) -> Row:
