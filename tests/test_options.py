@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 import liger_cli
 from liger_cli.commands.convert_options import ConvertOptions
 from liger_cli.commands.finetune_options import FinetuneOptions
+from liger_cli.conversion.plan import with_defaults
 from liger_cli.main import app
 from liger_cli.templates.liger_config import LayerSpec
+from liger_cli.templates.liger_gates import GATES
 from liger_cli.training.recipes import load_recipe
 
 
@@ -78,3 +80,10 @@ def test_the_most_needed_stands_first_and_no_name_is_cut(name, first, last):
     assert "…" not in shown
     panels = [line for line in shown.splitlines() if line.startswith("╭─")]
     assert len(panels) >= 4 and "Options" in panels[1]
+
+
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_a_calibration_gives_every_gate_of_one_decay_a_state(gate):
+    """Of what is neither in the window nor kept; the others keep a recurrence over all tokens, with coefficients."""
+    spec = LayerSpec(**with_defaults({"gate": gate}, calibrate=True))
+    assert (spec.rest, spec.branch_scales) == (GATES[gate].one_decay, not GATES[gate].one_decay)
