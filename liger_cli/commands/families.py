@@ -25,5 +25,5 @@ def run(as_json: bool = False) -> None:
     cells = [[row["model_type"], row["architecture"], row["special"]] for row in rows]
     table = Table(f"{len(rows)} model families", ["model_type", "architecture", "special"], cells, words=3)
     note = "Each passes the identity check: mix 0 and a window over the whole text give the base's logits bit for bit."
-    print_tables([table], notes=(note,))
+    print_tables([table], notes=(note,), wrap=True)
     say("next: liger convert BASE")

@@ -56,14 +56,20 @@ def _widths(header: list[str], rows: list[list[str]], width: int) -> list[int | 
     return least
 
 
-def print_tables(tables: list[Table], output_format: str = "table", notes: tuple[str, ...] = ()) -> None:
-    """Print tables to stdout; notes follow them (for CSV on stderr)."""
+def print_tables(
+    tables: list[Table], output_format: str = "table", notes: tuple[str, ...] = (), wrap: bool = False
+) -> None:
+    """Print tables to stdout; notes follow them (for CSV on stderr).
+
+    Args:
+        wrap: notes too; else paths and commands in them stay whole, to be copied.
+    """
     if output_format == "table":
         console = Console(highlight=False, markup=False, emoji=False)
         for table in tables:
             _print(console, table)
         for note in notes:
-            console.print(printable(note, keep="\n"), soft_wrap=True)
+            console.print(printable(note, keep="\n"), soft_wrap=not wrap)
         return
     if output_format == "md":
         print("\n\n".join([table.markdown() for table in tables] + [printable(note, keep="\n") for note in notes]))
