@@ -1,13 +1,16 @@
 """Rows, micro-batches and their order."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
+import torch
 
 from liger_cli.system.errors import UsageError
 from liger_cli.training.data import IGNORED, Example
 from liger_cli.training.packing import Collator, Schedule, first_fit, pack_rows
+from liger_cli.training.recipes import load_recipe, override
 
 
 def examples_of(lengths):
@@ -57,3 +60,14 @@ def test_collator_restarts_positions_and_asks_no_document_for_the_next():
     assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED, 6], [IGNORED, IGNORED, 6, IGNORED, IGNORED]]
     assert batch["lengths"].tolist() == [5, 3]
     assert "position_ids" not in Collator(0)([[examples_of([3]), examples_of([2])]])
+    joined = Collator(0, joined=True)([[examples_of([3, 2]), examples_of([1, 2])]])
+    assert "position_ids" not in joined
+    assert all(torch.equal(joined[name], batch[name]) for name in ("input_ids", "labels", "lengths"))
+
+
+def test_joined_documents_are_for_comparing_with_the_original():
+    """Where labels are trained on, a document sees its own alone."""
+    best = load_recipe("best")
+    assert best.joined and not override(best, objective="ce").joined
+    with pytest.raises(UsageError, match="joined is True, but has to be false where a stage trains on labels"):
+        replace(best, stages=(replace(best.stages[0], objective="distill", ce_weight=0.5),))

@@ -43,6 +43,8 @@ def test_share_by_hand():
     assert share_beyond([(1.0, examples)], [10, 100], every=True) == pytest.approx(8 / 41)
     groups = [(0.25, [example(20)]), (0.75, [example(5)])]
     assert share_beyond(groups, [10], every=True) == pytest.approx(0.25 * 0.5)
+    # joined into rows of 30: 30 and 11 tokens, of which 20 and 1 have more than 10 before them
+    assert share_beyond([(1.0, examples)], [10], every=True, joined=30) == pytest.approx(21 / 41)
     assert share_beyond([(1.0, examples)], [], every=True) is None
     assert share_beyond([(1.0, [])], [10], every=True) is None
 

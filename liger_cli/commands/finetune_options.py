@@ -43,24 +43,26 @@ class FinetuneOptions:
     output: str | None = option(None, "The adapter's folder.", shown="./<model>-lora")
     epochs: float | None = of_recipe("Passes over the data.", "best 2, paper 2")
     max_steps: int | None = of_recipe("Optimizer steps, instead of epochs.", "none")
-    seq_len: int | None = of_recipe("Tokens of a row.", "best 1024, paper 1024")
+    seq_len: int | None = of_recipe("Tokens of a row.", "best 2048, paper 1024")
     dry_run: bool = option(False, "Print the plan and train nothing.")
     resume: bool = option(False, "Go on with the unfinished run.")
     force: bool = option(False, "Replace an adapter, discard an unfinished run.")
     objective: str | None = of_recipe(
-        "ce, distill (KL to the original model), transfer or transfer-heads.", "best distill, paper ce", panel=LORA
+        "ce, distill (KL to the original model), transfer or transfer-heads.",
+        "best transfer then distill, paper ce",
+        panel=LORA,
     )
-    lr: float | None = of_recipe("Peak learning rate of every stage.", "best 0.001, paper 0.001", panel=LORA)
+    lr: float | None = of_recipe("Peak learning rate of every stage.", "best 0.002 then 0.001, paper 0.001", panel=LORA)
     lora_rank: int | None = of_recipe("Rank of the update.", "best 8, paper 8", panel=LORA)
-    lora_alpha: float | None = of_recipe("The update counts alpha / rank.", "best 8, paper 8", panel=LORA)
+    lora_alpha: float | None = of_recipe("The update counts alpha / rank.", "best 16, paper 8", panel=LORA)
     target_modules: str | None = of_recipe(
         "Linear layers that get LoRA.", "best q_proj,k_proj,v_proj, paper q_proj,k_proj,v_proj", panel=LORA
     )
     train_softmax_layers: bool = option(False, "LoRA on layers that are not Liger's, too.", panel=LORA)
-    batch_size: int | None = of_recipe("Rows of a global batch.", "best 8, paper 8", panel=BATCHES)
+    batch_size: int | None = of_recipe("Rows of a global batch.", "best 2, paper 8", panel=BATCHES)
     micro_batch_size: int | None = of_recipe("Rows run at once.", "best 1, paper 1", panel=BATCHES)
     packing: bool | None = of_recipe(
-        "Short documents share a row, unseen by one another.", "best yes, paper yes", panel=BATCHES
+        "Short documents share a row; see `joined` of `liger recipes NAME`.", "best yes, paper yes", panel=BATCHES
     )
     streaming: bool | None = of_recipe(
         "Read the data during the run, in constant memory; needs --max-steps.",

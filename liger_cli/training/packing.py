@@ -2,7 +2,7 @@
 
 A row holds documents one behind another, up to `seq_len` tokens. Positions begin anew at each, which is what tells the
 model to begin state, window and mask anew there, and no document is asked to predict the next one's first token: packed
-and separate documents give the same loss.
+and separate documents give the same loss. A recipe that joins documents makes a row one text instead.
 """
 
 from collections.abc import Sequence
@@ -123,10 +123,14 @@ class Schedule:
 
 
 class Collator:
-    """A micro-batch as tensors: rows of documents, padded on the right to the longest row."""
+    """A micro-batch as tensors: rows of documents, padded on the right to the longest row.
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    Args:
+        joined: a row is one text: positions run on from document to document.
+    """
+
+    def __init__(self, pad_token_id: int, joined: bool = False):
+        self.pad_token_id, self.joined = pad_token_id, joined
 
     def __call__(self, items: list[list[Row]]) -> dict[str, "torch.Tensor"]:
         """input_ids, labels [B, T] int64, lengths [B], and, where a row holds several documents, position_ids [B, T].
@@ -150,6 +154,6 @@ class Collator:
                 positions[index, start:] = np.arange(shape[1] - start)
                 start = end
         batch = {"input_ids": input_ids, "labels": labels, "lengths": np.asarray(lengths)}
-        if any(len(row) > 1 for row in rows):
+        if not self.joined and any(len(row) > 1 for row in rows):
             batch["position_ids"] = positions
         return {name: torch.from_numpy(value) for name, value in batch.items()}

@@ -155,6 +155,7 @@ def make_plan(base, recipe, modules, data, loaded, schedule, dtype, target) -> d
         schedule.samples(),
         exact_tokens(base.specs, base.geometry.num_key_value_heads),
         every=any(stage.objective != "ce" for stage in recipe.stages),
+        joined=recipe.seq_len if recipe.joined and recipe.packing else None,
     )
     return {
         "model": str(base.folder),

@@ -19,13 +19,16 @@ def exact_tokens(specs: Sequence[LayerSpec], num_key_value_heads: int) -> list[i
     return found
 
 
-def share_beyond(samples: Sequence[tuple[float, Sequence[Example]]], exact: Sequence[int], every: bool) -> float | None:
+def share_beyond(
+    samples: Sequence[tuple[float, Sequence[Example]]], exact: Sequence[int], every: bool, joined: int | None = None
+) -> float | None:
     """Share of the trained tokens before which more text stands than a head keeps exactly, averaged over heads.
 
     Args:
         samples: of a schedule's `samples`.
         exact: of `exact_tokens`.
         every: every token is trained on, as `distill` and `transfer` do, and not the labels alone.
+        joined: tokens of a row, where its examples are one text.
     Returns:
         None where nothing is trained or no head is Liger's.
     """
@@ -33,6 +36,9 @@ def share_beyond(samples: Sequence[tuple[float, Sequence[Example]]], exact: Sequ
     tokens, heads = np.unique(exact, return_counts=True)
     for weight, examples in samples:
         seen = [_seen(example, every) for example in examples]
+        if joined:
+            starts = np.cumsum([0, *map(len, examples)])[:-1]
+            seen = [(start + one - 1) % joined + 1 for start, one in zip(starts, seen, strict=True)]
         seen = np.concatenate(seen) if seen else np.zeros(0)
         if not len(seen) or not len(exact):
             return None

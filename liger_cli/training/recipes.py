@@ -167,6 +167,8 @@ class Recipe:
         epochs: passes over the training examples. max_steps: ends the run there instead, where it is set.
         seq_len: tokens of a row; batch_size: rows of a global batch; micro_batch_size: rows run at once.
         packing: several short documents share a row, where none sees another; else each has a row of its own.
+        joined: the documents of a packed row are one text, and see one another: for objectives that compare with the
+            original model, which reads the same row, so that short examples, too, teach what lies far back.
         streaming: read and tokenize the data during the run, in constant memory; needs max_steps. None streams local
             files that are large together.
         lora_rank, lora_alpha, lora_dropout, target_modules: of LoRA; by default on Liger layers only.
@@ -201,6 +203,7 @@ class Recipe:
     batch_size: int = count(8)
     micro_batch_size: int = count(1)
     packing: bool = flag(True)
+    joined: bool = flag(False)
     streaming: bool | None = flag(None)
     lora_rank: int = count(8)
     lora_alpha: Real = number(8, "a positive number", lambda value: value > 0)
@@ -229,6 +232,8 @@ class Recipe:
     def __post_init__(self):
         if self.attention != "liger" and any(stage.window_dropout for stage in self.stages):
             _refuse("window_dropout", "on", "0 with attention: window")
+        if self.joined and any(stage.objective == "ce" or stage.ce_weight for stage in self.stages):
+            _refuse("joined", True, "false where a stage trains on labels (ce, ce_weight)")
         if self.batch_size % self.micro_batch_size:
             _refuse("batch_size", self.batch_size, f"a multiple of micro_batch_size ({self.micro_batch_size})")
         try:
@@ -326,6 +331,8 @@ def override(recipe: Recipe, **flags) -> Recipe:
     stages = recipe.stages
     if "objective" in stage_flags and len(stages) > 1:
         stages = (stages[-1],)
+    if stage_flags.get("objective") == "ce":
+        given["joined"] = False
     if stage_flags:
         stages = tuple(replace(stage, **stage_flags) for stage in stages)
     return replace(recipe, stages=stages, **given)

@@ -107,7 +107,7 @@ class LigerTrainer(Trainer):
             args=args,
             train_dataset=schedule,
             eval_dataset=held_out or None,
-            data_collator=collator,
+            data_collator=Collator(pad_token_id, recipe.joined),
             callbacks=callbacks,
         )
         # `compute_loss` divides by the global batch's count of tokens itself.

@@ -46,7 +46,7 @@ CONTEXTS = (2048, 8192, 32768)
 # The same for every recipe: what a step sees, how often it is interrupted.
 COMMON = {
     "seq_len": 2048,
-    "batch_size": 4,
+    "batch_size": 2,
     "micro_batch_size": 1,
     "held_out": 4,
     "eval_steps": 1 << 20,
