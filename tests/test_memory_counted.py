@@ -10,10 +10,11 @@ from live_bytes import LiveBytes
 
 from liger_cli.calibration.base import load_base
 from liger_cli.calibration.calibrate import fit_layers, head_costs
+from liger_cli.calibration.sizes import calibration_bytes
 from liger_cli.checkpoint.reader import read_checkpoint
 from liger_cli.commands.convert import convert
 from liger_cli.commands.needs import command_needs
-from liger_cli.conversion.plan import calibration_bytes, make_plan, read_layer_bytes, with_defaults
+from liger_cli.conversion.plan import make_plan, read_layer_bytes, with_defaults
 from liger_cli.evaluation.position import modes, score_positions
 from liger_cli.training import plan as train_plan
 from liger_cli.training.adapter import adapted_model

@@ -26,10 +26,11 @@ from liger_cli.calibration.costs import HeadCosts
 from liger_cli.calibration.fits import StateFit, fit_keep_score
 from liger_cli.calibration.layerwise import visit, visit_backward
 from liger_cli.calibration.memories import draw_queries, parts_of, ranks, sizes_below
+from liger_cli.calibration.sizes import FIT_ROWS, QUERIES, SEQ_LEN
 from liger_cli.calibration.text import OWN_TEXT, Text, check_data, data_name
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.reader import context_length
-from liger_cli.conversion.plan import FIT_ROWS, QUERIES, Plan
+from liger_cli.conversion.plan import Plan
 from liger_cli.conversion.plan_edits import constant_bytes, liger_layers, with_heads, with_softmax
 from liger_cli.conversion.requests import OWN, Request
 from liger_cli.evaluation.position import modes, score_positions
@@ -41,7 +42,6 @@ from liger_cli.system.errors import LigerError, UsageError
 from liger_cli.system.wording import duration, size
 from liger_cli.templates.liger_kept import keep_scores
 
-SEQ_LEN = 2048  # tokens of a row that is fitted on
 CHOICE_ROWS, HELD_OUT_ROWS = 2, 2
 LEAST_ROWS, LEAST_LENGTH = 3, 32  # shorter rows where the text has fewer; in tokens
 LONGER = 1.5  # held-out rows, than the others

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from liger_cli.calibration.base import not_finite
+from liger_cli.calibration.sizes import LOGITS_BYTES
 from liger_cli.system.progress import progress
-
-LOGITS_BYTES = 48 << 20  # of float32 logits at a time
 
 
 @dataclass

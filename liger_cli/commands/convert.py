@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from liger_cli import __version__
+from liger_cli.calibration.sizes import calibration_bytes
 from liger_cli.calibration.text import calibration_note, check_data
 from liger_cli.checkpoint import gguf, paper_folders, publish
 from liger_cli.checkpoint.experimental import family_of
@@ -26,7 +27,7 @@ from liger_cli.checkpoint.tokenizer import has_tokenizer
 from liger_cli.commands.convert_options import ConvertOptions
 from liger_cli.conversion.folder import planned_files, replace_text, write_converted
 from liger_cli.conversion.identity_check import check_identity
-from liger_cli.conversion.plan import Plan, calibration_bytes, make_plan, read_mix, with_defaults
+from liger_cli.conversion.plan import Plan, make_plan, read_mix, with_defaults
 from liger_cli.conversion.plan_edits import with_heads
 from liger_cli.conversion.requests import Request, read_request
 from liger_cli.system.errors import ModelError, UsageError

@@ -3,17 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+from liger_cli.calibration.sizes import SEQ_LEN, calibration_bytes
 from liger_cli.checkpoint.converted import read_converted
 from liger_cli.checkpoint.reader import context_length, read_checkpoint, read_config
 from liger_cli.commands.bench_options import BenchOptions
 from liger_cli.commands.evaluate_options import EvaluateOptions
-from liger_cli.conversion.plan import Plan, calibration_bytes, make_plan, read_layer_bytes, with_defaults
+from liger_cli.conversion.plan import Plan, make_plan, read_layer_bytes, with_defaults
 from liger_cli.evaluation.scoring import LOGITS_BYTES
 from liger_cli.system.errors import UsageError
 from liger_cli.training.plan import Base, estimate_memory, lora_modules
 from liger_cli.training.recipes import load_recipe
 
-CALIBRATED_ROWS = 2048  # tokens, where the base's context has as many
 RECIPE = "best"
 LOGIT_COPIES = 3  # logits, their logarithms of probabilities, and the base's
 
@@ -48,7 +48,7 @@ def command_needs(folder: Path, device: str) -> list[dict]:
         dtype = "float32" if device == "cpu" else "bfloat16"
         return estimate_memory(base, replace(recipe, **changes), trainable, dtype)
 
-    calibrated = min(CALIBRATED_ROWS, context_length(checkpoint.config) or CALIBRATED_ROWS)
+    calibrated = min(SEQ_LEN, context_length(checkpoint.config) or SEQ_LEN)
     asked, benched = EvaluateOptions(), BenchOptions()
     rows = max(1, min(8, LOGITS_BYTES // (4 * asked.seq_len * sizes.vocab_size)))
     # Of a merged model the base's weights stand beside those that the adapter changed.

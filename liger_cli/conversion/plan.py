@@ -16,7 +16,6 @@ SINKS = 4  # of a calibrated model: the first tokens take most of what a real ba
 # What a recurrence over all tokens may be asked for beside its gate; a state of evicted tokens has no use for it.
 BRANCH = ("mix", "normalizer", "branch_scales", "feature_map", "feature_params", "feature_dim", "positions", "delayed")
 STATE_BYTES = LOGIT_BYTES = 4  # float32
-FIT_ROWS, QUERIES = 4, 256  # rows that a calibration fits on, all at once; queries of each
 POSITION_BYTES = PRIORITY_BYTES = 8
 
 
@@ -150,26 +149,6 @@ def read_layer_bytes(config: dict, sizes: Geometry, width: int) -> int:
 
 def _inner(config: dict, sizes: Geometry) -> int:
     return config.get("intermediate_size") or 4 * sizes.hidden_size
-
-
-def calibration_bytes(plan: Plan, seq_len: int, width: int = 4) -> int:
-    """Bytes that a calibration takes at most beside the weights, for rows of `seq_len` tokens.
-
-    One layer's reading of all the rows that are fitted on; or the inputs of all layers, and one layer with its
-    gradients, of one row. With that the attention weights and the ranks of the keys for some queries, and an output
-    projection in float32.
-
-    Args:
-        width: bytes of a weight.
-    """
-    sizes, config = plan.checkpoint.geometry, plan.checkpoint.config
-    read = FIT_ROWS * seq_len * read_layer_bytes(config, sizes, width)
-    inputs = seq_len * sizes.hidden_size * sizes.num_hidden_layers * width
-    backward = inputs + 2 * seq_len * trained_layer_bytes(config, sizes, LayerSpec(), width)
-    groups = sizes.num_attention_heads // sizes.num_key_value_heads
-    scores = QUERIES * seq_len * (6 * 4 * groups + 4 * 8 * sizes.num_key_value_heads)
-    projection = 2 * 4 * sizes.num_attention_heads * sizes.head_dim * sizes.hidden_size
-    return max(read, backward) + scores + projection
 
 
 def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "none", linearize_local=False) -> Plan:
