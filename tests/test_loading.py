@@ -10,7 +10,7 @@ from liger_cli.checkpoint.reader import read_checkpoint
 from liger_cli.commands.convert import convert
 from liger_cli.conversion.plan import make_plan
 from liger_cli.evaluation.subject import open_subject
-from liger_cli.system.errors import LigerError
+from liger_cli.system.errors import LigerError, guarded
 from liger_cli.training import plan as train_plan
 from liger_cli.training.adapter import adapted_model
 from liger_cli.training.recipes import load_recipe
@@ -77,3 +77,19 @@ def test_every_command(tiny_base, tmp_path, monkeypatch, command):
             modules = train_plan.lora_modules(base, recipe)
             adapted_model(base, recipe, modules, "bfloat16", sharded=command.endswith("sharded"))
     assert seen == ["cpu" if command.endswith("sharded") else "meta"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ],
+)
+def test_too_little_memory_is_a_sentence(error, capsys):
+    def failing():
+        raise error
+
+    assert guarded(failing) == 1
+    assert capsys.readouterr().err.startswith("liger: there is not enough memory left; `liger doctor MODEL` tells")

@@ -12,6 +12,7 @@ from liger_cli.benchmark.contest import Decoding, OutOfTime, Side, cache_bytes, 
 from liger_cli.benchmark.roofline import limit_ms, measure_machine, processor_name, step_cost
 from liger_cli.evaluation.results import stamp
 from liger_cli.evaluation.subject import Subject
+from liger_cli.system.errors import is_out_of_memory
 from liger_cli.system.memory import PeakMemory, available
 from liger_cli.system.progress import progress
 
@@ -161,7 +162,7 @@ def _prefills(side: Side, positions: list[int], limit: float, peak: PeakMemory, 
             row["prefill_note"] = f"stopped after {limit:g} s"
             stopped = f"not tried: {position} tokens took more than {limit:g} s"
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             row["cache"] = None
             row["prefill_note"] = "out of memory"
@@ -292,7 +293,7 @@ def _try_batch(side: Side, tokens: int) -> tuple[dict | None, str]:
         contestant.step()
         return spread([1e3 * contestant.step() for _ in range(SWEEP_STEPS)]), ""
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return None, "more is out of memory"
 
@@ -305,9 +306,3 @@ def spread(values: list[float]) -> dict:
         "median": statistics.median(values),
         "runs": len(values),
     }
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -72,12 +72,20 @@ def guarded(call: Callable[[], object], passing: tuple[type[BaseException], ...]
             return _report(str(error), exit_code)
         if number := write_errno(error):
             return _report(_os_sentence(OSError(number, os.strerror(number))), 1)
+        if is_out_of_memory(error):
+            return _report("there is not enough memory left; `liger doctor MODEL` tells which commands will fit", 1)
         return _unexpected(error)
     except BaseException as error:
         if not is_panic(error):
             raise
         return _unexpected(error)
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch on a CPU or torch on a device could not get memory; torch is not imported for it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def is_panic(error: BaseException) -> bool:
