@@ -153,6 +153,18 @@ def test_teacher_is_the_same_weights(trained, objective):
     assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
 
 
+@pytest.mark.parametrize("objective", ["transfer", "transfer-heads"])
+@pytest.mark.parametrize("settings", [{}, {"kept": 8, "rest": True, "gate": "none", "mix": 0.0, "sinks": 2}])
+def test_transfer_with_gradient_checkpointing(trained, objective, settings):
+    """Attentions run by themselves are computed again, too: the same loss and gradients, and nothing left hooked."""
+    model, _ = trained(settings=settings)
+    wanted = loss_and_gradients(model, Stage(objective), [batch()])
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(one.gradient_checkpointing for one in base.get_decoder().liger_attentions())
+    assert_same(loss_and_gradients(model, Stage(objective), [batch()]), wanted)
+
+
 def test_transfer_matches_layer_outputs_on_the_originals_inputs(trained):
     model, original = trained()
     inputs = batch((24, 24))

@@ -169,7 +169,10 @@ def transfer_sum(model: TrainedModel, input_ids, lengths, position_ids=None, hea
         for module in attentions:
             args, kwargs, wanted = seen.pop(module.layer_idx)
             wanted = projected.pop(module.layer_idx) if heads else wanted
-            found = module(*args, **kwargs)[0]
+            # It runs by itself, outside of the decoder layer that would be computed again.
+            again = module.gradient_checkpointing and torch.is_grad_enabled()
+            found = checkpoint(module, *args, use_reentrant=False, **kwargs) if again else module(*args, **kwargs)
+            found = found[0]
             found = projected.pop(module.layer_idx) if heads else found
             wanted = wanted[valid].float()
             scale = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)

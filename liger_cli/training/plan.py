@@ -193,11 +193,11 @@ def estimate_memory(base: Base, recipe: Recipe, trainable: int, dtype: str) -> i
     width = 4 if dtype == "float32" else 2
     sizes, tokens = base.geometry, recipe.seq_len * recipe.micro_batch_size
     layers = [tokens * trained_layer_bytes(base.config, sizes, spec, width) for spec in base.specs]
-    if recipe.gradient_checkpointing:
-        # The inputs of all layers, and one layer computed again with the gradients of all that it holds.
-        activations = 2 * max(layers) + len(layers) * tokens * sizes.hidden_size * width
-    else:
-        activations = sum(layers) + max(layers)
+    # The inputs of all layers, of transfer also what their attentions are to give and give.
+    transfer = any(stage.objective.startswith("transfer") for stage in recipe.stages)
+    kept = (5 if transfer else 1) * len(layers) * tokens * sizes.hidden_size * width
+    # One layer is computed with the gradients of all that it holds.
+    activations = kept + max(layers) + (max(layers) if recipe.gradient_checkpointing else sum(layers))
     # Float32 copies of a chunk's logits: logits, their softmax, gradient and the head's own; the teacher's and KL's.
     copies = max(
         {"ce": 4, "distill": 7, "transfer": 0, "transfer-heads": 0}[stage.objective] for stage in recipe.stages
