@@ -43,6 +43,32 @@ def _across_heads(x, weight, bias):
     return flat.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
 
+def _turned_together(q, k, position_embeddings, cache):
+    """q and k after the rotary embedding that turns the first half of a head against the second."""
+    cos, sin = position_embeddings
+    shared = cache.shared
+    if "sin" not in shared or shared["sin"][0] is not sin:
+        first, second = sin.chunk(2, dim=-1)
+        shared["sin"] = sin, torch.cat([-first, second], dim=-1).unsqueeze(1)
+    both = torch.cat([q, k], dim=1)
+    turned = torch.addcmul(both * cos.unsqueeze(1), both.roll(q.shape[-1] // 2, -1), shared["sin"][1])
+    return turned.split([q.shape[1], k.shape[1]], dim=1)
+
+
+@cache_result
+def turns_halves(module) -> bool:
+    """Whether the rotary embedding of a family's module is x cos + (-second half, first half) sin, as Llama's."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+        x, cos, sin = torch.linspace(-1, 1, 24, device="cpu", dtype=torch.float32).sin().view(3, 1, 1, 8).unbind()
+        first, second = x.chunk(2, dim=-1)
+        wanted = x * cos + torch.cat([-second, first], dim=-1) * sin
+        try:
+            found = module.apply_rotary_pos_emb(x.unsqueeze(1), x.unsqueeze(1), cos, sin)
+        except Exception:  # it takes something else
+            return False
+        return all(one.shape == (1, 1, 1, 8) and torch.equal(one[0], wanted) for one in found)
+
+
 class LigerAttention:
     """Mixed in before the family's attention class; `LigerDecoder.linearize` puts it in its place.
 
@@ -152,7 +178,7 @@ class LigerAttention:
 
         The model's cache comes by either name, as transformers has it.
         """
-        padding, starts = unpack_rows(attention_mask)
+        padding, starts, told = unpack_rows(attention_mask)
         model_cache = past_key_values if cache is None else cache
         if not self.keeps_state:
             positions = kwargs.get("position_ids") if starts is None else document_positions(starts)
@@ -165,10 +191,8 @@ class LigerAttention:
                 **kwargs,
             )
         length = hidden_states.shape[1]
-        valid = None if padding is None else padding[:, -length:]
-        if valid is not None and valid.device.type == "cpu" and valid.all():
-            valid = None
-        order = None if valid is None else tokens_last(valid)
+        valid = None if padding is None or told else padding[:, -length:]
+        order = None if valid is None or length == 1 else tokens_last(valid)
         if order is not None:
             # Window, sinks and kept tokens count tokens: padding goes to the front, where nothing looks.
             hidden_states, valid = at_places(hidden_states, order), at_places(valid, order)
@@ -177,19 +201,25 @@ class LigerAttention:
                 kwargs["position_ids"] = at_places(kwargs["position_ids"], order)
         cache = None if model_cache is None else model_cache.layers[self.layer_idx]
         q, k, v = self.project(hidden_states)
-        rotated_q, rotated_k = self.rotate(q, k, position_embeddings, **kwargs)
+        if self._turns_together(cache, length, position_embeddings):
+            rotated_q, rotated_k = _turned_together(q, k, position_embeddings, cache)
+        else:
+            rotated_q, rotated_k = self.rotate(q, k, position_embeddings, **kwargs)
         # Under autocast norms and rotary embeddings give float32: the window works in the projections' dtype.
         rotated_q, rotated_k = rotated_q.to(v.dtype), rotated_k.to(v.dtype)
 
-        @cache_result
+        found: list[torch.Tensor] = []
+
         def within_window():
             # The whole text lies in the window: the family's own attention, bit for bit.
-            mask = self._softmax_mask(hidden_states, valid, None, None)
-            return self._family_attention(rotated_q, rotated_k, v, mask, kwargs)
+            if not found:
+                mask = self._softmax_mask(hidden_states, valid, None, None)
+                found.append(self._family_attention(rotated_q, rotated_k, v, mask, kwargs))
+            return found[0]
 
         plain_q, plain_k = self.without_positions(q, k)
         with without_autocast(hidden_states.device.type):
-            gate = self._gate_logits(hidden_states, plain_q, plain_k, v)
+            gate = self._gate_logits(hidden_states, plain_q, plain_k, v) if self._fades else None
             scores = keep_scores(plain_k, self.keep_score) if self.liger_kept else None
             if self.liger_spec.positions == "rope":
                 plain_q, plain_k = rotated_q, rotated_k
@@ -212,6 +242,30 @@ class LigerAttention:
                     output[:, :, queries] = attend(function, *part, lambda at=queries: within_window()[:, at])
         output = output if order is None else at_places(output, order.argsort(dim=1))
         return self.project_output(output.flatten(2)), None
+
+    def cache_settings(self) -> dict:
+        """What a `LigerCacheLayer` of this layer holds."""
+        spec, scored = self.liger_spec, bool(self.liger_kept or self.liger_rest)
+        beyond: int | tuple[int, ...] = spec.sinks
+        if scored:
+            counts = {count + spec.sinks for count in spec.kept_by_head(self._num_key_value_heads)}
+            every = tuple(count + spec.sinks for count in spec.kept_by_head(self._num_key_value_heads))
+            beyond = every if len(counts) > 1 else every[0]
+        if self.liger_mix == 1:  # which looks at no token
+            return {"window": 0, "local_window": self.local_window}
+        return {"window": self.liger_window, "beyond": beyond, "scored": scored, "local_window": self.local_window}
+
+    @property
+    def _fades(self) -> bool:
+        """Whether anything reads the gate's logits."""
+        return self.liger_mix > 0 or (self.liger_rest and GATES[self.liger_spec.gate].fades)
+
+    def _turns_together(self, cache, length: int, position_embeddings) -> bool:
+        """Whether one rotation of queries and keys is the family's of each: in a step, where what counts is how many
+        operations there are."""
+        if cache is None or length != 1 or torch.is_grad_enabled() or type(self).rotate is not LigerAttention.rotate:
+            return False
+        return position_embeddings[0].shape[-1] == self.head_dim and self.turns_halves
 
     def _settings(self, recompute: bool) -> Settings:
         spec = self.liger_spec

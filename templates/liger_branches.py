@@ -8,12 +8,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .liger_backend import recurrence
-from .liger_cache import LigerCacheLayer, first_tokens
+from .liger_cache import LigerCacheLayer, appended, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
-from .liger_kept import add_kept, attend_kept, attend_step, empty_memories, priorities
-from .liger_rest import add_rest, empty_rest
-from .liger_window import leaving, reach, window_attention
+from .liger_kept import EMPTY, add_kept, attend_kept, empty_memories, priorities
+from .liger_rest import add_rest, counted_states, empty_rest, state_counts, step_rest
+from .liger_step import (
+    evicted_so_far,
+    exact_attention,
+    exact_scores,
+    once,
+    replace_token,
+    sink_rows,
+    weighted_values,
+)
+from .liger_window import leaving, reach, softmax_weights, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
 # has no use for small pieces; there they only bound the memory.
@@ -30,7 +39,8 @@ class Tokens:
             rest state q is the query before RoPE.
         v: [B, Hkv, T, D].
         rotated_q: [B, Hq, T, D] and rotated_k: [B, Hkv, T, D], after RoPE, read by the window.
-        gate: [B, Hkv, T, W], the gate's logits; [B, Hq, T, W] where query heads of a group differ.
+        gate: [B, Hkv, T, W], the gate's logits; [B, Hq, T, W] where query heads of a group differ; or None where
+            nothing reads them.
         scores: [B, Hkv, T, 1], by which tokens are kept (see `liger_kept`), or None.
     """
 
@@ -39,7 +49,7 @@ class Tokens:
     v: torch.Tensor
     rotated_q: torch.Tensor
     rotated_k: torch.Tensor
-    gate: torch.Tensor
+    gate: torch.Tensor | None
     scores: torch.Tensor | None = None
 
     def changed(self, function) -> "Tokens":
@@ -104,27 +114,39 @@ def mixed_attention(
     spec, window, mix = settings.spec, settings.window, settings.mix
     q, k, v, gate, rotated_q = tokens.q, tokens.k, tokens.v, tokens.gate, tokens.rotated_q
     length, heads = q.shape[2], k.shape[1]
-    past = 0 if cache is None else cache.get_seq_length()
+    past = cache is not None and cache.is_initialized
+    if past and length == 0:
+        return v.new_zeros(v.shape[0], 0, rotated_q.shape[1], v.shape[-1])
+    if past and length == 1 and not torch.is_grad_enabled() and not settings.dropout:
+        return step_attention(tokens, settings, valid, cache)
     counts = tuple(count + spec.sinks for count in spec.kept_by_head(heads))
     holds = tokens.scores is not None or settings.rest is not None
     sinks = memory = priority = logits = scores = None
+    keys, values, seen, read = tokens.rotated_k, v, valid, None
+    if past:
+        read = cache.advance(length, valid)["read"]
+        (*held, logits), sinks, memory = cache.recall(read)
+    places = _places(valid, read, length, v.device)
     if holds:
         scores = v.new_zeros(v.shape[:3], dtype=torch.float32) if tokens.scores is None else tokens.scores.squeeze(-1)
-        sinks_went_by = valid is None and cache is not None and cache.tokens is None and past >= spec.sinks
-        places = _places(valid, cache, scores)
-        priority = priorities(scores, places, 0 if sinks_went_by else spec.sinks, valid)
-        memory = None if cache is None else cache.kept
+        priority = priorities(scores, places, spec.sinks, valid)
+        priority = priority.expand(len(v), -1, -1)
+        before_logits, logits = logits, None
         if settings.rest is not None and not GATES[spec.gate].fixed:
             logits = gate.squeeze(-1)
     elif spec.sinks and mix < 1:
-        sinks = _sinks(tokens.rotated_k, v, valid, cache, spec.sinks)
-    keys, values, seen = tokens.rotated_k, v, valid
-    if cache is not None:
-        keys, values, seen, priority, logits = cache.update(keys, values, seen, priority, logits)
-    states = None if cache is None else cache.states
+        sinks = _sinks(tokens.rotated_k, v, places, valid, sinks, spec.sinks)
+    if past:
+        keys_before, values_before, there, priority_before = held
+        there = None if there.device.type == "cpu" and there.all() else there
+        before = (keys_before, values_before, priority_before, before_logits if holds else None)
+        (keys, values, priority, logits), seen = appended(before, (keys, values, priority, logits), there, valid)
+    states = cache.states if past else None
+    if states is not None and settings.rest is not None:
+        states = counted_states(states, read, cache.sizes, spec)
     joint = spec.joint and mix > 0
     evicts = settings.rest is not None or (spec.delayed and mix > 0)
-    whole = past == 0 and length <= window and within_window is not None and (spec.delayed or not joint)
+    whole = not past and length <= window and within_window is not None and (spec.delayed or not joint)
     size = CUDA_PIECE_SIZE if v.is_cuda else PIECE_SIZE
     if torch.is_grad_enabled() or whole or (mix == 0 and not holds):
         size = length
@@ -140,12 +162,6 @@ def mixed_attention(
             local = within_window()
         elif window == 0 and mix < 1:
             local = torch.zeros_like(rotated_q)
-        elif mix < 1 and length == 1 and memory is not None:
-            local, lse, memory, evicted = run(
-                attend_step, rotated_q, keys, values, priority, seen, memory, window, counts, **attended,
-                sink_logits=settings.sink_logits, logits=logits, need_lse=joint or settings.rest is not None,
-                evict=evicts,
-            )  # fmt: skip
         elif mix < 1:
             seen_from = slice(max(before + start - reach(window), 0), before + start + size)
             local, lse = run(
@@ -169,12 +185,13 @@ def mixed_attention(
                 local, lse = add_kept(local, lse, kept, kept_lse)
         if settings.rest is not None and lse is not None:
             local, states = run(
-                add_rest, local, lse, rotated_q[:, :, at], q[:, :, at], evicted, gate[:, :, at], states,
+                add_rest, local, lse, rotated_q[:, :, at], q[:, :, at], evicted,
+                None if gate is None else gate[:, :, at], states,
                 *settings.rest, spec=spec, scaling=settings.scaling,
             )  # fmt: skip
         lse = lse if joint else None
         remembers = not spec.delayed or states is not None or before + start + rows > window
-        if mix == 1 or (mix > 0 and remembers):
+        if mix > 0 and (remembers or cache is not None):
             entering = (k[:, :, at], v[:, :, at], None if valid is None else valid[:, at])
             if evicted is not None:
                 entering = evicted[:3]
@@ -182,17 +199,82 @@ def mixed_attention(
                 entering = leaving(keys, values, seen, before, start, rows, window, sinks)
             inputs = (q[:, :, at], *entering, gate[:, :, at], settings.key_map)
             recurrent, total, states = run(_recurrent, *inputs, spec, states)
+            recurrent = recurrent if remembers else None
         if output is None:
             output = _combine(recurrent, total, local, lse, mix, settings.scales).to(v.dtype).transpose(1, 2)
         else:
             _combine(recurrent, total, local, lse, mix, settings.scales, out=output[:, at].transpose(1, 2))
     if cache is not None:
+        if not past:
+            cache.lazy_initialization(tokens.rotated_k, v, rotated_q.shape[1])
+            cache.advance(length, valid)
         if settings.rest is not None and states is None:
             states = empty_rest(v, gate, spec)
-        cache.states = states
-        if holds:
-            cache.kept = empty_memories(keys, values, counts, logits) if memory is None else memory
+        cache.keep_states(states)
+        if holds and memory is None:
+            memory = empty_memories(keys, values, counts, logits)
+        cache.store(keys, values, seen, priority, logits, sinks, memory)
     return output
+
+
+def step_attention(tokens: Tokens, settings: Settings, valid, cache: LigerCacheLayer):
+    """`mixed_attention` of one token behind others, without gradients."""
+    spec, mix = settings.spec, settings.mix
+    q, v, rest = tokens.rotated_q, tokens.v, settings.rest
+    shared = cache.advance(1, valid)
+    delayed = spec.delayed and mix > 0
+    evicted = local = lse = recurrent = total = None
+    if cache.layout.slots:
+        evicted, logits = replace_token(tokens, spec, valid, cache, shared, delayed or rest is not None)
+    if mix > 0:
+        entering = (tokens.k, v, valid)
+        if delayed:
+            entering = (evicted[:, :, :1], evicted[:, :, 1:], evicted_so_far(cache, shared, valid).unsqueeze(2))
+        inputs = (tokens.q, *entering, tokens.gate, settings.key_map)
+        recurrent, total, states = _recurrent(*inputs, spec, cache.states)
+        cache.keep_states(states, moved=True)
+    if rest is not None:
+        local = _with_rest(tokens, settings, evicted, logits, valid, cache, shared)
+    elif mix < 1:
+        joint = spec.joint and mix > 0
+        need = "relative" if joint and spec.normalizer == "joint-max" else joint
+        local, lse = exact_attention(q, cache, shared, settings, need)
+        lse = lse if joint else None
+    return _combine(recurrent, total, local, lse, mix, settings.scales).to(v.dtype).transpose(1, 2)
+
+
+def _with_rest(tokens: Tokens, settings: Settings, evicted, logits, valid, cache: LigerCacheLayer, shared: dict):
+    """One softmax over the visible tokens and the rest state, for one token. [B, Hq, 1, D] float32"""
+    spec, scaling = settings.spec, settings.scaling
+    fades = GATES[spec.gate].fades
+    evicts = evicted_so_far(cache, shared, valid) if fades or valid is not None else None
+    counted = None
+    if not fades:
+        number = lambda: (cache.tokens.unsqueeze(1) - cache.sizes)[:, :, None, None].float()  # noqa: E731
+        name = f"counts {cache.window} {cache.beyond} {scaling}"
+        counted = once(shared, name, lambda: state_counts(number(), scaling))
+    decays = (tokens.gate if logits is None else logits.unsqueeze(-1)) if fades else None
+    batch, kv_heads = evicted.shape[:2]
+    grouped = (batch, kv_heads, -1, evicted.shape[-1])
+    queries = [x.reshape(grouped) for x in (tokens.rotated_q, tokens.q)]
+    output, rest_lse, heads = step_rest(
+        *queries, evicted, evicts, decays, cache.states[0], *settings.rest, spec, scaling, counted
+    )
+    output, rest_lse = (x.view(batch, -1, queries[0].shape[2], x.shape[-1]) for x in (output, rest_lse))
+    scores = exact_scores(tokens.rotated_q, cache, shared, settings)
+    if heads is not None:
+        every = torch.full_like(queries[0][..., :1], torch.finfo(torch.float32).min, dtype=torch.float32)
+        every[:, heads] = rest_lse
+        rest_lse = every
+    scores = torch.cat([scores, rest_lse.view(*scores.shape[:2], 1)], dim=2)
+    weights, _ = softmax_weights(scores, sink_rows(settings.sink_logits, scores), False, 0.0)
+    local = weighted_values(weights[..., :-1], cache).view(*grouped[:2], -1, grouped[-1])
+    share = weights[..., -1:].reshape(*grouped[:2], -1, 1)
+    if heads is None:
+        local.addcmul_(share, output)
+    else:
+        local[:, heads] = torch.addcmul(local[:, heads], share[:, heads], output)
+    return local.view(tokens.rotated_q.shape)
 
 
 def _once(function, *args, **settings):
@@ -308,21 +390,24 @@ def _for_heads(x, heads: int):
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _places(valid, cache, like):
-    """Which tokens of the text these are, padding aside. valid [B, T] or None -> [B, T]; what it says of padding has
-    no meaning."""
-    if cache is not None:
-        return cache.places(valid, like)
-    return torch.arange(like.shape[2], device=like.device)[None] if valid is None else valid.cumsum(1) - 1
+def _places(valid, read, length: int, device):
+    """Which tokens of the text these are, padding aside, [B or 1, T]; what it says of padding has no meaning.
+
+    valid: [B, T] or None. read: [B], tokens before, or None.
+    """
+    places = torch.arange(length, device=device)[None] if valid is None else valid.cumsum(1) - 1
+    return places if read is None else places + read.unsqueeze(1)
 
 
-def _sinks(k, v, valid, cache, count: int):
-    """Keys and values of the first tokens, and how far each lies before the first query (see `window_attention`)."""
-    places = _places(valid, cache, k[..., 0])
+def _sinks(k, v, places, valid, sinks, count: int):
+    """Keys and values of the first tokens, and how far each lies before the first query (see `window_attention`).
+
+    sinks: those so far, as `liger_memory.from_ring` gives them, or None.
+    """
     first = places[:, -1:] - places.shape[1] + 1  # of the first query, if there were no padding behind it
-    places = places.expand(len(k), -1) if valid is None else places.masked_fill(~valid, LigerCacheLayer.EMPTY)
-    if cache is not None:
-        keys, values, places = cache.update_sinks(k, v, places)
-    else:
-        keys, values, places = first_tokens(k, v, places, count)
-    return keys, values, torch.where(places >= 0, first - places, LigerCacheLayer.EMPTY)
+    places = places.expand(len(k), -1) if valid is None else places.masked_fill(~valid, EMPTY)
+    found = (k, v, places)
+    if sinks is not None:
+        found = [torch.cat(both, dim=-1 if both[0].ndim == 2 else 2) for both in zip(sinks, found, strict=True)]
+    keys, values, places = first_tokens(*found, count)
+    return keys, values, torch.where(places >= 0, first - places, EMPTY)

@@ -1,144 +1,175 @@
 """The cache layer of a Liger attention layer, and how it gets into transformers' own caches.
 
 transformers builds its caches from the base's `layer_types`, which know nothing of Liger's window. So the model swaps
-its own layers in on first touch, in a DynamicCache or StaticCache alike; the memory of a layer is constant.
+its own layers in on first touch, in a DynamicCache or StaticCache alike. The memory of a layer is constant: the same
+shapes at the same addresses from the first token on, but for its softmax heads.
 """
 
 import torch
 from transformers import Cache, DynamicCache
 
+from .liger_kept import EMPTY
+from .liger_memory import NEVER, Layout, from_ring, from_scored, to_ring, to_scored
 from .liger_rows import at_places, tokens_last
 from .liger_transformers import CacheLayerMixin, DynamicLayer
 
 
 class LigerCacheLayer(CacheLayerMixin):
-    """The last keys and values, the first `sinks` ones, those kept by score, and the recurrent states of one layer.
+    """The tokens that stay visible, and the recurrent states of one layer.
 
     Softmax heads inside the layer are apart from these: all their keys and values. Hkv counts the other heads.
 
     Attributes:
-        keys, values: [B, Hkv, <= window - 1, D], after RoPE, oldest first. `window` is that of the layer, or one more
-            where a token that leaves it is still needed: it may be kept, or enter the recurrence.
-        valid: [B, <= window - 1] bool, false at padding; None while no padding was seen.
-        sink_keys, sink_values: [B, Hkv, sinks, D]; sink_positions: [B, sinks] int64, which token each is, EMPTY where
-            none. None where tokens are kept: then the sinks are among those.
-        kept: keys, values [B, Hkv, sinks + kept, D] and priorities [B, Hkv, sinks + kept] int64 of the sinks and kept
-            tokens, and the gate's logits where they go with a token into the rest state; as many such tensors for each
-            group of heads where they keep different numbers (see `liger_kept.head_groups`). None before the first
-            update.
-        window_priority: [B, Hkv, <= window - 1] int64, of the tokens of `keys`, or None. window_logits: of the gate,
-            float32, or None.
-        tokens: [B] int64, tokens seen but for padding; None while no padding was seen, or where nothing asks for it.
+        layout: how the slots of the exact memory are laid out (see `liger_memory`); None before the first token.
+        pairs: [B, M, S, 2, D], keys after RoPE and values of the window, the sinks and the kept tokens; zero where a
+            slot is not taken.
+        priority: [B, M, S] int64, by which they are kept, EMPTY where a slot is not taken; None where none are scored.
+        logits: [B, M, S], of the gate, where they go with a token into the rest state; or None.
+        tokens: [B] int64, tokens seen but for padding.
+        cumulative_length: [] int64, tokens seen.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
         softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
             layer has none. softmax_valid: [B, S] bool, None while no padding was seen.
+        numbers: of the slots, see `Layout.numbers`. foreign: [1, 1, Hkv, S] bool, which are another head's. sizes:
+            [Hkv], the layout's.
+        shared: what one call of the model computes once for all its layers, by name; None outside of a model.
     """
 
     is_sliding = True
-    is_compileable = False
     is_croppable = False
     supports_early_init = False
 
-    EMPTY = -(2**40)
-    TENSORS = (
-        *("keys", "values", "valid", "sink_keys", "sink_values", "sink_positions"),
-        *("softmax_keys", "softmax_values", "softmax_valid"),
-        *("window_priority", "window_logits", "tokens"),
-    )
+    TENSORS = ("pairs", "priority", "logits", "tokens", "softmax_keys", "softmax_values", "softmax_valid")
 
-    def __init__(self, window: int, sinks: int = 0, local_window: int | None = None):
-        """`local_window` is the base's own window in this layer, beyond which its softmax heads need nothing."""
+    def __init__(
+        self,
+        window: int,
+        beyond: int | tuple[int, ...] = 0,
+        scored: bool = False,
+        local_window: int | None = None,
+        mode: str = "liger",
+    ):
+        """A layer's `window`; `beyond`: tokens held behind it, sinks included, of each head where they differ;
+        `scored`: whether they are kept by their score; `local_window`: the base's own, beyond which its softmax heads
+        need nothing; `mode`: the attention mode that fills it."""
         super().__init__()
-        self.window = window
-        self.sinks = sinks
+        self.window, self.beyond, self.scored = window, beyond, scored
         self.local_window = local_window
+        self.mode = mode
+        self.shared = None
         self.reset()
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether every tensor keeps its shape: not where there are softmax heads."""
+        return self.softmax_keys is None
 
     def reset(self) -> None:
         """Forget everything; the next update starts a new text."""
-        self.keys = self.values = self.valid = None
+        self.layout = self.pairs = self.priority = self.logits = self.states = None
+        self.tokens = self.cumulative_length = self.numbers = self.foreign = self.sizes = None
         self.softmax_keys = self.softmax_values = self.softmax_valid = None
-        self.sink_keys = self.sink_values = self.sink_positions = None
-        self.states = self.kept = self.window_priority = self.window_logits = self.tokens = None
-        self.cumulative_length = 0
         self.is_initialized = False
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take shapes, dtype and device from the first keys. [B, Hkv, T, D]"""
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, queries: int = 1) -> None:
+        """Take shapes, dtype and device from the first keys, [B, Hkv, T, D], of so many query heads."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        if self.sinks:
-            batch, heads, _, dim = key_states.shape
-            self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, dim)
-            self.sink_values = value_states.new_zeros(batch, heads, self.sinks, value_states.shape[-1])
-            self.sink_positions = torch.full((batch, self.sinks), self.EMPTY, device=self.device)
+        batch, heads, _, dim = key_states.shape
+        beyond = self.beyond if isinstance(self.beyond, tuple) else (self.beyond,) * heads
+        self.layout = layout = Layout(self.window, beyond, self.scored)
+        with torch.inference_mode(False):  # or nothing outside of that mode could write to them
+            self.pairs = torch.zeros(batch, layout.rows, layout.slots, 2, dim, dtype=self.dtype, device=self.device)
+            if self.scored:
+                self.priority = torch.full(self.pairs.shape[:3], EMPTY, device=self.device)
+            self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.numbers = layout.numbers(queries, self.device)
+            self.foreign = layout.numbers(heads, self.device)[..., :-1] == NEVER
+            self.sizes = torch.tensor(layout.sizes, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, valid=None, priority=None, logits=None):
-        """Append T tokens to the window.
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Raises: a Liger layer reads its memory as a whole, and nothing else has a use for it."""
+        raise RuntimeError("the cache layer of a Liger layer is filled by that layer alone")
 
-        Args:
-            key_states, value_states: [B, Hkv, T, D].
-            valid: [B, T] bool, false at padding, or None.
-            priority: [B, Hkv, T], or None where no tokens are kept by their score. logits: [B, Hkv, T], of the gate, or
-                None where they do not go with a token.
-        Returns:
-            keys and values [B, Hkv, P + T, D], valid [B, P + T] or None, priority and logits [B, Hkv, P + T] or None:
-            the P tokens held so far, then the new; where there is new padding, all padding first.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        before = (self.keys, self.values, self.window_priority, self.window_logits)
-        new = (key_states, value_states, priority, logits)
-        (keys, values, priority, logits), valid = _appended(before, new, self.valid, valid)
-        self.cumulative_length += key_states.shape[2]
-        first = max(keys.shape[2] - max(self.window - 1, 0), 0)
-        # A slice would keep the whole text's keys alive; after a step that is one token.
-        step = key_states.shape[2] == 1
-        last = lambda x: None if x is None else x[:, :, first:] if step else x[:, :, first:].clone()  # noqa: E731
-        self.keys, self.values, self.window_priority, self.window_logits = map(last, (keys, values, priority, logits))
-        self.valid = None if valid is None else valid[:, first:].clone()
-        return keys, values, valid, priority, logits
-
-    def update_sinks(self, key_states, value_states, places):
-        """Fill free sink slots with the first tokens that are not padding. Call before `update`.
-
-        Args:
-            key_states, value_states: [B, Hkv, T, D].
-            places: [B, T], which tokens of the text these are; EMPTY at padding.
-        Returns:
-            sink keys and values [B, Hkv, N, D] and their places [B, N] (EMPTY where there is none).
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.sink_keys, self.sink_values, self.sink_positions = first_tokens(
-            torch.cat([self.sink_keys, key_states], dim=2),
-            torch.cat([self.sink_values, value_states], dim=2),
-            torch.cat([self.sink_positions, places], dim=1),
-            self.sinks,
-        )
-        return self.sink_keys, self.sink_values, self.sink_positions
-
-    def places(self, valid, like):
-        """Count T tokens. Call before `update`.
+    def advance(self, length: int, valid=None) -> dict:
+        """Count T new tokens, in every layer of a model once a call.
 
         Args:
             valid: [B, T] bool, false at padding, or None.
-            like: [B, Hkv, T], of the same tokens.
         Returns:
-            [B or 1, T], which tokens of the text they are, from 0.
+            what is shared with the other layers on this device; with more than one token, how many were read before,
+            [B], as `read`.
         """
-        batch, _, length = like.shape
-        if valid is None and self.tokens is None:
-            return torch.arange(length, device=like.device)[None] + self.cumulative_length
-        there = torch.ones(batch, length, dtype=torch.bool, device=like.device) if valid is None else valid
-        before = self.cumulative_length if self.tokens is None else self.tokens[:, None]
-        counted = before + there.cumsum(1)
-        self.tokens = counted[:, -1].clone()
-        return counted - 1
+        shared = {} if self.shared is None else self.shared.setdefault(self.device, {})
+        if "tokens" in shared:
+            self.tokens, self.cumulative_length = shared["tokens"]
+        else:
+            shared["read"] = self.tokens.clone()
+            self.tokens = self._write(self.tokens, self.tokens + (length if valid is None else valid.sum(1)))
+            self.cumulative_length = self._write(self.cumulative_length, self.cumulative_length + length)
+            shared["tokens"] = self.tokens, self.cumulative_length
+        return shared
+
+    def recall(self, read):
+        """A window's tokens in order, those that are not there first, and the others.
+
+        Args:
+            read: [B], how many were read.
+        Returns:
+            keys, values [B, Hkv, W, D], valid [B, W], priority and logits [B, Hkv, W] or None; the sinks, as
+            `liger_memory.from_ring` gives them, or None; and the kept tokens, as `liger_kept.attend_kept` takes them,
+            or None.
+        """
+        if not self.scored:
+            pairs, valid, sinks = from_ring(self.pairs, read, self.layout)
+            return (*pairs.unbind(3), valid, None, None), sinks, None
+        held = (self.pairs, self.priority) if self.logits is None else (self.pairs, self.priority, self.logits)
+        (pairs, priority, *logits), memory = from_scored(held, read, self.layout)
+        return (*pairs.unbind(3), priority[:, 0] > EMPTY, priority, *(logits or [None])), None, memory
+
+    def store(self, keys, values, valid, priority=None, logits=None, sinks=None, memory=None) -> None:
+        """Keep what the next token can see. Call behind `advance`.
+
+        Args:
+            keys, values: [B, Hkv, S, D] of all tokens from the window's first, if there are so many; the rest as
+                `recall` returns it.
+        """
+        if not self.layout.slots:
+            return
+        recent = [torch.stack([keys, values], dim=3)]
+        recent += [x for x in (priority, logits) if x is not None]
+        missing = self.window - keys.shape[2]
+        there = torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
+        if missing > 0:
+            front = lambda x: (*[0, 0] * (x.ndim - 3), missing, 0)  # noqa: E731
+            fills = [EMPTY if x.dtype == torch.int64 else 0 for x in recent]
+            recent = [torch.nn.functional.pad(x, front(x), value=fill) for x, fill in zip(recent, fills, strict=True)]
+            there = torch.nn.functional.pad(there, (missing, 0), value=False)
+        recent = [x[:, :, x.shape[2] - self.window :] for x in recent]
+        if self.scored:
+            self.pairs, self.priority, *more = (
+                self._write(old, new)
+                for old, new in zip(
+                    (self.pairs, self.priority, self.logits), to_scored(recent, memory, self.layout), strict=False
+                )
+            )
+            self.logits = more[0] if more else None
+        else:
+            there = there[:, there.shape[1] - self.window :]
+            self.pairs = self._write(self.pairs, to_ring(recent[0], there, self.tokens, sinks, self.layout))
+
+    def keep_states(self, states: tuple | None, moved: bool = False) -> None:
+        """The states after the last token; moved: they need not stay where they were, but in a graph."""
+        if states is None or (moved and not torch.compiler.is_compiling()):
+            self.states = states
+        elif self.states is None:
+            self.states = tuple(self._write(None, x) for x in states)
+        else:
+            self.states = tuple(self._write(*both) for both in zip(self.states, states, strict=True))
 
     def update_softmax_heads(self, key_states, value_states, valid=None):
-        """Append T tokens to what the softmax heads keep. Call before `update`.
+        """Append T tokens to what the softmax heads keep.
 
         Args:
             key_states, value_states: [B, heads, T, D].
@@ -151,7 +182,7 @@ class LigerCacheLayer(CacheLayerMixin):
         if self.softmax_keys is None:
             before = (key_states[:, :, :0], value_states[:, :, :0])
         new = (key_states, value_states)
-        (keys, values), valid = _appended(before, new, self.softmax_valid, valid, self.local_window is not None)
+        (keys, values), valid = appended(before, new, self.softmax_valid, valid, self.local_window is not None)
         self.softmax_keys, self.softmax_values, self.softmax_valid = keys, values, valid
         if self.local_window is not None and keys.shape[2] >= self.local_window:
             first = keys.shape[2] - self.local_window + 1
@@ -159,14 +190,17 @@ class LigerCacheLayer(CacheLayerMixin):
             self.softmax_valid = None if valid is None else valid[:, first:].clone()
         return keys, values, valid
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.cumulative_length
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Tokens seen, padding included: a tensor where a number would wait for the device, or stop a compilation."""
+        if self.cumulative_length is None:
+            return 0
+        if self.cumulative_length.device.type == "cpu" and not torch.compiler.is_compiling():
+            return int(self.cumulative_length)
+        return self.cumulative_length.clone()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that `update` would return."""
-        past = 0 if self.keys is None else self.keys.shape[2]
-        return past + query_length, self.cumulative_length - past
+        """Length and offset of the keys that a mask would be made for: Liger layers make their own."""
+        return query_length, 0
 
     def get_max_length(self) -> int:
         """-1: there is no limit."""
@@ -182,17 +216,25 @@ class LigerCacheLayer(CacheLayerMixin):
         """Every tensor held, by name, each with the batch first."""
         named = {name: getattr(self, name) for name in self.TENSORS}
         named |= {f"state_{index}": state for index, state in enumerate(self.states or ())}
-        named |= {f"kept_{index}": tensor for index, tensor in enumerate(self.kept or ())}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _map(self, function) -> None:
         for name, tensor in self.tensors().items():
-            if not name.startswith(("state_", "kept_")):
+            if not name.startswith("state_"):
                 setattr(self, name, function(tensor))
         if self.states is not None:
             self.states = tuple(function(state) for state in self.states)
-        if self.kept is not None:
-            self.kept = tuple(function(tensor) for tensor in self.kept)
+
+    @staticmethod
+    def _write(old, new):
+        """The new values at the old address, for a graph that was captured; elsewhere where a gradient may still want
+        the old ones, or they cannot be written to."""
+        if torch.is_grad_enabled():
+            return new
+        if not torch.compiler.is_compiling() and (old is None or (old.is_inference() and not new.is_inference())):
+            with torch.inference_mode(False):
+                old = torch.empty(new.shape, dtype=new.dtype, device=new.device)
+        return old.copy_(new)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the rows of the chosen beams, in their order."""
@@ -216,18 +258,13 @@ class LigerCacheLayer(CacheLayerMixin):
 
 
 def first_tokens(keys, values, positions, count: int):
-    """The first `count` tokens that are there. keys, values [B, Hkv, S, D]; positions [B, S], EMPTY for none."""
+    """The first `count` tokens that are there. keys, values [B, Hkv, S, D]; positions [B, S], negative for none."""
     missing = positions < 0
-    order = missing.to(torch.int64).argsort(dim=1, stable=True)[:, :count]
-    index = order[:, None, :, None]
-    return (
-        keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3])),
-        values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3])),
-        positions.gather(1, order),
-    )
+    order = missing.to(torch.uint8).sort(dim=1, stable=True).indices[:, :count]
+    return at_places(keys, order, dim=2), at_places(values, order, dim=2), positions.gather(1, order)
 
 
-def _appended(before, new, valid_before, valid, padding_first: bool = True):
+def appended(before, new, valid_before, valid, padding_first: bool = True):
     """New tokens behind those before, [B, H, S, ...] each or None, and which of both are there, [B, S] or None.
 
     padding_first: where there is new padding, bring all padding to the front.
@@ -258,19 +295,21 @@ def adapt_cache(cache: Cache, attentions) -> None:
         cache: transformers' cache; its layers are replaced in place.
         attentions: the model's attention modules, in order.
     Raises:
-        ValueError: a layer was filled in the other attention mode.
+        ValueError: a layer was filled in another attention mode.
     """
     make_layer = getattr(cache, "layer_class_to_replicate", None)
     while make_layer is not None and len(cache.layers) < len(attentions):
         cache.layers.append(make_layer())
+    shared: dict = {}
     for index, attention in enumerate(attentions):
         layer = cache.layers[index]
-        if isinstance(layer, LigerCacheLayer) == attention.keeps_state:
-            continue
-        if int(layer.get_seq_length()) > 0:
-            raise ValueError("this cache was filled in another attention mode; start with an empty one")
-        spec = attention.liger_spec
-        holds = bool(attention.liger_kept or attention.liger_rest)
-        window, local_window = attention.liger_window + (spec.delayed or holds), attention.local_window
-        sinks = 0 if holds else spec.sinks
-        cache.layers[index] = LigerCacheLayer(window, sinks, local_window) if attention.keeps_state else DynamicLayer()
+        ours, mode = isinstance(layer, LigerCacheLayer), attention.liger_mode
+        if ours != attention.keeps_state or (ours and layer.mode != mode):
+            if layer.is_initialized:
+                raise ValueError("this cache was filled in another attention mode; start with an empty one")
+            layer = (
+                LigerCacheLayer(**attention.cache_settings(), mode=mode) if attention.keeps_state else DynamicLayer()
+            )
+            cache.layers[index] = layer
+        if attention.keeps_state:
+            layer.shared = shared

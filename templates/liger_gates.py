@@ -92,6 +92,11 @@ class Gate:
         return "gate_params" not in self.settings
 
     @property
+    def fades(self) -> bool:
+        """Whether it forgets anything at all."""
+        return not self.fixed or self.per_query_head
+
+    @property
     def one_decay(self) -> bool:
         """Whether a head forgets all it holds alike."""
         return self.rule is DECAY and self.width is _one

@@ -29,11 +29,11 @@ def split_heads(spec, num_key_value_heads: int, groups: int, device):
 
 def softmax_heads(tokens, settings, valid=None, cache=None, within_window=None):
     """As `mixed_attention`, the base's own attention: over the whole text, or over the base's own window."""
-    length, past = tokens.v.shape[2], 0 if cache is None else cache.get_seq_length()
+    length, past = tokens.v.shape[2], cache is not None and cache.is_initialized
     keys, values, seen = tokens.rotated_k, tokens.v, valid
     if cache is not None:
         keys, values, seen = cache.update_softmax_heads(keys, values, valid)
-    if past == 0 and length <= settings.window and within_window is not None:
+    if not past and length <= settings.window and within_window is not None:
         return within_window().transpose(1, 2)
     output = softmax_attention(
         tokens.rotated_q,

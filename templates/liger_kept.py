@@ -15,15 +15,17 @@ from functools import lru_cache
 import torch
 
 from .liger_products import by_heads, product
-from .liger_window import log_denominator, soft_capped, softmax_weights
+from .liger_window import log_denominator, soft_capped
 
 # Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
 BLOCK = 64
 SPAN = 1024  # the most queries multiplied at once on a CPU: bounds their scores
 NEVER = 2**31 - 1
 STEPS = 1024  # scores are rounded to 1 / STEPS: equal keys have to get equal scores in sums of any order
-HIGHEST = 2**30  # of a score, in steps
-EMPTY = torch.iinfo(torch.int64).min  # priority of padding, and of a place where nothing is kept
+HIGHEST = 2**30 - 64  # of a score, in steps
+SINK = 2**30  # of a sink; float32 holds both
+# Priority of padding, and of a place where nothing is kept. What it has in a place's bits is older than any token.
+EMPTY = torch.iinfo(torch.int64).min + 2**31
 
 
 def keep_scores(k, weight):
@@ -34,21 +36,30 @@ def keep_scores(k, weight):
     return scores + ((scores.detach() * STEPS).round() / STEPS - scores.detach())
 
 
-def priorities(scores, places, sinks: int = 0, valid=None):
+def priorities(scores, places, sinks: int = 0, valid=None, bounds=None):
     """By which tokens are kept: the highest are.
 
     Args:
         scores: [B, Hkv, T]. places: [B or 1, T] int64, which tokens of the text they are.
         sinks: the first tokens, which come before all others.
         valid: [B, T] bool, false at padding; None where there is none.
+        bounds: `score_bounds` of the places, where they are known.
     Returns:
         [B, Hkv, T] int64, EMPTY at padding.
     """
-    places = places.unsqueeze(1)
-    steps = (scores.detach() * STEPS).round().clamp(-HIGHEST, HIGHEST).to(torch.int64)
-    steps = steps.masked_fill(places < sinks, HIGHEST + 1) if sinks else steps
-    found = (steps << 32) + places
+    bounds = bounds or score_bounds(places, sinks)
+    steps = (scores.detach() * STEPS).round().clamp(*bounds).to(torch.int64)
+    found = torch.add(places.unsqueeze(1), steps, alpha=1 << 32)
     return found if valid is None else found.masked_fill(~valid.unsqueeze(1), EMPTY)
+
+
+def score_bounds(places, sinks: int):
+    """Between which steps the scores of tokens at these places lie: numbers, or [B or 1, 1, T] float32 with sinks."""
+    if not sinks:
+        return -float(HIGHEST), float(HIGHEST)
+    first = (places < sinks).unsqueeze(1)
+    zeros = torch.zeros_like(first, dtype=torch.float32)
+    return tuple((zeros + bound).masked_fill(first, SINK) for bound in (-HIGHEST, HIGHEST))
 
 
 @lru_cache(maxsize=256)
@@ -107,7 +118,7 @@ def kept_attention(
         q: [B, Hq, T, D], the queries at `first`, `first + 1`, ... of the S tokens.
         keys, values: [B, Hkv, S, D], after RoPE. priority: [B, Hkv, S] int64, see `priorities`.
         memory: keys, values, priorities (and logits) [B, Hkv, count, ...] of what the query before could see; None at
-            the start. Without gradients it is written to.
+            the start.
         window: a token leaves when it is `window` tokens old.
         scores: [B, Hkv, S], whose gradients are those of logits that they were added to; or None.
         logits: [B, Hkv, S], of a gate, which go the way of their tokens; or None.
@@ -126,8 +137,6 @@ def kept_attention(
         output = torch.zeros_like(q, dtype=torch.float32)
         lse = torch.full_like(output[..., 0], torch.finfo(torch.float32).min)
         return output, lse, memory, _evicted(_entering(held, start, length)) if evict else None
-    if length == 1:
-        return _step(q, held, start, memory, scaling, softcap, dropout, evict)
     attend = _by_spans if length > BLOCK and by_heads(q) else _by_blocks
     return attend(q, held, start, memory, count, scaling, softcap, dropout, scores, evict)
 
@@ -295,102 +304,10 @@ def _alive(since, until, start: int, stop: int):
     return alive.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[:, :, :most]
 
 
-def _step(q, held, start: int, memory, scaling: float, softcap, dropout: float, evict: bool):
-    """One query: the token that leaves the window takes the place of the lowest kept one, where it is higher."""
-    new = _entering(held, start, 1)
-    memory, gone = _replaced(memory, new, evict) if start >= 0 else (memory, new)
-    evicted = _evicted(gone) if evict else None
-    keys, values, priority, *_ = memory
-    visible = (priority > EMPTY).unsqueeze(2)
-    logits = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() @ keys.float().mT * scaling  # [B, Hkv, G, count]
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
-    weights, lse, nothing = _softmax(logits, visible)
-    weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
-    output = (weights @ values.float()).masked_fill(nothing.unsqueeze(-1), 0.0)
-    return output.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2), memory, evicted
-
-
-def _replaced(memory, new, evict: bool):
-    """The memory with a token [B, H, 1, ...] in the place of the lowest kept one, where it is higher; and what is not
-    in it any more, or None. Without gradients the memory is written to."""
-    if memory[2].shape[2] == 0:
-        return memory, new
-    lowest, place = memory[2].min(dim=2, keepdim=True)
-    better = new[2] > lowest
-    places = [place if x.ndim == 3 else place.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]) for x in memory]
-    old = [x.gather(2, index) for x, index in zip(memory, places, strict=True)]
-    put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
-    entries = zip(memory, places, _chosen(better, new, old), strict=True)
-    memory = tuple(put(x, 2, index, entry) for x, index, entry in entries)
-    return memory, _chosen(better, old, new) if evict else None
-
-
-def attend_step(
-    q, keys, values, priority, valid, memory, window: int, counts: tuple[int, ...], scaling: float, softcap=None,
-    sink_logits=None, dropout: float = 0.0, logits=None, need_lse: bool = False, evict: bool = False,
-):  # fmt: skip
-    """One query: window, sinks and kept tokens in one softmax.
-
-    Args:
-        q: [B, Hq, 1, D]. keys, values, priority, logits: [B, Hkv, S, ...], of the S <= window + 1 last tokens.
-        valid: [B, S] bool, false at padding; None where there is none.
-        memory, counts: as of `attend_kept`. sink_logits: as of `window_attention`.
-    Returns:
-        o [B, Hq, 1, D] float32, lse [B, Hq, 1] or None, the new memory and what is evicted, as `attend_kept`.
-    """
-    groups, _, back = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
-    held = (keys, values, priority) if logits is None else (keys, values, priority, logits)
-    size, leaves, lowest = len(held), keys.shape[2] > window, torch.finfo(torch.float32).min
-    new = [x[:, :, :1] for x in held] if leaves else _entering(held, -1, 1) if evict else None
-    found, gone = [], []
-    for index, (_, heads, _) in enumerate(groups):
-        part = memory[size * index : size * (index + 1)]
-        own = new if new is None or heads is None else [x[:, heads] for x in new]
-        part, left = _replaced(part, own, evict) if leaves else (part, own)
-        found.append(part)
-        gone.append(left)
-
-    def scored(q, keys, hidden):
-        scores = q @ keys.float().mT
-        scores = scores if softcap is None else (scores / softcap).tanh() * softcap
-        return scores if hidden is None else scores.masked_fill(hidden, lowest)
-
-    q = q.unflatten(1, (keys.shape[1], -1)).squeeze(3).float() * scaling  # [B, Hkv, G, D]
-    near = slice(int(leaves), None)
-    parts = []
-    for (count, heads, _), part in zip(groups, found, strict=True):
-        own = scored(q if heads is None else q[:, heads], part[0], (part[2] == EMPTY).unsqueeze(2))
-        parts.append(own if back is None else torch.nn.functional.pad(own, (0, max(counts) - count), value=lowest))
-    far = parts[0] if back is None else torch.cat(parts, dim=1)[:, back]
-    local = scored(q, keys[:, :, near], None if valid is None else ~valid[:, None, None, near])
-    sink_logits = None if sink_logits is None else sink_logits.float().view(1, keys.shape[1], -1)
-    weights, lse = softmax_weights(torch.cat([local, far], dim=3), sink_logits, need_lse, dropout)
-    width = local.shape[3]
-    outputs = [
-        (weights if heads is None else weights[:, heads])[..., width : width + count] @ part[1].float()
-        for (count, heads, _), part in zip(groups, found, strict=True)
-    ]
-    output = outputs[0] if back is None else torch.cat(outputs, dim=1)[:, back]
-    output = output + weights[..., :width] @ values[:, :, near].float()
-    evicted = None
-    if evict:
-        evicted = tuple(
-            x if back is None else x[:, back] for x in _evicted([torch.cat(x, dim=1) for x in zip(*gone, strict=True)])
-        )
-    lse = None if lse is None else lse.flatten(1, 2).unsqueeze(2)
-    return output.flatten(1, 2).unsqueeze(2), lse, tuple(x for part in found for x in part), evicted
-
-
 def add_kept(local, lse, kept, kept_lse):
     """One softmax over the window and the kept tokens, from both of its parts. [B, H, T, D] and [B, H, T]"""
     share = (kept_lse - lse).sigmoid().unsqueeze(-1)
     return torch.lerp(local.float(), kept, share), torch.logaddexp(lse, kept_lse)
-
-
-def _chosen(which, yes, no):
-    """Of each pair of tensors [B, H, 1, ...] the first where `which` [B, H, 1] is true, else the second."""
-    return [torch.where(which if a.ndim == 3 else which.unsqueeze(-1), a, b) for a, b in zip(yes, no, strict=True)]
 
 
 def empty_memory(keys, values, count: int, logits=None):

@@ -8,8 +8,8 @@ import torch
 from transformers import Cache
 from transformers.utils import logging
 
-from .liger_attention import MODES, LigerAttention
-from .liger_cache import adapt_cache, cache_for
+from .liger_attention import MODES, LigerAttention, turns_halves
+from .liger_cache import LigerCacheLayer, adapt_cache, cache_for
 from .liger_config import check_heads, layer_specs
 from .liger_extras import NAMES
 from .liger_rows import document_positions, pack_rows, row_layout, token_positions
@@ -32,7 +32,7 @@ class LigerDecoder:
 
     liger_attention: type[LigerAttention]
     _is_stateful = True
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
     # A server that puts its own attention into a model would run this one without its state.
     _supports_attention_backend = False
 
@@ -50,6 +50,7 @@ class LigerDecoder:
             attention.__class__ = self.liger_attention
             attention.liger_spec = spec
             attention.liger_mode = "liger"
+            attention.turns_halves = turns_halves(attention._family_module())
             attention.add_extra_parameters()
         extras = {name.rpartition(".")[2] for name, _ in self.named_parameters()} & set(NAMES)
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | extras
@@ -80,8 +81,10 @@ class LigerDecoder:
             )
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         padding, starts = row_layout(attention_mask, position_ids, length)
-        if padding is not None and (length > 1 or padding.device.type == "cpu") and padding.all():
-            padding = None  # in a step on a GPU nothing waits for the device
+        told = False
+        if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling():
+            padding = None if padding.all() else padding  # on a GPU nothing waits for the device
+            told = padding is not None and bool(padding[:, -length:].all())
         cache = past_key_values if cache is None else cache
         if starts is not None and (use_cache or cache is not None):
             raise ValueError("packed documents cannot fill a cache, which goes on from one text a row: use_cache=False")
@@ -98,7 +101,7 @@ class LigerDecoder:
             adapt_cache(cache, self.liger_attentions())
         return super().forward(
             input_ids=input_ids,
-            attention_mask=pack_rows(padding, starts),
+            attention_mask=pack_rows(padding, starts, told),
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -140,7 +143,7 @@ class LigerForCausalLM:
 
     liger_decoder: type[LigerDecoder]
     _is_stateful = True
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
     _supports_attention_backend = False
 
     def __init__(self, config, *args, **kwargs):
@@ -156,8 +159,13 @@ class LigerForCausalLM:
         raise ValueError(NO_CONTINUOUS_BATCHING)
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds=None, attention_mask=None, *args, **kwargs):
-        """Static caches: hand the padding mask on; every layer makes its own mask from it."""
+    def create_masks_for_generate(config, inputs_embeds=None, attention_mask=None, past_key_values=None, **kwargs):
+        """For caches of constant shape: every layer makes its own mask from the padding mask, and once a text was read
+        Liger layers need none. So a compiled step sees nothing that grows."""
+        step = inputs_embeds.shape[1] == 1 and not kwargs.get("is_first_iteration", True)
+        layers = () if past_key_values is None else past_key_values.layers
+        if step and layers and all(isinstance(one, LigerCacheLayer) and one.is_initialized for one in layers):
+            return None
         return attention_mask
 
     def set_attention_mode(self, mode: str, layers: list[int] | None = None) -> None:

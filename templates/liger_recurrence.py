@@ -46,7 +46,7 @@ def naive_decay(q, k, v, log_decay, initial_state=None):
 
 def step_decay(q, k, v, log_decay, state):
     """One token of `naive_decay`; T is 1 in every argument."""
-    state = log_decay.transpose(-1, -2).exp() * state + k.transpose(-1, -2) * v
+    state = torch.addcmul(log_decay.transpose(-1, -2).exp() * state, k.transpose(-1, -2), v)
     return _read(q, state), state
 
 
@@ -68,7 +68,7 @@ def naive_delta(q, k, v, log_decay, beta, initial_state=None):
 def step_delta(q, k, v, log_decay, beta, state):
     """One token of `naive_delta`; T is 1 in every argument."""
     state = log_decay.transpose(-1, -2).exp() * state
-    state = state + k.transpose(-1, -2) * (beta * (v - k @ state))
+    state = torch.addcmul(state, k.transpose(-1, -2), beta * (v - k @ state))
     return _read(q, state), state
 
 
@@ -98,8 +98,8 @@ def step_slots(q, k, v, log_decay, write, states):
     """One token of `naive_slots`; T is 1 in every argument."""
     keys, values = states
     decay = log_decay.exp()
-    keys = keys * decay + k.transpose(-1, -2) * write
-    values = decay.transpose(-1, -2) * values + write.transpose(-1, -2) * v
+    keys = torch.addcmul(keys * decay, k.transpose(-1, -2), write)
+    values = torch.addcmul(decay.transpose(-1, -2) * values, write.transpose(-1, -2), v)
     return _read(_read(q, keys).softmax(-1), values), (keys, values)
 
 

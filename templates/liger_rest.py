@@ -27,7 +27,8 @@ def add_rest(local, lse, q, plain_q, evicted, gate_logits, states, mass, slope, 
         q: [B, Hq, T, D], after RoPE. plain_q: before it.
         evicted: keys, values, which are there, and the gate's logits where they depend on the token: the token that
             enters the state before each query (see `liger_kept.kept_attention`).
-        gate_logits: [B, Hkv or Hq, T, 1], the gate's, where they do not depend on the token.
+        gate_logits: [B, Hkv or Hq, T, 1], the gate's, where they do not depend on the token; or None where nothing
+            fades.
         states: what came before, or None.
         mass: [Hq, D + 3]. slope: [Hq].
     Returns:
@@ -35,6 +36,8 @@ def add_rest(local, lse, q, plain_q, evicted, gate_logits, states, mass, slope, 
     """
     keys, values, there, *logits = evicted
     gate_logits = logits[0].unsqueeze(-1) if logits else gate_logits
+    if gate_logits is None:
+        gate_logits = torch.zeros_like(there, dtype=torch.float32).unsqueeze(-1)
     heads, queries, gates = rest_heads(spec.rest_by_head(keys.shape[1]), q.shape[1], gate_logits.shape[1], q.device)
     if heads is None:
         found = rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, slope, spec, scaling)
@@ -58,22 +61,14 @@ def rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, s
     one = there.to(keys.dtype)
     keys, values = torch.cat([keys * one, one], dim=-1), torch.cat([values, one], dim=-1)
     reading = q.float() * scaling
-    if q.shape[2] == 1 and states is not None:
-        (state,) = states
-        if spec.gate != "none":
-            state = state * _log_decay(gate_logits, there, spec).exp()
-        state = torch.addcmul(state, keys.mT, values)
-        read = (reading.unflatten(1, (heads, -1)).squeeze(3) @ state[:, :, :dim]).unsqueeze(3)
-        sums, states = state[:, :, dim:].unsqueeze(2), (state,)
-    else:
-        # One more query for each state reads the row of the ones: the sum of the values, and the number of tokens.
-        reading = torch.nn.functional.pad(reading, (0, 1)).unflatten(1, (heads, -1))
-        counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
-        reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
-        inputs = RecurrenceInputs(reading, keys, values, _log_decay(gate_logits, there, spec))
-        read, states = recurrence(GATES[spec.gate].rule, inputs, states, spec.backend)
-        read = read.unflatten(1, (heads, -1))
-        read, sums = read[:, :, :-1], read[:, :, -1:]
+    # One more query for each state reads the row of the ones: the sum of the values, and the number of tokens.
+    reading = torch.nn.functional.pad(reading, (0, 1)).unflatten(1, (heads, -1))
+    counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
+    reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
+    inputs = RecurrenceInputs(reading, keys, values, _log_decay(gate_logits, there, spec))
+    read, states = recurrence(GATES[spec.gate].rule, inputs, states, spec.backend)
+    read = read.unflatten(1, (heads, -1))
+    read, sums = read[:, :, :-1], read[:, :, -1:]
 
     count = sums[..., dim:]
     empty = count <= 0
@@ -104,10 +99,22 @@ def _shared(local, lse, output, rest_lse):
 
 def empty_rest(values, gate_logits, spec):
     """The states before the first token is evicted. values [B, Hkv, T, D]"""
-    each = max(gate_logits.shape[1] // values.shape[1], 1)
+    each = 1 if gate_logits is None else max(gate_logits.shape[1] // values.shape[1], 1)
     count = sum(spec.rest_by_head(values.shape[1])) * each
     width = values.shape[-1] + 1
     return (values.new_zeros(values.shape[0], count, width, width, dtype=torch.float32),)
+
+
+def counted_states(states: tuple, tokens, sizes, spec) -> tuple:
+    """The states with the number of tokens in them, which a step leaves out where nothing fades. tokens [B], sizes
+    [Hkv]: how many were read, and how many the head's exact memory holds."""
+    if GATES[spec.gate].fades:
+        return states
+    heads = chosen_heads(spec.rest_by_head(len(sizes)), tokens.device)
+    number = (tokens.unsqueeze(1) - (sizes if heads is None else sizes[heads])).clamp_min(0).to(states[0].dtype)
+    state = states[0].clone()
+    state[:, :, -1, -1] = number
+    return (state,)
 
 
 def _for_heads(x, heads: int):
@@ -124,3 +131,78 @@ def rest_heads(flags: tuple[bool, ...], num_heads: int, num_gates: int, device):
         each = [heads[:, None] * (count // len(flags)) + torch.arange(count // len(flags), device=device)
                 for count in (num_heads, num_gates)]  # fmt: skip
         return heads, *(index.flatten() for index in each)
+
+
+def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spec, scaling: float, counted):
+    """Attention of one token to the rest state alone, which is written to, for the heads that have one.
+
+    Args:
+        q: [B, Hkv, G, D], after RoPE. plain_q: before it.
+        evicted: [B, Hkv, 2, D], keys and values that enter the state, zero where nothing does.
+        evicts: [B, Hkv] bool, where something does; None where what does not is zero and the state does not fade.
+        decay_logits: [B, Hkv or Hq, 1, 1], the gate's, or None where the state does not fade.
+        state: [B, h, D + 1, D + 1]. mass: [Hq, D + 3]. slope: [Hq].
+        counted: as `state_counts` gives them, for a state that does not fade; else the number is the state's own.
+    Returns:
+        o [B, h, g, D] and lse [B, h, g, 1], for the g query heads of each state.
+    """
+    dim, per_query = q.shape[-1], decay_logits is not None and decay_logits.shape[1] != evicted.shape[1]
+    heads = chosen_heads(spec.rest_by_head(evicted.shape[1]), q.device)
+    mass, slope = (x.float().unflatten(0, (q.shape[1], -1)) for x in (mass, slope))
+    if heads is not None:
+        mass, slope = mass[heads], slope[heads]
+        q, plain_q, evicted = (x[:, heads] for x in (q, plain_q, evicted))
+        evicts = None if evicts is None else evicts[:, heads]
+        counted = None if counted is None else tuple(x if x.shape[1] == 1 else x[:, heads] for x in counted)
+        if decay_logits is not None and not per_query:
+            decay_logits = decay_logits[:, heads]
+        elif per_query:
+            decay_logits = decay_logits.unflatten(1, (-1, q.shape[2]))[:, heads].flatten(1, 2)
+    if per_query:  # a state for each query head
+        each = q.shape[2]
+        q, plain_q = (x.flatten(1, 2).unsqueeze(2) for x in (q, plain_q))
+        mass, slope = mass.flatten(0, 1).unsqueeze(1), slope.reshape(-1, 1)
+        evicted, evicts = evicted.repeat_interleave(each, 1), evicts.repeat_interleave(each, 1)
+    entering = torch.nn.functional.pad(evicted.float(), (0, 1), value=1.0)
+    if evicts is not None:
+        there = evicts[:, :, None, None]
+        entering = entering * there
+    if decay_logits is not None:
+        state.mul_(_log_decay(decay_logits, there, spec).exp())
+    state.addcmul_(entering[:, :, 0].unsqueeze(-1), entering[:, :, 1].unsqueeze(-2))
+    number, log_count, one, over = state_counts(state[:, :, dim:, dim:], scaling) if counted is None else counted
+
+    mean = state / number
+    means, rows = mean.flatten(0, 1), (*q.shape[:3], dim + 1)
+    root = scaling**0.5  # what is read is times 1 / root, as the query before RoPE is
+    read = torch.baddbmm(means[:, dim:], q.flatten(0, 1).float(), means[:, :dim], beta=0, alpha=root).view(rows)
+    mean_value, mean_logit = mean[:, :, dim:, :dim], read[..., dim:]
+    covariance = torch.addcmul(read[..., :dim], mean_logit, mean_value, value=-1)
+    output = torch.addcmul(mean_value, slope.unsqueeze(-1), covariance, value=root)
+    one, over = (x.expand(*rows[:3], 1) for x in (one, over))
+    terms = torch.cat([one, mean_logit, over, plain_q.float()], dim=-1).view(-1, 1, dim + 3)
+    mass = mass.expand(len(q), *mass.shape).reshape(-1, dim + 3, 1)
+    lse = torch.baddbmm(mass[:, :1], terms, mass, beta=0, alpha=root).view(*rows[:3], 1) + log_count
+    return output, lse, heads
+
+
+def state_counts(number, scaling: float):
+    """What `step_rest` reads of the number of tokens in a state, [B, h, 1, 1]: at least 1, its logarithm, the lowest
+    number where there are none, and the first and third of the mass's terms, over the square root of the scaling."""
+    empty, number = number <= 0, number.clamp_min(1.0)
+    log_count = number.log()
+    one = torch.full_like(log_count, scaling**-0.5)
+    hidden = log_count.masked_fill(empty, torch.finfo(torch.float32).min)
+    return number, hidden, one, (log_count - LOG_COUNT) * one
+
+
+def chosen_heads(flags: tuple[bool, ...], device):
+    """The heads with a rest state: None for all, a slice where they lie evenly, else their indices."""
+    if all(flags):
+        return None
+    heads = [head for head, flag in enumerate(flags) if flag]
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    even = slice(heads[0], heads[-1] + 1, step)
+    if list(range(len(flags)))[even] == heads:
+        return even
+    return rest_heads(flags, len(flags), len(flags), device)[0]

@@ -68,17 +68,21 @@ def at_places(x, places, dim: int = 1):
     return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
 
-def pack_rows(padding, starts):
-    """Carry padding [B, S] and starts [B, T], or None, past the family's mask code: it hands a 4-D mask on as it is."""
+def pack_rows(padding, starts, told: bool = False):
+    """Carry padding [B, S] and starts [B, T], or None, past the family's mask code: it hands a 4-D mask on as it is.
+
+    told: the new tokens are none of them padding.
+    """
     if starts is not None:
         return starts[:, None, None, :].expand(-1, -1, 2, -1)
     if padding is None:
         return torch.ones(1, 1, 1, 0, dtype=torch.bool)
-    return padding[:, None, None, :]
+    return padding[:, None, None, :].expand(-1, -1, 3 if told else 1, -1)
 
 
 def unpack_rows(mask):
-    """The inverse of `pack_rows`: padding and starts, each None where there is none."""
+    """The inverse of `pack_rows`: padding and starts, each None where there is none, and `told`."""
     if mask is None or mask.shape[-1] == 0:
-        return None, None
-    return (mask[:, 0, 0, :], None) if mask.shape[2] == 1 else (None, mask[:, 0, 0, :])
+        return None, None, True
+    row, kind = mask[:, 0, 0, :], mask.shape[2]
+    return (None, row, False) if kind == 2 else (row, None, kind == 3)

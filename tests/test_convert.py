@@ -204,11 +204,11 @@ def test_memory_is_what_the_state_takes(sparse_base, here):
     state, token = 16 * 16 * 2 * 4, 2 * 2 * 16 * 2
     for row in report["memory"]:
         assert row["kv_cache_bytes"] == 4 * row["tokens"] * token
-        assert row["state_bytes"] == 3 * (state + (8 - 1 + 2) * token + 2 * 8) + row["tokens"] * token
+        assert row["state_bytes"] == 3 * (state + (8 + 2) * token + 8) + row["tokens"] * token
     normalized, _ = convert(base, settings={"window": 0, "normalizer": "running"}, dry_run=True)
-    assert normalized["memory"][0]["state_bytes"] == 4 * 16 * 17 * 2 * 4
+    assert normalized["memory"][0]["state_bytes"] == 4 * (16 * 17 * 2 * 4 + 8)
     slots, _ = convert(base, settings={"window": 0, "gate": "gsa", "slots": 4}, dry_run=True)
-    assert slots["memory"][0]["state_bytes"] == 4 * 2 * 16 * 4 * 2 * 4
+    assert slots["memory"][0]["state_bytes"] == 4 * (2 * 16 * 4 * 2 * 4 + 8)
 
 
 def test_dry_run_writes_nothing_and_sees_the_output(sparse_base, here):

@@ -172,7 +172,7 @@ def test_heads_that_keep_different_numbers(tiny_base, tmp_path):
     for piece in (1, 23):
         close(in_pieces(model, ids, piece), wanted)
     cache = model(ids, use_cache=True).past_key_values
-    assert [x.shape[1:3] for x in cache.layers[0].kept] == [(1, 3)] * 3 + [(1, 11)] * 3
+    assert cache.layers[0].pairs.shape == (2, 1, (16 + 3) + (16 + 11), 2, 16)
 
 
 @pytest.mark.parametrize("kept", [[], [1, -1], [1, 2.0], "8", [True, 2], [[1]], [1, 2, 3]])
@@ -278,4 +278,4 @@ def test_generation_with_beams_and_padding(tiny_base, tmp_path, sinks, rest):
     again = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
     assert torch.equal(cached, again)
     cache = model(ids, use_cache=True).past_key_values
-    assert cache.layers[0].kept[0].shape == (2, 2, 8 + sinks, 16)
+    assert cache.layers[0].pairs.shape == (2, 2, cache.layers[0].window + 8 + sinks, 2, 16)

@@ -51,8 +51,8 @@ def test_filled_caches_and_planned_bytes_are_those_of_a_read_text(tiny_base, tmp
         for filled in (side.filled_cache(position), side.shortened(longest, position)):
             assert cache_shapes(filled) == cache_shapes(read) and filled.get_seq_length() == position
             for ours, theirs in zip(filled.layers, read.layers, strict=True):
-                if ours.kept is not None and settings.get("mix") != 1.0:  # which never looks at them
-                    assert torch.equal((ours.kept[2] > EMPTY).sum(-1), (theirs.kept[2] > EMPTY).sum(-1))
+                if ours.priority is not None:
+                    assert torch.equal((ours.priority > EMPTY).sum(-1), (theirs.priority > EMPTY).sum(-1))
         contestant = Decoding(side, position, filled)
         contestant.step()
         assert cache_shapes(filled) == cache_shapes(read)
@@ -86,7 +86,7 @@ def test_roofline_counts_kept_tokens(tiny_base, tmp_path):
     assert added == 4 * (2 * 16 + 4 + 4)
     cost = step_cost(subject.model, shapes, batch_size=1)
     held = 2 * (16 + 24) * (2 * 16 * 4 + 8)  # keys, values and priorities of two heads
-    assert cost["bytes"] == 4 * ours + 4 * held
+    assert cost["bytes"] == 4 * ours + 4 * (held + 8)  # and the number of tokens
     assert cost["flops"] == 2 * ours + 4 * 2 * 2 * (16 + 24) * 16 * 4
     assert step_cost(subject.model, [], 1, softmax=True)["bytes"] == 4 * (ours - added)
 
@@ -100,9 +100,8 @@ def test_bench_of_kept_tokens(tiny_base, tmp_path, capsys):
     capsys.readouterr()
     row, shape_row = (next(one for one in each["rows"] if one["which"] == "model") for each in (found, shaped))
     (entry,) = row["cache_shapes"]
-    assert entry["tensors"]["kept_0"] == [1, 2, 24, 16, "float32"]
-    assert entry["tensors"]["kept_2"] == [1, 2, 24, "int64"]
-    assert entry["tensors"]["window_priority"] == [1, 2, 16, "int64"]
+    assert entry["tensors"]["pairs"] == [1, 2, 16 + 24, 2, 16, "float32"]
+    assert entry["tensors"]["priority"] == [1, 2, 16 + 24, "int64"]
     assert row["cache_shapes"] == shape_row["cache_shapes"] and row["cache_bytes"] == shape_row["cache_bytes"]
     assert all(one["batch_size"] >= 1 for one in found["batch_sweep"])
 
@@ -250,7 +249,7 @@ def test_columns(tiny_base, made, text, tmp_path):
             assert torch.equal(found["window_only"], window(ids).logits)
             with subject.column("window_only") as model:
                 cache = model(ids, use_cache=True).past_key_values
-            assert all(layer.kept is None and layer.window_priority is None for layer in cache.layers)
+            assert all(layer.priority is None for layer in cache.layers)
         assert not torch.allclose(found["model"], found["window_only"], atol=1e-3)
     again = evaluate.run(str(adapter), data=str(text), perplexity=True, seq_len=64, output_format="json", save=False)
     alone = evaluate.run(str(made), data=str(text), perplexity=True, seq_len=64, output_format="json", save=False)

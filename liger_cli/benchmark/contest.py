@@ -95,8 +95,8 @@ class Side:
     def filled_cache(self, tokens: int):
         """A cache as long as after `tokens` tokens that were never read.
 
-        What holds tokens, growing, up to a window or kept by score, is filled with random keys, values and scores;
-        states are those after a short text, as large as after any other.
+        What holds tokens is filled with random keys, values and scores; states are those after a short text, as large
+        as after any other.
         """
 
         cache = self._short_cache(self.batch_size)
@@ -105,7 +105,7 @@ class Side:
             shape = _with(x, _held(tokens, limit))
             setattr(layer, name, _random(shape, x))
         for layer in cache.layers:
-            _fill_kept(layer, tokens)
+            _fill_memory(layer, tokens)
         _set_length(cache, tokens)
         return cache
 
@@ -115,7 +115,7 @@ class Side:
         for (layer, name, limit), (source, _, _) in zip(token_tensors(short), token_tensors(cache), strict=True):
             setattr(layer, name, getattr(source, name)[:, :, : _held(tokens, limit)])
         for layer in short.layers:
-            _fill_kept(layer, tokens)
+            _fill_memory(layer, tokens)
         _set_length(short, tokens)
         return short
 
@@ -137,7 +137,7 @@ class Decoding:
     """A side at a position, ready for any number of steps from just there.
 
     Attributes:
-        cache: of `position` tokens. What holds tokens is set back after every step, so that the position stays.
+        cache: of `position` tokens. What grows with the text is set back after every step, so that the position stays.
     """
 
     side: Side
@@ -157,14 +157,14 @@ class Decoding:
 
 
 def token_tensors(cache) -> list[tuple[object, str, int | None]]:
-    """What holds the last tokens or all, [B, H, tokens, ...], as (layer, attribute, tokens held at most or None)."""
+    """What grows with the text, to a window or without end, [B, H, tokens, ...], as (layer, attribute, tokens held at
+    most or None)."""
     found: list[tuple[object, str, int | None]] = []
     for layer in cache.layers:
         names = dict.fromkeys(("keys", "values"))
         if isinstance(layer, LigerCacheLayer):
-            local = getattr(layer, "local_window", None)
-            names = dict.fromkeys((*names, "window_priority", "window_logits"), max(layer.window - 1, 0))
-            names |= dict.fromkeys(("softmax_keys", "softmax_values"), None if local is None else local - 1)
+            local = layer.local_window
+            names = dict.fromkeys(("softmax_keys", "softmax_values"), None if local is None else local - 1)
         elif getattr(layer, "is_sliding", False):
             names = dict.fromkeys(names, layer.sliding_window - 1)
         found += [(layer, name, limit) for name, limit in names.items() if getattr(layer, name, None) is not None]
@@ -176,16 +176,14 @@ def growing(cache) -> list[tuple[object, str]]:
     return [(layer, name) for layer, name, limit in token_tensors(cache) if limit is None]
 
 
-def _fill_kept(layer, tokens: int) -> None:
-    """Random kept tokens where the layer keeps any: as many as have left the window of a text so long."""
-    import torch
-
-    if getattr(layer, "kept", None) is None:
+def _fill_memory(layer, tokens: int) -> None:
+    """Random keys, values and scores in the slots that a text so long has taken."""
+    if not isinstance(layer, LigerCacheLayer):
         return
-    layer.kept = tuple(_random(x.shape, x) for x in layer.kept)
-    left = max(tokens - layer.window + 1, 0)
-    for priority in (x for x in layer.kept if x.dtype == torch.int64):
-        priority[:, :, left:] = EMPTY
+    free = (layer.numbers[0, 0, :, :-1] >= tokens).all(0)
+    layer.pairs = _random(layer.pairs.shape, layer.pairs).masked_fill_(free[:, None, None], 0)
+    if layer.priority is not None:
+        layer.priority = _random(layer.priority.shape, layer.priority).masked_fill_(free, EMPTY)
 
 
 def _random(shape, like):
@@ -208,7 +206,10 @@ def _held(tokens: int, limit: int | None) -> int:
 
 def _set_length(cache, tokens: int) -> None:
     for layer in cache.layers:
-        if hasattr(layer, "cumulative_length"):
+        if isinstance(layer, LigerCacheLayer):
+            layer.cumulative_length.fill_(tokens)
+            layer.tokens.fill_(tokens)
+        elif hasattr(layer, "cumulative_length"):
             layer.cumulative_length = tokens
 
 

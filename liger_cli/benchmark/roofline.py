@@ -72,7 +72,7 @@ def step_cost(model, cache_shapes: list[dict], batch_size: int, softmax: bool = 
                 count *= number
             state = name.startswith("state_")
             nbytes += count * _width(dtype) * (2 if state else 1)
-            if len(shape) == 4:
+            if len(shape) >= 4:
                 flops += 2 * count * groups  # scores, sums, or reading a state: once a query head
                 flops += 3 * count if state else 0  # decay, outer product and sum: once a key/value head
     return {"bytes": nbytes, "flops": flops}

@@ -433,7 +433,7 @@ def _bytes(plan: Plan, head: Head, kept: int | None, rest: bool, tokens: int) ->
     if kept is None:
         return plan.base_cache(layer, tokens) / count
     spec = replace(plan.specs[layer], softmax_kv_heads=(), kept=kept, rest=rest)
-    return plan.constant_bytes(layer, spec, tokens) / count
+    return plan.constant_bytes(layer, spec) / count
 
 
 def _described(costs: dict[Head, HeadCosts], found: dict[Head, Option]) -> list[dict]:

@@ -16,7 +16,7 @@ SINKS = 4  # of a calibrated model: the first tokens take most of what a real ba
 # What a recurrence over all tokens may be asked for beside its gate; a state of evicted tokens has no use for it.
 BRANCH = ("mix", "normalizer", "branch_scales", "feature_map", "feature_params", "feature_dim", "positions", "delayed")
 STATE_BYTES = LOGIT_BYTES = 4  # float32
-POSITION_BYTES = PRIORITY_BYTES = 8
+PRIORITY_BYTES = COUNTER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Plan:
         """Bytes that the converted model keeps of one sequence of so many tokens."""
         return sum(self._kept(index, spec, tokens) for index, spec in enumerate(self.specs))
 
-    def constant_bytes(self, index: int, spec: LayerSpec, tokens: int | None = None) -> int:
-        """Bytes that a Liger layer keeps of one sequence, after any text (or one of `tokens` tokens): state, window,
-        sinks and kept tokens. What its softmax heads keep grows with the text and does not count."""
+    def constant_bytes(self, index: int, spec: LayerSpec) -> int:
+        """Bytes that a Liger layer keeps of one sequence from the first token on: state, window, sinks and kept tokens.
+        What its softmax heads keep grows with the text and does not count."""
         sizes = self.checkpoint.geometry
         gate = GATES[spec.gate]
         heads = sizes.num_key_value_heads - len(spec.softmax_kv_heads)
@@ -93,22 +93,21 @@ class Plan:
             shapes = gate.state_shapes(spec, sizes.head_dim) if spec.mix else []
             state = state_heads(spec, heads * groups, heads) * sum(math.prod(shape) for shape in shapes)
         scored = bool(spec.kept or rest) and not local
-        window = min(spec.window, self.local_window(index) or spec.window) + (spec.delayed or scored)
+        window = min(spec.window, self.local_window(index) or spec.window)
         kept = sum(spec.kept_by_head(sizes.num_key_value_heads)) if not local else 0
-        in_window = max(window - 1, 0) if tokens is None else min(tokens, max(window - 1, 0))
-        # Room for sinks and kept tokens is there from the first token on.
-        cached = (in_window + spec.sinks) * heads + kept
-        places = 0 if scored else spec.sinks
+        cached = (window + spec.sinks) * heads + kept
+        if window == 0 or (spec.mix == 1 and not spec.rest):
+            cached = 0  # the recurrence alone
         each = PRIORITY_BYTES * scored + LOGIT_BYTES * (rest > 0 and not gate.fixed)
-        other = cached * each + places * POSITION_BYTES
-        return state * STATE_BYTES + cached * self._token_bytes() // sizes.num_key_value_heads + other
+        exact = cached * (self._token_bytes() // sizes.num_key_value_heads + each)
+        return state * STATE_BYTES + exact + COUNTER_BYTES
 
     def _kept(self, index: int, spec: LayerSpec, tokens: int) -> int:
         grown = self.base_cache(index, tokens)
         if spec.kind != "liger":
             return grown
         softmax_heads, heads = len(spec.softmax_kv_heads), self.checkpoint.geometry.num_key_value_heads
-        return self.constant_bytes(index, spec, tokens) + grown * softmax_heads // heads
+        return self.constant_bytes(index, spec) + grown * softmax_heads // heads
 
     def base_cache(self, index: int, tokens: int) -> int:
         window = self.local_window(index)
