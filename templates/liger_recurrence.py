@@ -113,6 +113,11 @@ def chunk_delta(q, k, v, log_decay, beta, initial_state=None):
     return _by_pieces(_chunk_delta, (q, k, v, log_decay, beta), _initial(k, v, initial_state))
 
 
+def chunk_sum(q, k, v, initial_state=None):
+    """`naive_decay` without a decay, in parallel over chunks: S_t = S_{t-1} + k_t^T v_t, o_t = q_t S_t."""
+    return _by_pieces(_chunk_sum, (q, k, v), _initial(k, v, initial_state))
+
+
 def chunk_slots(q, k, v, log_decay, write, initial_state=None):
     """`naive_slots` as two chunked passes with a softmax over slots between them; same arguments and results."""
     keys, values = initial_state or (_initial(k, write), _initial(write, v))
@@ -274,6 +279,16 @@ def _chunk_decay(q, k, v, log_decay, state):
     states, state = _scan(total, updates, state)
     states = states if ahead is None else states * ahead
     return _unchunk(_sum_of_products(queries, states, scores, v), q), state
+
+
+def _chunk_sum(q, k, v, state):
+    """Chunks in parallel; T is a multiple of CHUNK_SIZE. Returns o [B, Hq, T, V] and the final state."""
+    heads = k.shape[1]
+    k, v = _chunks(k, heads), _chunks(v, heads)
+    queries = q.unflatten(2, (-1, CHUNK_SIZE)) if by_heads(q) else _chunks(q, heads)
+    scores = _lower(product(queries, k.mT))
+    states = torch.cat([state.unsqueeze(2), product(k.mT, v)], dim=2).cumsum(2)
+    return _unchunk(_sum_of_products(queries, states[:, :, :-1], scores, v), q), states[:, :, -1].clone()
 
 
 def _sum_of_products(a, b, c, d):

@@ -14,6 +14,7 @@ import torch
 
 from .liger_backend import recurrence
 from .liger_gates import GATES
+from .liger_recurrence import chunk_sum
 from .liger_rules import RecurrenceInputs
 
 LOG_COUNT = 6.0  # about the log of the number of tokens that the linear term for the number is fitted at
@@ -36,14 +37,14 @@ def add_rest(local, lse, q, plain_q, evicted, gate_logits, states, mass, slope, 
     """
     keys, values, there, *logits = evicted
     gate_logits = logits[0].unsqueeze(-1) if logits else gate_logits
-    if gate_logits is None:
-        gate_logits = torch.zeros_like(there, dtype=torch.float32).unsqueeze(-1)
-    heads, queries, gates = rest_heads(spec.rest_by_head(keys.shape[1]), q.shape[1], gate_logits.shape[1], q.device)
+    num_gates = keys.shape[1] if gate_logits is None else gate_logits.shape[1]
+    heads, queries, gates = rest_heads(spec.rest_by_head(keys.shape[1]), q.shape[1], num_gates, q.device)
     if heads is None:
         found = rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, slope, spec, scaling)
         return _shared(local, lse, *found[:2]), found[2]
     kv = (x[:, heads] for x in (keys, values, there))
-    own = (q[:, queries], plain_q[:, queries], *kv, gate_logits[:, gates], states, mass[queries], slope[queries])
+    gate_logits = None if gate_logits is None else gate_logits[:, gates]
+    own = (q[:, queries], plain_q[:, queries], *kv, gate_logits, states, mass[queries], slope[queries])
     output, rest_lse, states = rest_attention(*own, spec, scaling)
     output = _shared(local[:, queries], lse[:, queries], output, rest_lse)
     return local.float().index_copy(1, queries, output), states
@@ -55,25 +56,38 @@ def rest_attention(q, plain_q, keys, values, there, gate_logits, states, mass, s
     Returns:
         o [B, Hq, T, D] and lse [B, Hq, T], the lowest number where the state is empty, and the states.
     """
-    dim, heads = q.shape[-1], gate_logits.shape[1]  # a state for each query head where their decays differ
+    dim = q.shape[-1]
+    if not GATES[spec.gate].fades:
+        gate_logits = None
+    heads = keys.shape[1] if gate_logits is None else gate_logits.shape[1]  # of query heads where their decays differ
     keys, values = (_for_heads(x.float(), heads) for x in (keys, values))
     there = _for_heads(there, heads).unsqueeze(-1)
     one = there.to(keys.dtype)
-    keys, values = torch.cat([keys * one, one], dim=-1), torch.cat([values, one], dim=-1)
+    values = torch.cat([values, torch.ones_like(one)], dim=-1) * one
     reading = q.float() * scaling
-    # One more query for each state reads the row of the ones: the sum of the values, and the number of tokens.
-    reading = torch.nn.functional.pad(reading, (0, 1)).unflatten(1, (heads, -1))
-    counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
-    reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
-    inputs = RecurrenceInputs(reading, keys, values, _log_decay(gate_logits, there, spec))
-    read, states = recurrence(GATES[spec.gate].rule, inputs, states, spec.backend)
-    read = read.unflatten(1, (heads, -1))
-    read, sums = read[:, :, :-1], read[:, :, -1:]
+    if gate_logits is None:
+        before = values.new_zeros(*values.shape[:2], dim + 1, dim + 1) if states is None else states[0]
+        read, state = chunk_sum(reading, keys, values, before[:, :, :dim])
+        read = read.unflatten(1, (heads, -1))
+        sums = values.cumsum(2) + before[:, :, dim:]
+        states = (torch.cat([state, sums[:, :, -1:] if q.shape[2] else before[:, :, dim:]], dim=2),)
+        sums = sums.unsqueeze(2)
+    else:
+        # One more query for each state reads the row of the ones: the sum of the values, and the number of tokens.
+        keys = torch.cat([keys * one, one], dim=-1)
+        reading = torch.nn.functional.pad(reading, (0, 1)).unflatten(1, (heads, -1))
+        counting = torch.nn.functional.pad(torch.zeros_like(reading[:, :, :1, :, :dim]), (0, 1), value=1.0)
+        reading = torch.cat([reading, counting], dim=2).flatten(1, 2)
+        inputs = RecurrenceInputs(reading, keys, values, _log_decay(gate_logits, there, spec))
+        read, states = recurrence(GATES[spec.gate].rule, inputs, states, spec.backend)
+        read = read.unflatten(1, (heads, -1))
+        read, sums = read[:, :, :-1], read[:, :, -1:]
 
-    count = sums[..., dim:]
+    count = sums[..., dim:] if gate_logits is not None else sums[..., dim:].detach()  # nothing fades: a whole number
     empty = count <= 0
     count = count.masked_fill(empty, 1.0)
-    mean_value, read = sums[..., :dim] / count, read / count
+    share = count.reciprocal()
+    mean_value, read = sums[..., :dim] * share, read * share
     mean_logit = read[..., dim:]
     covariance = torch.addcmul(read[..., :dim], mean_logit, mean_value, value=-1)
     output = torch.addcmul(mean_value, slope.float().view(heads, -1, 1, 1), covariance)

@@ -55,8 +55,8 @@ def test_rows(result):
 
 
 def test_cache_bytes_are_the_shapes_bytes(result):
-    """Base: keys and values of 4 layers, 2 heads, 16 channels, 4 bytes. Model: one such layer, three constant ones, each
-    with the number of tokens."""
+    """Base: keys and values of 4 layers, 2 heads, 16 channels, 4 bytes. Model: one such layer, three constant ones,
+    each with the number of tokens."""
     per_token_and_layer = 2 * 2 * 16 * 4
     state = 3 * (2 * 16 * 16 * 4 + 8 * per_token_and_layer + 8)
     for row in result["rows"]:
