@@ -11,7 +11,7 @@ from .liger_backend import recurrence
 from .liger_cache import LigerCacheLayer, appended, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
-from .liger_kept import EMPTY, add_kept, attend_kept, empty_memories, priorities
+from .liger_kept import EMPTY, Stream, add_kept, attend_kept, empty_memories, priorities
 from .liger_rest import add_rest, counted_states, empty_rest, state_counts, step_rest
 from .liger_step import (
     evicted_so_far,
@@ -22,7 +22,7 @@ from .liger_step import (
     sink_rows,
     weighted_values,
 )
-from .liger_window import leaving, reach, softmax_weights, window_attention
+from .liger_window import Scoring, leaving, reach, softmax_weights, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
 # has no use for small pieces; there they only bound the memory.
@@ -69,7 +69,7 @@ class Settings:
 
     Attributes:
         spec: the layer's settings; `window` and `mix` are those in use.
-        scaling, softcap, sink_logits, dropout: of the window, see `window_attention`.
+        scaling, softcap, sink_logits, dropout: of the window, see `liger_window.Scoring`.
         scales: coefficients of the recurrence and of the window, [Hq] each, in place of `mix` where both run.
         key_map: [Hq, F, D], a linear map of the recurrence's keys for each query head, or None.
         rest: `rest_mass` and `rest_slope` (see `liger_rest`) where a rest state is in use, or None.
@@ -90,6 +90,11 @@ class Settings:
     rest: tuple | None = None
     local_window: int | None = None
     recompute: bool = False
+
+    @property
+    def scoring(self) -> Scoring:
+        """Of the window and of what is kept."""
+        return Scoring(self.scaling, self.softcap, self.sink_logits, self.dropout)
 
     def of_heads(self, spec: LayerSpec, queries) -> "Settings":
         """Those of some query heads; spec is that of their key/value heads."""
@@ -153,7 +158,7 @@ def mixed_attention(
     run = _twice if settings.recompute and torch.is_grad_enabled() else _once
     output = _empty_output(v, (q.shape[0], length, q.shape[1], v.shape[-1])) if length > size else None
     before = keys.shape[2] - length
-    attended = {"scaling": settings.scaling, "softcap": settings.softcap, "dropout": settings.dropout}
+    stream = Stream(keys, values, priority, None if past else scores, logits) if holds else None
     for start in range(0, max(length, 1), max(size, 1)):
         at = slice(start, start + size)
         recurrent = local = total = lse = evicted = None
@@ -170,17 +175,16 @@ def mixed_attention(
                 keys[:, :, seen_from],
                 values[:, :, seen_from],
                 window,
+                settings.scoring,
                 valid=None if seen is None else seen[:, seen_from],
-                sink_logits=settings.sink_logits,
                 sinks=None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
                 need_lse="relative" if joint and spec.normalizer == "joint-max" else joint or holds,
                 backend=spec.backend,
-                **attended,
             )
             if holds:
                 kept, kept_lse, memory, evicted = run(
-                    attend_kept, rotated_q[:, :, at], keys, values, priority, before + start, memory, window, counts,
-                    scores=None if past else scores, logits=logits, evict=evicts, **attended,
+                    attend_kept, rotated_q[:, :, at], stream, before + start, memory, window, counts, settings.scoring,
+                    evict=evicts,
                 )  # fmt: skip
                 local, lse = add_kept(local, lse, kept, kept_lse)
         if settings.rest is not None and lse is not None:
@@ -283,7 +287,7 @@ def _once(function, *args, **settings):
 
 def _twice(function, *args, **settings):
     """The function's value; what it computes on the way is forgotten, and computed again where backward needs it."""
-    random = settings.get("dropout", 0.0) > 0
+    random = any(isinstance(one, Scoring) and one.dropout > 0 for one in args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, **settings)
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from .liger_window import window_attention
+from .liger_window import Scoring, window_attention
 
 # Queries worked through at a time where a mask has to be made: bounds the mask and the scores to PIECE_SIZE x S.
 PIECE_SIZE = 1024
@@ -35,41 +35,27 @@ def softmax_heads(tokens, settings, valid=None, cache=None, within_window=None):
         keys, values, seen = cache.update_softmax_heads(keys, values, valid)
     if not past and length <= settings.window and within_window is not None:
         return within_window().transpose(1, 2)
-    output = softmax_attention(
-        tokens.rotated_q,
-        keys,
-        values,
-        settings.scaling,
-        seen,
-        settings.softcap,
-        settings.sink_logits,
-        settings.dropout,
-        settings.local_window,
-    )
+    output = softmax_attention(tokens.rotated_q, keys, values, settings.scoring, seen, settings.local_window)
     return output.transpose(1, 2)
 
 
-def softmax_attention(
-    q, k, v, scaling: float, valid=None, softcap=None, sink_logits=None, dropout: float = 0.0, local_window=None
-):
+def softmax_attention(q, k, v, scoring: Scoring, valid=None, local_window=None):
     """Causal softmax attention over the whole text, or over the last `local_window` tokens.
 
     Args:
         q: [B, Hq, T, D], the last T of the S tokens whose keys are given.
         k, v: [B, Hkv, S, D].
         valid: [B, S] bool, false at padding; None where there is none.
-        softcap, sink_logits [Hq], dropout: as in `window_attention`.
     Returns:
         [B, Hq, T, D] in q's dtype.
     """
     length, total = q.shape[2], k.shape[2]
     if local_window is not None:
-        return window_attention(q, k, v, local_window, scaling, valid, softcap, sink_logits, dropout=dropout)[0]
-    plain = softcap is None and sink_logits is None
+        return window_attention(q, k, v, local_window, scoring, valid)[0]
+    plain = scoring.softcap is None and scoring.sink_logits is None
+    settings = {"scale": scoring.scaling, "dropout_p": scoring.dropout, "enable_gqa": True}
     if valid is None and plain and length in (1, total):
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, scale=scaling, dropout_p=dropout, is_causal=length > 1, enable_gqa=True
-        )
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=length > 1, **settings)
     pieces = []
     for start in range(0, length, PIECE_SIZE):
         part = q[:, :, start : start + PIECE_SIZE]
@@ -83,26 +69,24 @@ def softmax_attention(
         seen = seen.view(-1, 1, *seen.shape[-2:])  # [B or 1, 1, t, s]
         keys, values = k[:, :, :last], v[:, :, :last]
         if plain:
-            piece = torch.nn.functional.scaled_dot_product_attention(
-                part, keys, values, attn_mask=seen, scale=scaling, dropout_p=dropout, enable_gqa=True
-            )
+            piece = torch.nn.functional.scaled_dot_product_attention(part, keys, values, attn_mask=seen, **settings)
         else:
-            piece = masked_attention(part, keys, values, seen, scaling, softcap, sink_logits, dropout)
+            piece = masked_attention(part, keys, values, seen, scoring)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def masked_attention(q, k, v, seen, scaling, softcap=None, sink_logits=None, dropout: float = 0.0):
+def masked_attention(q, k, v, seen, scoring: Scoring):
     """Scores, softmax and sum spelt out: does what torch's attention cannot. seen: [B or 1, 1, T, S] bool."""
     q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, T, D]
-    scores = (q @ k.unsqueeze(2).mT).float() * scaling
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
+    scores = (q @ k.unsqueeze(2).mT).float() * scoring.scaling
+    if scoring.softcap is not None:
+        scores = (scores / scoring.softcap).tanh() * scoring.softcap
     scores = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
-    if sink_logits is not None:
-        logits = sink_logits.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    if scoring.sink_logits is not None:
+        logits = scoring.sink_logits.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, logits], dim=-1)
-    weights = torch.nn.functional.dropout(scores.softmax(-1), dropout)[..., : k.shape[2]]
+    weights = torch.nn.functional.dropout(scores.softmax(-1), scoring.dropout)[..., : k.shape[2]]
     return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
 
 

@@ -10,12 +10,13 @@ memory is full, every step evicts one token: the one that leaves the window, or 
 """
 
 import heapq
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from .liger_products import by_heads, product
-from .liger_window import log_denominator, soft_capped
+from .liger_window import Scoring, log_denominator, soft_capped
 
 # Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
 BLOCK = 64
@@ -81,25 +82,49 @@ def head_groups(counts: tuple[int, ...], groups: int, device):
         return tuple(found), *(torch.cat([one[place] for one in found]).argsort() for place in (2, 1))
 
 
+@dataclass(frozen=True)
+class Stream:
+    """S tokens of a text, which leave the window one after another.
+
+    Attributes:
+        keys, values: [B, Hkv, S, D], keys after RoPE. priority: [B, Hkv, S] int64, see `priorities`.
+        scores: [B, Hkv, S], whose gradients are those of logits that they were added to; or None.
+        logits: [B, Hkv, S], of a gate, which go the way of their tokens; or None.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    priority: torch.Tensor
+    scores: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+    @property
+    def held(self) -> tuple:
+        """What is kept of a token: key, value, priority (and logits)."""
+        held = (self.keys, self.values, self.priority)
+        return held if self.logits is None else (*held, self.logits)
+
+    def of_heads(self, heads) -> "Stream":
+        """Those of some key/value heads."""
+        values = (self.keys, self.values, self.priority, self.scores, self.logits)
+        return Stream(*(None if x is None else x[:, heads] for x in values))
+
+
 def attend_kept(
-    q, keys, values, priority, first: int, memory, window: int, counts: tuple[int, ...], scaling: float, softcap=None,
-    dropout: float = 0.0, scores=None, logits=None, evict: bool = False,
-):  # fmt: skip
+    q, stream: Stream, first: int, memory, window: int, counts: tuple[int, ...], scoring: Scoring, evict: bool = False
+):
     """`kept_attention` of heads that may keep different numbers of tokens.
 
     Args:
         counts: of each key/value head.
         memory: the tensors of each of `head_groups`, one group behind the other, or None.
     """
-    groups, order, back = head_groups(counts, q.shape[1] // keys.shape[1], q.device)
-    found, size = [], 3 if logits is None else 4
+    groups, order, back = head_groups(counts, q.shape[1] // stream.keys.shape[1], q.device)
+    found, size = [], len(stream.held)
     for index, (count, heads, queries) in enumerate(groups):
-        part = (q, keys, values, priority, scores, logits)
-        if heads is not None:
-            part = (q[:, queries], *(None if x is None else x[:, heads] for x in part[1:]))
+        part = (q, stream) if heads is None else (q[:, queries], stream.of_heads(heads))
         before = None if memory is None else memory[size * index : size * (index + 1)]
-        settings = (first, before, window, count, scaling, softcap, dropout)
-        found.append(kept_attention(*part[:4], *settings, *part[4:], evict))
+        found.append(kept_attention(*part, first, before, window, count, scoring, evict))
     outputs, denominators, memories, evicted = zip(*found, strict=True)
     memory = tuple(x for one in memories for x in one)
     if order is None:
@@ -109,19 +134,16 @@ def attend_kept(
 
 
 def kept_attention(
-    q, keys, values, priority, first: int, memory, window: int, count: int, scaling: float, softcap=None,
-    dropout: float = 0.0, scores=None, logits=None, evict: bool = False,
-):  # fmt: skip
+    q, stream: Stream, first: int, memory, window: int, count: int, scoring: Scoring, evict: bool = False
+):
     """Softmax attention over the kept tokens alone.
 
     Args:
         q: [B, Hq, T, D], the queries at `first`, `first + 1`, ... of the S tokens.
-        keys, values: [B, Hkv, S, D], after RoPE. priority: [B, Hkv, S] int64, see `priorities`.
         memory: keys, values, priorities (and logits) [B, Hkv, count, ...] of what the query before could see; None at
             the start.
         window: a token leaves when it is `window` tokens old.
-        scores: [B, Hkv, S], whose gradients are those of logits that they were added to; or None.
-        logits: [B, Hkv, S], of a gate, which go the way of their tokens; or None.
+        scoring: as of `window_attention`; its `sink_logits` are the window's alone.
         evict: return the stream of what is evicted, too.
     Returns:
         o [B, Hq, T, D] float32, lse [B, Hq, T] (the lowest number where nothing is visible), the new memory, which
@@ -130,22 +152,21 @@ def kept_attention(
         [B, Hkv, T]); or None.
     """
     length, start = q.shape[2], first - window
-    held = (keys, values, priority) if logits is None else (keys, values, priority, logits)
     if memory is None:
-        memory = empty_memory(*held[:2], count, logits)
+        memory = empty_memory(stream.keys, stream.values, count, stream.logits)
     if count == 0:
         output = torch.zeros_like(q, dtype=torch.float32)
         lse = torch.full_like(output[..., 0], torch.finfo(torch.float32).min)
-        return output, lse, memory, _evicted(_entering(held, start, length)) if evict else None
+        return output, lse, memory, _evicted(_entering(stream.held, start, length)) if evict else None
     attend = _by_spans if length > BLOCK and by_heads(q) else _by_blocks
-    return attend(q, held, start, memory, count, scaling, softcap, dropout, scores, evict)
+    return attend(q, stream, start, memory, count, scoring, evict)
 
 
-def _by_blocks(q, held, start, memory, count, scaling, softcap, dropout, scores, evict):
-    kv_heads, length = held[0].shape[1], q.shape[2]
+def _by_blocks(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
+    kv_heads, length, scores = stream.keys.shape[1], q.shape[2], stream.scores
     rows = min(length, BLOCK)
     blocks = -(-length // rows)
-    entering = _entering(held, start, length, blocks * rows)
+    entering = _entering(stream.held, start, length, blocks * rows)
     pool = [torch.cat(pair, dim=2) for pair in zip(memory, entering, strict=True)]
     before, index = _scan(pool[2], count, blocks, rows)
 
@@ -160,9 +181,9 @@ def _by_blocks(q, held, start, memory, count, scaling, softcap, dropout, scores,
     groups = q.shape[1] // kv_heads
     q = torch.nn.functional.pad(q, (0, 0, 0, blocks * rows - length)).float()
     q = q.unflatten(1, (kv_heads, groups)).unflatten(3, (blocks, rows)).transpose(2, 3)  # [B, Hkv, N, G, c, D]
-    logits = (q.flatten(3, 4) @ candidates[0].float().mT).unflatten(3, (groups, rows)) * scaling
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
+    logits = (q.flatten(3, 4) @ candidates[0].float().mT).unflatten(3, (groups, rows)) * scoring.scaling
+    if scoring.softcap is not None:
+        logits = (logits / scoring.softcap).tanh() * scoring.softcap
     if scores is not None and scores.requires_grad:
         # Zero in value: it lets the score of a kept token learn how much the token is looked at.
         old = torch.nn.functional.pad(_from(scores, start, length, blocks * rows), (count, 0))
@@ -170,7 +191,7 @@ def _by_blocks(q, held, start, memory, count, scaling, softcap, dropout, scores,
         bias = torch.cat(bias, dim=3)
         logits = logits + (bias - bias.detach())[:, :, :, None, None]
     weights, lse, nothing = _softmax(logits, alive.unsqueeze(3))
-    weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
+    weights = torch.nn.functional.dropout(weights, scoring.dropout) if scoring.dropout else weights
     output = (weights.flatten(3, 4) @ candidates[1].float()).unflatten(3, (groups, rows))
     output = output.masked_fill(nothing.unsqueeze(-1), 0.0)
     output, lse = (x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :length] for x in (output, lse.unsqueeze(-1)))
@@ -197,13 +218,14 @@ def _softmax(logits, visible):
     return weights, log_denominator(logits, weights).masked_fill(nothing, lowest), nothing
 
 
-def _by_spans(q, held, start, memory, count, scaling, softcap, dropout, scores, evict):
+def _by_spans(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
     """On a CPU without gradients. Few tokens are ever kept, so long spans of queries share theirs: a span is multiplied
     at once with all that is kept at some time during it."""
     length, lowest = q.shape[2], torch.finfo(torch.float32).min
-    pool = [torch.cat(pair, dim=2) for pair in zip(memory, _entering(held, start, length), strict=True)]
+    pool = [torch.cat(pair, dim=2) for pair in zip(memory, _entering(stream.held, start, length), strict=True)]
     since, until = lifetimes(pool[2], count)
-    output, lse = q.new_zeros(*q.shape[:3], held[1].shape[-1], dtype=torch.float32), torch.full(q.shape[:3], lowest)
+    output = q.new_zeros(*q.shape[:3], stream.values.shape[-1], dtype=torch.float32)
+    lse = torch.full(q.shape[:3], lowest)
     for begin, end in _spans(since, count):
         index = _alive(since, until, begin, end)
         if index.shape[2] == 0:
@@ -214,13 +236,13 @@ def _by_spans(q, held, start, memory, count, scaling, softcap, dropout, scores, 
         bias = (~visible).float().mul_(lowest).unsqueeze(2)  # [B, Hkv, 1, t, P]
         logits = product(q[:, :, begin:end].float().unsqueeze(2), k.mT).squeeze(2)
         grouped = logits.unflatten(1, (bias.shape[1], -1))
-        if softcap is None:
-            torch.add(bias, grouped, alpha=scaling, out=grouped)
+        if scoring.softcap is None:
+            torch.add(bias, grouped, alpha=scoring.scaling, out=grouped)
         else:
-            logits = soft_capped(grouped, bias, scaling, softcap).flatten(1, 2)
+            logits = soft_capped(grouped, bias, scoring.scaling, scoring.softcap).flatten(1, 2)
         weights = logits.softmax(-1)
         lse[:, :, begin:end] = log_denominator(logits, weights)
-        weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
+        weights = torch.nn.functional.dropout(weights, scoring.dropout) if scoring.dropout else weights
         output[:, :, begin:end] = product(weights.unsqueeze(2), v).squeeze(2)
         nothing = ~visible.any(-1)
         if nothing.any():

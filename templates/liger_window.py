@@ -4,6 +4,7 @@ Queries are cut into blocks; a block of c queries attends to the key blocks that
 before them. The query heads of a group are stacked into the rows of a block, so keys are never repeated.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,19 +19,25 @@ CUDA_PIECE_SIZE = 16384
 ROWS_OF_HEAD = 16
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How the products of queries and keys become weights, as the family has it.
+
+    Attributes:
+        scaling: factor of the scores.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sink_logits: [Hq] learned logits that take part in the softmax's denominator only (GPT-OSS).
+        dropout: probability of dropping a softmax weight.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+    dropout: float = 0.0
+
+
 def window_attention(
-    q,
-    k,
-    v,
-    window: int,
-    scaling: float,
-    valid=None,
-    softcap=None,
-    sink_logits=None,
-    sinks=None,
-    need_lse: bool | str = False,
-    dropout: float = 0.0,
-    backend: str = "auto",
+    q, k, v, window: int, scoring: Scoring, valid=None, sinks=None, need_lse: bool | str = False, backend: str = "auto"
 ):
     """Causal softmax attention over the last `window` tokens, the token itself included (Liger, eq. 8).
 
@@ -38,13 +45,9 @@ def window_attention(
         q: [B, Hq, T, D], the last T of the S = P + T tokens whose keys are given.
         k, v: [B, Hkv, S, D]; the P past tokens first.
         window: tokens visible to a query, itself included; at least 1.
-        scaling: factor of the scores, the family's own.
         valid: [B, S] bool, false at padding; None where there is none.
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        sink_logits: [Hq] learned logits that take part in the softmax's denominator only (GPT-OSS).
         sinks: (keys, values, age) of the first tokens of the text, [B, Hkv, N, D] twice and [B, N] int: how far each
             lies before query 0, hugely negative where the slot is empty. Visible once they have left the window.
-        dropout: probability of dropping a softmax weight.
         need_lse: also return the log of the softmax's denominator, in float32 or better; `relative` returns that of
             its sum of exp(s - max s).
         backend: `torch` keeps flash-attn out; else it is used where it can be (see `liger_backend.flash_window`).
@@ -54,13 +57,13 @@ def window_attention(
     length, past = q.shape[2], k.shape[2] - q.shape[2]
     if q.numel() == 0:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32) if need_lse else None
-    if valid is None and sinks is None and sink_logits is None and not need_lse:
+    if valid is None and sinks is None and scoring.sink_logits is None and not need_lse:
         flash = flash_window(q, q.shape[-1], backend)
         if flash is not None:
-            return _flash(flash, q, k, v, window, scaling, softcap, dropout), None
+            return _flash(flash, q, k, v, window, scoring), None
     # float16 never goes to torch's attention: scores may be larger than what its lowest number, as a bias, could hide.
     explicit = q.dtype == torch.float16 or (q.device.type == "cpu" and q.dtype != torch.bfloat16)
-    explicit = explicit or softcap is not None or sink_logits is not None or need_lse
+    explicit = explicit or scoring.softcap is not None or scoring.sink_logits is not None or need_lse
     block = _block(window)
     if explicit and sinks is None and by_heads(q):
         block = min(block, ROWS_OF_HEAD)
@@ -77,13 +80,10 @@ def window_attention(
             v[:, :, first:last],
             blocks,
             window,
-            scaling,
+            scoring,
             None if valid is None else valid[:, first:last],
-            softcap,
-            sink_logits,
             None if sinks is None else (sinks[0], sinks[1], sinks[2] + start),
             need_lse,
-            dropout,
             explicit,
         )
         outputs.append(o)
@@ -92,18 +92,18 @@ def window_attention(
     return o, torch.cat(denominators, dim=2) if need_lse else None
 
 
-def _flash(function, q, k, v, window, scaling, softcap, dropout):
+def _flash(function, q, k, v, window, scoring):
     """flash-attn's kernel, [B, T, H, D]: it shares keys among query heads, and counts the window from the last key."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = function(
         q,
         k,
         v,
-        dropout_p=dropout,
-        softmax_scale=scaling,
+        dropout_p=scoring.dropout,
+        softmax_scale=scoring.scaling,
         causal=True,
         window_size=(window - 1, 0),
-        softcap=softcap or 0.0,
+        softcap=scoring.softcap or 0.0,
     )
     return o.transpose(1, 2)
 
@@ -163,7 +163,7 @@ def _segments(length: int, past: int, block: int, back: int, piece: int):
         start += blocks * block
 
 
-def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks, need_lse, dropout, explicit):
+def _attend(q, k, v, blocks, window, scoring, valid, sinks, need_lse, explicit):
     """Blocks of one size; the keys are those of the blocks and of what lies before the first of them."""
     batch, kv_heads, _, dim = k.shape
     groups, rows = q.shape[1] // kv_heads, q.shape[2] // blocks
@@ -171,7 +171,7 @@ def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks
     if explicit and q.dtype in (torch.float16, torch.bfloat16):
         q, k = q.float(), k.float()
     if explicit and sinks is None and blocks > 1 and by_heads(q):
-        return _attend_by_heads(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, need_lse, dropout)
+        return _attend_by_heads(q, k, v, blocks, window, scoring, valid, need_lse)
     q = q.reshape(batch, kv_heads, groups, blocks, rows, dim).transpose(2, 3)
     q = q.reshape(batch, kv_heads, blocks, groups * rows, dim)
     k, v = (_with_past(x, blocks, back) for x in (k, v))
@@ -182,16 +182,16 @@ def _attend(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, sinks
     if sinks is not None:
         k, v, bias = _append_sinks(k, v, bias, sinks, groups, rows, window)
     if explicit:
-        o, lse = _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout)
+        o, lse = _explicit(q, k, v, bias, scoring, groups, need_lse)
     else:
-        o, lse = _fused(q, k, v, bias, scaling, dropout), None
+        o, lse = _fused(q, k, v, bias, scoring), None
     o = o.view(batch, kv_heads, blocks, groups, rows, dim).transpose(2, 3)
     if lse is not None:
         lse = lse.view(batch, kv_heads, blocks, groups, rows).transpose(2, 3).reshape(batch, -1, blocks * rows)
     return o.reshape(batch, kv_heads * groups, blocks * rows, dim), lse
 
 
-def _attend_by_heads(q, k, v, blocks, window, scaling, valid, softcap, sink_logits, need_lse, dropout):
+def _attend_by_heads(q, k, v, blocks, window, scoring, valid, need_lse):
     """`_attend` for every query head by itself, on overlapping views of the keys and values: nothing is copied."""
     rows = q.shape[2] // blocks
     size = k.shape[2] - (blocks - 1) * rows
@@ -202,12 +202,12 @@ def _attend_by_heads(q, k, v, blocks, window, scaling, valid, softcap, sink_logi
         there = valid.unfold(1, size, rows)[:, None, :, None]
         bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
     scores = product(blocked, k)
-    if softcap is None:
-        torch.add(bias, scores, alpha=scaling, out=scores)
+    if scoring.softcap is None:
+        torch.add(bias, scores, alpha=scoring.scaling, out=scores)
     else:
-        scores = soft_capped(scores, bias, scaling, softcap)
-    logits = None if sink_logits is None else sink_logits.to(scores.dtype).view(1, -1, 1, 1)
-    weights, lse = softmax_weights(scores, logits, need_lse, dropout)
+        scores = soft_capped(scores, bias, scoring.scaling, scoring.softcap)
+    logits = None if scoring.sink_logits is None else scoring.sink_logits.to(scores.dtype).view(1, -1, 1, 1)
+    weights, lse = softmax_weights(scores, logits, need_lse, scoring.dropout)
     o = product(weights.to(v.dtype), v.mT)
     return o.view(q.shape), None if lse is None else lse.flatten(2)
 
@@ -244,28 +244,30 @@ def _append_sinks(k, v, bias, sinks, groups, rows, window):
     return k, v, torch.cat([bias.expand(batch, 1, blocks, *bias.shape[3:]), sink_bias], dim=4)
 
 
-def _fused(q, k, v, bias, scaling, dropout):
+def _fused(q, k, v, bias, scoring):
     """torch's attention, with the blocks as a batch."""
     shape = q.shape
     bias = bias.expand(shape[0], 1, shape[2], shape[3], k.shape[3])
     q, k, v, bias = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, bias))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, dropout_p=dropout)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    o = attend(q, k, v, attn_mask=bias, scale=scoring.scaling, dropout_p=scoring.dropout)
     return o.unflatten(0, (shape[0], shape[2])).transpose(1, 2).reshape(shape)
 
 
-def _explicit(q, k, v, bias, scaling, softcap, sink_logits, groups, need_lse, dropout):
+def _explicit(q, k, v, bias, scoring, groups, need_lse):
     """Scores and softmax in float32 or better, spelt out: what torch's attention cannot do, or slower (a CPU)."""
     shape = (*q.shape[:-1], k.shape[-2])
-    if softcap is None:
+    if scoring.softcap is None:
         bias = bias.expand(shape).reshape(-1, *shape[3:]) if bias.shape[0] * bias.shape[2] > 1 else bias.view(shape[3:])
-        scores = torch.baddbmm(bias, q.flatten(0, 2), k.flatten(0, 2).transpose(-1, -2), alpha=scaling).view(shape)
+        scores = torch.baddbmm(bias, q.flatten(0, 2), k.flatten(0, 2).transpose(-1, -2), alpha=scoring.scaling)
+        scores = scores.view(shape)
     else:
-        scores = soft_capped(q @ k.transpose(-1, -2), bias, scaling, softcap)
+        scores = soft_capped(q @ k.transpose(-1, -2), bias, scoring.scaling, scoring.softcap)
     logits = None
-    if sink_logits is not None:
-        logits = sink_logits.to(scores.dtype).view(1, k.shape[1], 1, groups, 1)
+    if scoring.sink_logits is not None:
+        logits = scoring.sink_logits.to(scores.dtype).view(1, k.shape[1], 1, groups, 1)
         logits = logits.expand(-1, -1, -1, -1, shape[3] // groups).reshape(1, k.shape[1], 1, -1)
-    weights, lse = softmax_weights(scores, logits, need_lse, dropout)
+    weights, lse = softmax_weights(scores, logits, need_lse, scoring.dropout)
     return weights.to(v.dtype) @ v, lse
 
 

@@ -18,7 +18,7 @@ from liger_cli.templates.liger_backend import LigerBackendError, choose, request
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block
 from liger_cli.templates.liger_gates import DECAY, DELTA, GATES, RULES, SLOTS
 from liger_cli.templates.liger_rules import Rule
-from liger_cli.templates.liger_window import window_attention
+from liger_cli.templates.liger_window import Scoring, window_attention
 
 # float32 sums of some hundred terms; bfloat16 rounds q, k and v to 8 bits, 2^-9 each.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -166,7 +166,7 @@ def test_on_a_cpu_nothing_is_imported(nothing_installed, monkeypatch):
     assert choose(DECAY, False, 64, None, False).backend == "torch"
     assert liger_backend.describe_window(False) == ("torch", "the tensors are not on a CUDA device")
     q = torch.randn(1, 2, 40, 16, dtype=torch.bfloat16)
-    window_attention(q, q, q, 16, 0.25)
+    window_attention(q, q, q, 16, Scoring(0.25))
 
 
 def test_missing_or_broken(nothing_installed, monkeypatch):
@@ -260,7 +260,7 @@ def test_window_by_flash_attn(monkeypatch):
         assert causal and window_size == (15, 0) and dropout_p == 0.0 and k.shape[2] == 2 and q.shape[2] == 4
         calls.append(softcap)
         heads = [x.transpose(1, 2).as_subclass(torch.Tensor) for x in (q, k, v)]
-        return window_attention(*heads, 16, softmax_scale, softcap=softcap or None)[0].transpose(1, 2)
+        return window_attention(*heads, 16, Scoring(softmax_scale, softcap or None))[0].transpose(1, 2)
 
     module = types.ModuleType("flash_attn")
     module.flash_attn_func = flash_attn_func
@@ -268,15 +268,15 @@ def test_window_by_flash_attn(monkeypatch):
     clear()
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 50, 16, generator=generator).bfloat16() for heads in (4, 2, 2))
-    expected = window_attention(q[:, :, 20:], k, v, 16, 0.25)[0]
+    expected = window_attention(q[:, :, 20:], k, v, 16, Scoring(0.25))[0]
     fake = [x.as_subclass(OnCuda) for x in (q[:, :, 20:], k, v)]
-    assert torch.equal(window_attention(*fake, 16, 0.25)[0].as_subclass(torch.Tensor), expected)
+    assert torch.equal(window_attention(*fake, 16, Scoring(0.25))[0].as_subclass(torch.Tensor), expected)
     assert len(calls) == 1
-    window_attention(*fake, 16, 0.25, softcap=20.0)
+    window_attention(*fake, 16, Scoring(0.25, 20.0))
     assert calls[1:] == [20.0]
-    window_attention(*fake, 16, 0.25, backend="torch")
-    window_attention(*(x.float().as_subclass(OnCuda) for x in fake), 16, 0.25)
-    window_attention(*fake, 16, 0.25, valid=torch.ones(2, 50, dtype=torch.bool))
-    window_attention(*fake, 16, 0.25, need_lse=True)
+    window_attention(*fake, 16, Scoring(0.25), backend="torch")
+    window_attention(*(x.float().as_subclass(OnCuda) for x in fake), 16, Scoring(0.25))
+    window_attention(*fake, 16, Scoring(0.25), valid=torch.ones(2, 50, dtype=torch.bool))
+    window_attention(*fake, 16, Scoring(0.25), need_lse=True)
     assert len(calls) == 2
     clear()

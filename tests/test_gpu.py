@@ -12,7 +12,7 @@ from recurrence_examples import example, relative_rms, run, tuple_of
 from liger_cli.templates.liger_backend import choose, flash_attn_function
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
-from liger_cli.templates.liger_window import window_attention
+from liger_cli.templates.liger_window import Scoring, window_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -112,7 +112,7 @@ def test_window(dtype, tolerance, softcap):
     results = {}
     for backend, device, kind in (("auto", "cuda", dtype), ("torch", "cpu", torch.float64)):
         leaves = [x.to(dtype).to(device, kind).requires_grad_() for x in (q, k, v)]
-        output, _ = window_attention(*leaves, 64, 0.125, softcap=softcap, backend=backend)
+        output, _ = window_attention(*leaves, 64, Scoring(0.125, softcap), backend=backend)
         results[backend] = [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
     for actual, expected in zip(results["auto"], results["torch"], strict=True):
         assert relative_rms(actual.detach().cpu(), expected.detach()) < 2 * tolerance

@@ -19,6 +19,7 @@ from liger_cli.templates import liger_heads
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_window import Scoring
 
 # Head 0 and head 1, with sinks; a layer with none; one of another gate and window that keeps tokens by their score.
 MIXED = [
@@ -284,9 +285,11 @@ def test_attention_dropout(tiny_base):
     attend = liger_heads.softmax_attention
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
-    for arguments in ({}, {"softcap": 30.0}, {"sink_logits": torch.zeros(4)}, {"valid": torch.ones(1, 9).bool()}):
-        assert torch.equal(attend(q, k, v, 0.3, **arguments), attend(q, k, v, 0.3, **arguments))
-        assert not torch.allclose(attend(q, k, v, 0.3, dropout=0.5, **arguments), attend(q, k, v, 0.3, **arguments))
+    there = torch.ones(1, 9).bool()
+    for scoring, valid in (((0.3,), None), ((0.3, 30.0), None), ((0.3, None, torch.zeros(4)), None), ((0.3,), there)):
+        run = lambda dropout: attend(q, k, v, Scoring(*scoring, dropout=dropout), valid)  # noqa: B023, E731
+        assert torch.equal(run(0.0), run(0.0))
+        assert not torch.allclose(run(0.5), run(0.0))
     _, model = linearized(tiny_base("llama", attention_dropout=0.5), window=16, mix=0.0, softmax_kv_heads=(0,))
     ids = tokens(60)
     expected = model.eval()(ids).logits

@@ -17,6 +17,7 @@ from liger_cli.templates import liger_kept
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, check_heads, layer_specs, liger_block
 from liger_cli.templates.liger_kept import (
     EMPTY,
+    Stream,
     add_kept,
     departures,
     keep_scores,
@@ -24,9 +25,10 @@ from liger_cli.templates.liger_kept import (
     lifetimes,
     priorities,
 )
-from liger_cli.templates.liger_window import window_attention
+from liger_cli.templates.liger_window import Scoring, window_attention
 
 WINDOW, COUNT, SCALING = 16, 8, 0.3
+SCORING = Scoring(SCALING)
 
 
 def example(length=200, dim=8, dtype=torch.float32):
@@ -58,7 +60,7 @@ def test_definition(ways, order, monkeypatch):
         step = {"rising": 1.0, "falling": -1.0, "equal": 0.0}[order]
         ordered = priorities(torch.arange(200.0).expand(2, 2, -1) * step, torch.arange(200).expand(2, -1))
         scores = torch.where(scores > EMPTY, ordered, scores)
-    output, lse, *_ = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
+    output, lse, *_ = kept_attention(q, Stream(k, v, scores), 0, None, WINDOW, COUNT, SCORING)
     for row, head, time in [(r, h, t) for r in (0, 1) for h in range(4) for t in range(0, 200, 3)]:
         places = kept_at(scores[row, head // 2], time)
         if not places:
@@ -73,11 +75,11 @@ def test_definition(ways, order, monkeypatch):
 def test_pieces(piece, ways):
     """However the queries are cut, each sees the same tokens."""
     q, k, v, scores = example()
-    whole, _, memory, _ = kept_attention(q, k, v, scores, 0, None, WINDOW, COUNT, SCALING)
+    whole, _, memory, _ = kept_attention(q, Stream(k, v, scores), 0, None, WINDOW, COUNT, SCORING)
     parts, carried = [], None
     for start in range(0, 200, piece):
         part = q[:, :, start : start + piece]
-        output, _, carried, _ = kept_attention(part, k, v, scores, start, carried, WINDOW, COUNT, SCALING)
+        output, _, carried, _ = kept_attention(part, Stream(k, v, scores), start, carried, WINDOW, COUNT, SCORING)
         parts.append(output)
     close(torch.cat(parts, dim=2), whole, 1e-5)
     orders = [memory[2].argsort(dim=2) for memory in (carried, memory)]
@@ -94,7 +96,9 @@ def test_evicted_tokens(piece, ways, monkeypatch):
     found, carried = [], None
     for start in range(0, 200, piece):
         part = q[:, :, start : start + piece]
-        *_, carried, evicted = kept_attention(part, k, v, priority, start, carried, WINDOW, COUNT, SCALING, evict=True)
+        *_, carried, evicted = kept_attention(
+            part, Stream(k, v, priority), start, carried, WINDOW, COUNT, SCORING, evict=True
+        )
         found.append(evicted)
     keys, values, there = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
     for row, head in [(r, h) for r in (0, 1) for h in (0, 1)]:
@@ -112,7 +116,9 @@ def test_evicted_tokens(piece, ways, monkeypatch):
 
 def test_nothing_kept_evicts_what_leaves_the_window():
     q, k, v, priority = example(40)
-    _, lse, memory, (keys, _, there) = kept_attention(q, k, v, priority, 0, None, WINDOW, 0, SCALING, evict=True)
+    _, lse, memory, (keys, _, there) = kept_attention(
+        q, Stream(k, v, priority), 0, None, WINDOW, 0, SCORING, evict=True
+    )
     assert (lse < -1e30).all() and memory[0].shape[2] == 0
     assert there.sum() == 2 * (40 - WINDOW) and torch.equal(keys[1, :, WINDOW:], k[1, :, : 40 - WINDOW])
 
@@ -120,8 +126,8 @@ def test_nothing_kept_evicts_what_leaves_the_window():
 def test_both_ways():
     """Soft-capped, from a memory that is not full: the same output, denominators and memory."""
     q, k, v, scores = example()
-    memory = kept_attention(q[:, :, :40], k, v, scores, 0, None, WINDOW, COUNT, SCALING)[2]
-    run = lambda: kept_attention(q[:, :, 40:], k, v, scores, 40, memory, WINDOW, COUNT, SCALING, softcap=2.0)  # noqa: E731
+    memory = kept_attention(q[:, :, :40], Stream(k, v, scores), 0, None, WINDOW, COUNT, SCORING)[2]
+    run = lambda: kept_attention(q[:, :, 40:], Stream(k, v, scores), 40, memory, WINDOW, COUNT, Scoring(SCALING, 2.0))  # noqa: E731
     blocks = run()
     with torch.no_grad():
         spans = run()
@@ -211,9 +217,9 @@ def test_one_softmax_over_window_and_kept_tokens(ways):
     """With room for every token, window and kept tokens together are causal softmax attention."""
     q, k, v, _ = example(length=100)
     scores = torch.randn(2, 2, 100)
-    local, lse = window_attention(q, k, v, WINDOW, SCALING, need_lse=True)
+    local, lse = window_attention(q, k, v, WINDOW, SCORING, need_lse=True)
     priority = priorities(scores, torch.arange(100).expand(2, -1))
-    kept, kept_lse, *_ = kept_attention(q, k, v, priority, 0, None, WINDOW, 100, SCALING)
+    kept, kept_lse, *_ = kept_attention(q, Stream(k, v, priority), 0, None, WINDOW, 100, SCORING)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALING, is_causal=True, enable_gqa=True)
     close(add_kept(local, lse, kept, kept_lse)[0], wanted, 1e-5)
 
@@ -222,13 +228,13 @@ def test_gradients():
     """Against numerical ones for q, k, v; the scores' are those of logits that the score were added to."""
     q, k, v, scores = example(length=40, dim=3, dtype=torch.float64)
     q, k, v = (x[:1].clone().requires_grad_() for x in (q, k, v))
-    run = lambda q, k, v: kept_attention(q, k, v, scores[1:], 0, None, WINDOW, COUNT, SCALING)[0]  # noqa: E731
+    run = lambda q, k, v: kept_attention(q, Stream(k, v, scores[1:]), 0, None, WINDOW, COUNT, SCORING)[0]  # noqa: E731
     # The attention itself runs in float32: steps of 1e-3, to 1e-2.
     assert torch.autograd.gradcheck(run, (q, k, v), eps=1e-3, atol=1e-2, rtol=1e-2, fast_mode=True)
     weight = torch.zeros(2, 3, requires_grad=True)
     score = keep_scores(k[:, :, :, :3].float().detach(), weight).squeeze(-1)
     priority = priorities(score, torch.arange(40)[None])
-    output, lse, *_ = kept_attention(q, k, v, priority, 0, None, WINDOW, COUNT, SCALING, scores=score)
+    output, lse, *_ = kept_attention(q, Stream(k, v, priority, score), 0, None, WINDOW, COUNT, SCORING)
     output.square().sum().backward()
     assert weight.grad.abs().sum() > 0 and weight.grad.isfinite().all()
     assert all(x.grad.isfinite().all() for x in (q, k, v))

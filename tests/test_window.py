@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liger_cli.templates import liger_window
-from liger_cli.templates.liger_window import window_attention
+from liger_cli.templates.liger_window import Scoring, window_attention
 
 EMPTY = -(2**40)
 
@@ -64,7 +64,7 @@ def test_fuzz(window, length, past, kv_heads, groups, batch, softcap, with_sink_
     before, liger_window.PIECE_SIZE = liger_window.PIECE_SIZE, piece
     try:
         with torch.set_grad_enabled(gradients):
-            o, lse = window_attention(q, k, v, window, 0.3, valid, softcap, logits, need_lse=True)
+            o, lse = window_attention(q, k, v, window, Scoring(0.3, softcap, logits), valid, need_lse=True)
     finally:
         liger_window.PIECE_SIZE = before
     expected, expected_lse = reference(q, k, v, window, 0.3, valid, softcap, logits)
@@ -86,7 +86,7 @@ def test_first_tokens(length, past):
     age[1, 3:] = EMPTY
     expected = torch.cat([reference(q[:1], k[:1], v[:1], window, 0.3, sinks=4)[0],
                           reference(q[1:], k[1:], v[1:], window, 0.3, sinks=3)[0]])  # fmt: skip
-    o, _ = window_attention(q, k, v, window, 0.3, sinks=(sink_k, sink_v, age))
+    o, _ = window_attention(q, k, v, window, Scoring(0.3), sinks=(sink_k, sink_v, age))
     torch.testing.assert_close(o, expected, atol=1e-12, rtol=0)
 
 
@@ -94,7 +94,7 @@ def test_first_tokens(length, past):
 def test_gradients(softcap):
     leaves = [x.requires_grad_() for x in example(1, 2, 2, 150, 0, 8)]
     weights = torch.linspace(-1, 1, leaves[0].numel(), dtype=torch.float64).view_as(leaves[0])
-    actual = torch.autograd.grad((window_attention(*leaves, 40, 0.3, softcap=softcap)[0] * weights).sum(), leaves)
+    actual = torch.autograd.grad((window_attention(*leaves, 40, Scoring(0.3, softcap))[0] * weights).sum(), leaves)
     expected = torch.autograd.grad((reference(*leaves, 40, 0.3, softcap=softcap)[0] * weights).sum(), leaves)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, atol=1e-12, rtol=0)
@@ -106,8 +106,8 @@ def test_dropout(dtype, softcap):
     """Dropped weights change the output, but not its mean over many draws (a tenth of the spread of one draw)."""
     torch.manual_seed(0)
     q, k, v = example(1, 1, 2, 70, 0, 8, dtype=dtype)
-    exact = window_attention(q, k, v, 31, 0.3, softcap=softcap)[0].float()
-    draws = torch.stack([window_attention(q, k, v, 31, 0.3, softcap=softcap, dropout=0.5)[0] for _ in range(400)])
+    exact = window_attention(q, k, v, 31, Scoring(0.3, softcap))[0].float()
+    draws = torch.stack([window_attention(q, k, v, 31, Scoring(0.3, softcap, dropout=0.5))[0] for _ in range(400)])
     draws = draws.float()
     assert (draws[0] - exact).abs().max() > 0.1
     assert (draws.mean(0) - exact).square().mean() < 0.01 * draws.var(0).mean()
@@ -118,7 +118,7 @@ def test_dtypes(dtype, tolerance):
     """bfloat16 has 8 bits, so outputs of size 1 differ by some 2^-7; float16 by some 2^-10."""
     q, k, v = example(2, 2, 2, 200, 0, 32, dtype=dtype)
     expected = reference(q.double(), k.double(), v.double(), 64, 32**-0.5)[0]
-    o, _ = window_attention(q, k, v, 64, 32**-0.5)
+    o, _ = window_attention(q, k, v, 64, Scoring(32**-0.5))
     assert o.dtype == dtype
     torch.testing.assert_close(o.double(), expected, atol=tolerance, rtol=0)
 
@@ -140,5 +140,5 @@ def test_no_square_of_the_text(monkeypatch):
     q, k, v = example(1, 1, 2, 8192, 0, 8, dtype=torch.float32)
     q.requires_grad_()
     with Largest() as largest:
-        window_attention(q, k, v, 64, 1.0)[0].sum().backward()
+        window_attention(q, k, v, 64, Scoring(1.0))[0].sum().backward()
     assert largest.elements <= 8192 * 2 * 128

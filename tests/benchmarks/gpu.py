@@ -344,14 +344,14 @@ def parity(run: Run) -> Iterator[dict]:
 
 def window_parity(run: Run) -> Iterator[dict]:
     from liger_cli.templates.liger_backend import describe_window
-    from liger_cli.templates.liger_window import window_attention
+    from liger_cli.templates.liger_window import Scoring, window_attention
 
     backend, why = describe_window(run.device.startswith("cuda"))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, n, 64, generator=generator) for heads, n in ((8, 200), (2, 263), (2, 263)))
-    found = window_attention(*(x.to(run.device, run.dtype) for x in (q, k, v)), 64, 0.125, backend="auto")[0]
+    found = window_attention(*(x.to(run.device, run.dtype) for x in (q, k, v)), 64, Scoring(0.125), backend="auto")[0]
     exact = [x.to(run.dtype).double() for x in (q, k, v)]
-    wanted = window_attention(*exact, 64, 0.125, backend="torch")[0]
+    wanted = window_attention(*exact, 64, Scoring(0.125), backend="torch")[0]
     yield {"window": backend, "why": why, "dtype": str(run.dtype), "error": relative_rms(found.cpu(), wanted)}
 
 
