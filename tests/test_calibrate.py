@@ -122,7 +122,7 @@ def test_softmax_heads_and_layers_are_chosen(tiny_base, tmp_path, words, calibra
     load_model(tmp_path / "heads"), load_model(tmp_path / "layers")
 
 
-def test_a_budget_is_kept(tiny_base, tmp_path, words):
+def test_a_budget_is_kept(tiny_base, tmp_path, words, monkeypatch):
     """Bytes at a length: what the plan itself counts for the result, and more of them buy more exact memory."""
     found = {}
     for budget in (60_000, 200_000):
@@ -133,11 +133,20 @@ def test_a_budget_is_kept(tiny_base, tmp_path, words):
         assert plan.cache_bytes(256) <= budget
         found[budget] = sum(64 if one.get("softmax") else one["kept"] for one in report["calibration"]["heads"])
     assert found[60_000] < found[200_000]
+    monkeypatch.setattr("liger_cli.calibration.calibrate.load_base", None)  # nothing is loaded, let alone calibrated
     with pytest.raises(UsageError, match="below the least"):
         convert(
             str(tiny_base()), str(tmp_path / "none"), settings=dict(SMALL), calibrate=True, calibration_data=words,
             calibration_seq_len=64, budget="1KiB@256",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [0, -1, 31])
+def test_rows_that_are_too_short(tiny_base, tmp_path, length):
+    with pytest.raises(
+        UsageError, match=f"--calibration-seq-len is {length}, but has to be a whole number, 32 or more"
+    ):
+        convert(str(tiny_base()), str(tmp_path / "none"), calibrate=True, calibration_seq_len=length)
 
 
 @pytest.mark.parametrize(

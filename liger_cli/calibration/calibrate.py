@@ -13,6 +13,7 @@ No weight of the base changes.
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.reader import context_length
 from liger_cli.conversion.plan import Plan
 from liger_cli.conversion.plan_edits import constant_bytes, liger_layers, with_heads, with_softmax
-from liger_cli.conversion.requests import OWN, Request
+from liger_cli.conversion.requests import LEAST_SEQ_LEN, OWN, Budget, Request
 from liger_cli.evaluation.position import modes, score_positions
 from liger_cli.evaluation.scoring import make_rows, read_texts
 from liger_cli.evaluation.subject import padding_tokenizer
@@ -43,7 +44,7 @@ from liger_cli.system.wording import duration, size
 from liger_cli.templates.liger_kept import keep_scores
 
 CHOICE_ROWS, HELD_OUT_ROWS = 2, 2
-LEAST_ROWS, LEAST_LENGTH = 3, 32  # shorter rows where the text has fewer; in tokens
+LEAST_ROWS = 3  # shorter ones where the text has too few tokens for so many
 LONGER = 1.5  # held-out rows, than the others
 SCORE_QUERIES, FIT_QUERIES, CHOICE_QUERIES = QUERIES, 128, QUERIES  # of a row that stand for all
 FITTED_ON, HELD_OUT = "shipped prose (Moby-Dick)", "shipped prose (Opticks)"
@@ -133,6 +134,8 @@ def check_request(plan: Plan, request: Request) -> None:
     heads, free = softmax_heads(plan, request), len(_free_heads(plan))
     if heads and heads >= free:
         raise UsageError(f"--softmax-heads asks for {heads} heads, but there are {free} to choose from; ask for fewer")
+    if request.budget and request.budget.nbytes < (least := _least_bytes(plan, request.budget.tokens)):
+        raise _too_little(request.budget, least)
 
 
 def softmax_heads(plan: Plan, request: Request) -> int:
@@ -169,9 +172,9 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
         text = Text(name, make_rows(tokenizer, texts, length, 1).stream)
     if len(text.ids) < LEAST_ROWS * length:
         length = len(text.ids) // LEAST_ROWS
-        if length < LEAST_LENGTH:
+        if length < LEAST_SEQ_LEN:
             raise LigerError(
-                f"{text.name} has {len(text.ids):,} tokens, and a calibration needs {LEAST_ROWS * LEAST_LENGTH:,}"
+                f"{text.name} has {len(text.ids):,} tokens, and a calibration needs {LEAST_ROWS * LEAST_SEQ_LEN:,}"
             )
     whole = text.rows(length)
     whole = whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()].to(model.device)
@@ -266,17 +269,12 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
     if not options:
         return {}
     if request.budget:
-        others = plan.cache_bytes(tokens) - sum(
-            _bytes(plan, head, _kept_of(plan, head), bool(plan.specs[head[0]].rest), tokens) for head in options
-        )
+        others = _other_bytes(plan, options, tokens)
         try:
             return allot(options, request.budget.nbytes - others, None)
         except ValueError:
             least = others + sum(min(one.price for one in several) for several in options.values())
-            raise UsageError(
-                f"--budget {size(request.budget.nbytes)} is below the least that this model's cache takes after "
-                f"{tokens:,} tokens, {size(least)}"
-            ) from None
+            raise _too_little(request.budget, least) from None
     count = softmax_heads(plan, request)
     mean = request.kept if request.kept is not None else math.inf
     if request.layers:
@@ -434,6 +432,26 @@ def _bytes(plan: Plan, head: Head, kept: int | None, rest: bool, tokens: int) ->
         return plan.base_cache(layer, tokens) / count
     spec = replace(plan.specs[layer], softmax_kv_heads=(), kept=kept, rest=rest)
     return plan.constant_bytes(layer, spec) / count
+
+
+def _too_little(budget: Budget, least: float) -> UsageError:
+    return UsageError(
+        f"--budget {size(budget.nbytes)} is below the least that this model's cache takes after {budget.tokens:,} "
+        f"tokens, {size(least)}"
+    )
+
+
+def _other_bytes(plan: Plan, heads: Iterable[Head], tokens: int) -> float:
+    """Of the cache beside these heads."""
+    own = (_bytes(plan, head, _kept_of(plan, head), bool(plan.specs[head[0]].rest), tokens) for head in heads)
+    return plan.cache_bytes(tokens) - sum(own)
+
+
+def _least_bytes(plan: Plan, tokens: int) -> float:
+    """The least that a cache takes: each head softmax, or without kept tokens and a state."""
+    heads = _free_heads(plan)
+    least = (min(_bytes(plan, head, kept, False, tokens) for kept in (None, 0)) for head in heads)
+    return _other_bytes(plan, heads, tokens) + sum(least)
 
 
 def _described(costs: dict[Head, HeadCosts], found: dict[Head, Option]) -> list[dict]:

@@ -29,7 +29,7 @@ from liger_cli.conversion.folder import planned_files, replace_text, write_conve
 from liger_cli.conversion.identity_check import check_identity
 from liger_cli.conversion.plan import Plan, make_plan, read_mix, with_defaults
 from liger_cli.conversion.plan_edits import with_heads
-from liger_cli.conversion.requests import Request, read_request
+from liger_cli.conversion.requests import LEAST_SEQ_LEN, Request, read_request
 from liger_cli.system.errors import ModelError, UsageError
 from liger_cli.system.escape import printable
 from liger_cli.system.manifest import MANIFEST, package_versions, read_manifest, utc_now, write_manifest
@@ -125,6 +125,8 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     elif isinstance(kept, str):
         settings["kept"] = int(kept)
     check_data(options.calibration_data)
+    if (length := options.calibration_seq_len) < LEAST_SEQ_LEN:
+        raise UsageError(f"--calibration-seq-len is {length}, but has to be a whole number, {LEAST_SEQ_LEN} or more")
     made = "calibrated" if calibrate else settings.get("gate") or LayerSpec.gate
     source, note = _source(options, made)
     checkpoint = read_checkpoint(source.folder, options.experimental)

@@ -10,6 +10,7 @@ from liger_cli.system.wording import read_size
 
 AUTO = "auto:"
 SHARE = "share:"
+LEAST_SEQ_LEN = 32  # tokens of a row that is calibrated on
 OWN = "self"  # the text to calibrate on is what the base writes itself
 Head = tuple[int, int]  # layer, key/value head
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -89,7 +90,9 @@ def _shared(text: str) -> int | None:
         return None
     shared = whole_number(text.removeprefix(SHARE))
     if not shared:
-        raise UsageError(f"--kept is {text!r}; in share:N, N has to be a whole number: the mean of all heads")
+        raise UsageError(
+            f"--kept is {text!r}; in share:N, N has to be a whole number, 1 or more: the mean of all heads"
+        )
     return shared
 
 
