@@ -183,7 +183,7 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
         raise UsageError(f"--layer names layer {index}, which is not linearized")
     specs = tuple(
         LayerSpec(kind=kinds[index]) if index in kinds
-        else layer_spec(settings | others[index]) if index in others
+        else _own_spec(settings | others[index], index) if index in others
         else liger
         for index in range(count)
     )  # fmt: skip
@@ -199,6 +199,13 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
         elif context and window >= context:
             notes.append(f"--window {window} covers the base's context of {context:,} tokens: nothing ever leaves it")
     return Plan(checkpoint, specs, tuple(notes))
+
+
+def _own_spec(settings: dict, index: int) -> LayerSpec:
+    try:
+        return layer_spec(settings)
+    except UsageError as error:
+        raise UsageError(f"--layer, layer {index}: {error}") from None
 
 
 def with_defaults(settings: dict, calibrate: bool = False) -> dict:

@@ -44,7 +44,7 @@ def read_texts(path: Path) -> list[str]:
         UsageError: not a file. LigerError: not UTF-8, no such field, or empty.
     """
     if not path.is_file():
-        raise UsageError(f"{path} is not a file; name a text or a .jsonl file")
+        raise UsageError(f"{path} is not a file; name a text or a .jsonl file, or leave it out for the shipped prose")
     try:
         content = read_bytes(path, sys.maxsize, LigerError).decode("utf-8")
         if path.suffix == ".jsonl":
