@@ -5,6 +5,7 @@ import json
 from liger_cli.checkpoint.folders import next_step, resolve_model
 from liger_cli.checkpoint.reader import check_dtype
 from liger_cli.commands.bench_options import BenchOptions
+from liger_cli.commands.options import check_positive
 from liger_cli.evaluation.report import bench_notes, bench_tables
 from liger_cli.evaluation.subject import open_subject, read_kind
 from liger_cli.system.errors import UsageError
@@ -26,9 +27,7 @@ def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False,
     shown = "json" if as_json else asked.output_format
     if shown not in FORMATS:
         raise UsageError(f"--format is {shown!r}, but has to be one of {', '.join(FORMATS)}")
-    for name in COUNTS:
-        if (value := getattr(asked, name)) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, but has to be 1 or more")
+    check_positive(asked, *COUNTS)
     if not asked.base_limit > 0:
         raise UsageError(f"--base-limit is {asked.base_limit}, but has to be more than 0 seconds")
     where = {"device": asked.device, "dtype": asked.dtype}

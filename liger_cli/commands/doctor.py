@@ -15,7 +15,6 @@ from liger_cli.system.memory import available
 from liger_cli.system.tables import Table, print_tables
 from liger_cli.system.wording import counted, size
 
-MEMORY_SHARE = 0.95  # of what is free: the needs are estimates
 OPTIONAL = {
     "flash-linear-attention": "the recurrences on CUDA; " + pip_install("cuda"),
     "flash-attn": "the window on CUDA in half precision; " + pip_install("cuda"),
@@ -111,6 +110,7 @@ def memory(folder: str) -> dict:
     """`{"model", "device", "free_bytes", "commands"}`: which commands fit beside what is free on the device that they
     take by themselves. Raises as `needs.command_needs`; UsageError where there is no such folder."""
     from liger_cli.commands.needs import command_needs
+    from liger_cli.training.plan import MEMORY_SHARE
 
     path = Path(folder).expanduser()
     if not path.is_dir():

@@ -9,6 +9,7 @@ from liger_cli.checkpoint.folders import next_step, resolve_model
 from liger_cli.checkpoint.reader import check_dtype, context_length
 from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.commands.evaluate_options import EvaluateOptions
+from liger_cli.commands.options import check_positive
 from liger_cli.evaluation.harness import check_tasks, parse_metadata, parse_tasks, run_tasks
 from liger_cli.evaluation.published import TASKS as PUBLISHED_TASKS
 from liger_cli.evaluation.published import published_figures
@@ -64,9 +65,7 @@ def run(model: str | None = None, *, as_json: bool = False, quiet: bool = False,
     folder = resolve_model(asked.model, "eval")
     read_kind(folder)
     parts = tuple(name for name, wanted in zip(PARTS, (asked.perplexity, asked.recall), strict=True) if wanted)
-    for name in ("seq_len", "rows", "recall_count", "samples"):
-        value = getattr(asked, name)
-        _check_positive(f"--{name.replace('_', '-')}", None if name == "samples" and value == 0 else value)
+    check_positive(asked, "seq_len", "rows", "recall_count", *(["samples"] if asked.samples else []))
     texts = None if asked.data is None else read_texts(Path(asked.data))
     if asked.against is not None:
         base_folder(asked.against)
@@ -312,11 +311,6 @@ def _recall_recovery(found: dict) -> dict:
         gap = nats_gap(base["second_reading"], control["second_reading"])
         recovery["second_reading"] = gap.closed_by(-model["second_reading"])
     return recovery
-
-
-def _check_positive(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UsageError(f"{option} is {value}, but has to be 1 or more")
 
 
 def parse_batch_size(text: str | int) -> int | None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from liger_cli.calibration.sizes import SEQ_LEN, calibration_bytes
 from liger_cli.checkpoint.converted import read_converted
-from liger_cli.checkpoint.reader import context_length, read_checkpoint, read_config
+from liger_cli.checkpoint.reader import ADAPTER_CONFIG, context_length, read_checkpoint, read_config
 from liger_cli.commands.bench_options import BenchOptions
 from liger_cli.commands.evaluate_options import EvaluateOptions
 from liger_cli.conversion.plan import Plan, make_plan, read_layer_bytes, with_defaults
-from liger_cli.evaluation.scoring import LOGITS_BYTES
+from liger_cli.evaluation.scoring import LOGITS_BYTES, rows_at_once
 from liger_cli.system.errors import UsageError
 from liger_cli.training.plan import Base, estimate_memory, lora_modules
 from liger_cli.training.recipes import load_recipe
@@ -27,7 +27,7 @@ def command_needs(folder: Path, device: str) -> list[dict]:
     Raises:
         UsageError: an adapter. ModelError: neither.
     """
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+    if not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG).exists():
         raise UsageError(f"{folder} is an adapter; name the model that it belongs to")
     config = read_config(folder.resolve())
     if "liger" in config:
@@ -50,7 +50,7 @@ def command_needs(folder: Path, device: str) -> list[dict]:
 
     calibrated = min(SEQ_LEN, context_length(checkpoint.config) or SEQ_LEN)
     asked, benched = EvaluateOptions(), BenchOptions()
-    rows = max(1, min(8, LOGITS_BYTES // (4 * asked.seq_len * sizes.vocab_size)))
+    rows = rows_at_once(asked.seq_len, sizes.vocab_size)
     # Of a merged model the base's weights stand beside those that the adapter changed.
     replaced = sum(rows * columns for rows, columns in modules.values()) * width
     checkpointed = {"gradient_checkpointing": True}

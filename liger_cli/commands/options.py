@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from liger_cli.system.console import without_length_advice
+from liger_cli.system.errors import UsageError
 
 OURS = ("make", "flags", "panel", "shown", "recipe")  # of a field's metadata: not for Typer as they stand
 # Panels of `--help`, from what people need first to what few ever do.
@@ -119,3 +120,10 @@ def _parameter(one, hint) -> inspect.Parameter:
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     annotation = Annotated[hint, one.metadata["make"](*flags, **settings)]
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def check_positive(options, *names: str) -> None:
+    """Raises UsageError where one of these fields is below 1."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, but has to be 1 or more")

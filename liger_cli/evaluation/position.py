@@ -171,7 +171,9 @@ def score_positions(
                 log_p = reading.logits(places).float().log_softmax(-1)  # [B, P, V]
                 base = log_p if base is None else base
                 targets = rows[:, places + 1].to(log_p.device)
-                kl = (base.exp() * (base - log_p)).sum(-1) if log_p is not base else log_p.new_zeros(log_p.shape[:2])
+                kl = log_p.new_zeros(log_p.shape[:2])
+                if log_p is not base:  # rounding takes a divergence of 0 below it
+                    kl = (base.exp() * (base - log_p)).sum(-1).clamp_min(0)
                 same = (log_p.argmax(-1) == base.argmax(-1)).float()
                 figures = torch.stack((-log_p.gather(-1, targets[..., None])[..., 0], kl, same))
                 figures = torch.where(counted[:, places], figures.double().cpu(), 0)

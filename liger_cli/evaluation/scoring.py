@@ -98,8 +98,12 @@ def batch_size_for(rows: Rows, vocab_size: int, batch_size: int | None) -> int:
     """The user's batch size, or one whose float32 logits stay below `LOGITS_BYTES`."""
     if batch_size is not None:
         return batch_size
-    row = (rows.ids.shape[1] - 1) * vocab_size * 4
-    return max(1, min(8, LOGITS_BYTES // row, len(rows.ids)))
+    return max(1, min(rows_at_once(rows.ids.shape[1] - 1, vocab_size), len(rows.ids)))
+
+
+def rows_at_once(seq_len: int, vocab_size: int) -> int:
+    """How many rows' float32 logits stay below `LOGITS_BYTES`, at most 8; at least one row."""
+    return max(1, min(8, LOGITS_BYTES // (4 * seq_len * vocab_size)))
 
 
 def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreement: bool = True, step=None) -> dict:

@@ -17,9 +17,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+from liger_cli.checkpoint.reader import file_sha256
 from liger_cli.system.errors import LigerError, UsageError, guarded
 from liger_cli.system.outputs import write_whole
 from liger_cli.system.tables import Table
@@ -108,6 +109,7 @@ class Question:
         return sorted((path for path in known if path and Path(path).exists()), key=len, reverse=True)
 
 
+@cache
 def named(path: str | None) -> str | None:
     """`NAME@DIGEST` of a file, or of a folder's files; what is not there, a hub's id say, as it is."""
     if path is None or not Path(path).exists():
@@ -116,7 +118,7 @@ def named(path: str | None) -> str | None:
     files = [place] if place.is_file() else sorted(one for one in place.iterdir() if one.is_file())
     digest = hashlib.sha256()
     for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return f"{place.name}@{digest.hexdigest()[:16]}"
 
 
@@ -224,6 +226,7 @@ def _one(home: Path, name: str, row: Row, budget: int, question: Question) -> st
         "row": asdict(row),
         "budget": budget,
         "question": asdict(question),
+        "asked": asked["question"],
     }
     with open(home / "logs" / f"{name}.log", "w", encoding="utf-8") as log:
         here = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -251,8 +254,11 @@ def _window_of(home: Path, convert: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(calibrated["equal_window"]) if part == EQUAL else part for part in convert)
 
 
-def compute(home: str, name: str, key: str, row: dict, budget: int, question: dict) -> None:
-    """Convert, train and measure one row, and write its result. Raises LigerError; SystemExit as of `liger`."""
+def compute(home: str, name: str, key: str, row: dict, budget: int, question: dict, asked: dict) -> None:
+    """Convert, train and measure one row, and write its result. Raises LigerError; SystemExit as of `liger`.
+
+    asked: the question as the result keeps it, of `Question.named`.
+    """
     row = Row(**{**row, "convert": tuple(row["convert"])})
     question = Question(**{**question, "text": tuple(question["text"])})
     work = Path(home, "work", name)
@@ -285,7 +291,7 @@ def compute(home: str, name: str, key: str, row: dict, budget: int, question: di
         "seconds": seconds,
         **sizes(converted, row.column),
         **measured,
-        "question": question.named(),
+        "question": asked,
     }  # fmt: skip
     _write(Path(home), name, result)
     shutil.rmtree(work, ignore_errors=True)
@@ -461,7 +467,8 @@ def table(results: list[dict]) -> str:
         shown = Table(text, header)
         for result in done:
             found = result["texts"][text]
-            cells = [f"{found['perplexity']:.2f}", *(f"{found['kl_by_position'][bucket]:.4f}" for bucket in buckets)]
+            cells = [f"{found['perplexity']:.2f}"]
+            cells += [f"{max(found['kl_by_position'][bucket], 0):.4f}" for bucket in buckets]
             cells += [f"{found['needle'][d]['exact']:.0%}" if d in found["needle"] else "" for d in distances]
             cells.append(f"{found['second_reading']:.3f}")
             cells += [f"{result['bytes'][str(tokens)] / 2**20:.1f}" for tokens in CONTEXTS]
