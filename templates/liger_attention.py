@@ -17,13 +17,14 @@ from .liger_extras import NAMES, extra_tensors
 from .liger_gates import GATES, mapped
 from .liger_heads import softmax_heads, split_heads
 from .liger_kept import keep_scores
-from .liger_rows import at_places, document_positions, tokens_last, unpack_rows
+from .liger_rows import at_places, document_positions, documents, tokens_last, unpack_rows
 from .liger_transformers import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE,
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from .liger_window import Scoring
 
 MODES = ("liger", "softmax", "window", "exact")
 # Elements of a layer's queries from which its branches are computed again in backward: below, they keep little.
@@ -229,7 +230,7 @@ class LigerAttention:
 
             def attend(function, tokens, settings, within_window):
                 if starts is not None:
-                    return by_documents(starts, tokens, lambda part: function(part, settings))
+                    return by_documents(documents(attention_mask), tokens, lambda part: function(part, settings))
                 return function(tokens, settings, valid, cache, within_window)
 
             if not self.liger_spec.softmax_kv_heads:
@@ -248,9 +249,8 @@ class LigerAttention:
         spec, scored = self.liger_spec, bool(self.liger_kept or self.liger_rest)
         beyond: int | tuple[int, ...] = spec.sinks
         if scored:
-            counts = {count + spec.sinks for count in spec.kept_by_head(self._num_key_value_heads)}
             every = tuple(count + spec.sinks for count in spec.kept_by_head(self._num_key_value_heads))
-            beyond = every if len(counts) > 1 else every[0]
+            beyond = every if len(set(every)) > 1 else every[0]
         if self.liger_mix == 1:  # which looks at no token
             return {"window": 0, "local_window": self.local_window}
         return {"window": self.liger_window, "beyond": beyond, "scored": scored, "local_window": self.local_window}
@@ -273,10 +273,7 @@ class LigerAttention:
             spec=spec,
             window=self.liger_window,
             mix=self.liger_mix,
-            scaling=self.scaling,
-            softcap=self._softcap(),
-            sink_logits=getattr(self, "sinks", None),
-            dropout=self._dropout(),
+            scoring=Scoring(self.scaling, self._softcap(), getattr(self, "sinks", None), self._dropout()),
             scales=self._scales(),
             key_map=self.feature_k.float() if spec.feature_params == "learned" else None,
             rest=(self.rest_mass, self.rest_slope) if self.liger_rest else None,

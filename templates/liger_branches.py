@@ -12,7 +12,7 @@ from .liger_cache import LigerCacheLayer, appended, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
 from .liger_kept import EMPTY, Stream, add_kept, attend_kept, empty_memories, priorities
-from .liger_rest import add_rest, counted_states, empty_rest, state_counts, step_rest
+from .liger_rest import add_rest, chosen_heads, counted_states, empty_rest, state_counts, step_rest
 from .liger_step import (
     evicted_so_far,
     exact_attention,
@@ -69,7 +69,7 @@ class Settings:
 
     Attributes:
         spec: the layer's settings; `window` and `mix` are those in use.
-        scaling, softcap, sink_logits, dropout: of the window, see `liger_window.Scoring`.
+        scoring: of the window and of what is kept.
         scales: coefficients of the recurrence and of the window, [Hq] each, in place of `mix` where both run.
         key_map: [Hq, F, D], a linear map of the recurrence's keys for each query head, or None.
         rest: `rest_mass` and `rest_slope` (see `liger_rest`) where a rest state is in use, or None.
@@ -81,26 +81,19 @@ class Settings:
     spec: LayerSpec
     window: int
     mix: float
-    scaling: float
-    softcap: float | None = None
-    sink_logits: torch.Tensor | None = None
-    dropout: float = 0.0
+    scoring: Scoring
     scales: tuple | None = None
     key_map: torch.Tensor | None = None
     rest: tuple | None = None
     local_window: int | None = None
     recompute: bool = False
 
-    @property
-    def scoring(self) -> Scoring:
-        """Of the window and of what is kept."""
-        return Scoring(self.scaling, self.softcap, self.sink_logits, self.dropout)
-
     def of_heads(self, spec: LayerSpec, queries) -> "Settings":
         """Those of some query heads; spec is that of their key/value heads."""
         pick = lambda x: None if x is None else x[queries]  # noqa: E731
         pair = lambda x: None if x is None else tuple(map(pick, x))  # noqa: E731
-        own = {"sink_logits": pick(self.sink_logits), "key_map": pick(self.key_map)}
+        scoring = replace(self.scoring, sink_logits=pick(self.scoring.sink_logits))
+        own = {"scoring": scoring, "key_map": pick(self.key_map)}
         return replace(self, spec=spec, scales=pair(self.scales), rest=pair(self.rest), **own)
 
 
@@ -122,7 +115,7 @@ def mixed_attention(
     past = cache is not None and cache.is_initialized
     if past and length == 0:
         return v.new_zeros(v.shape[0], 0, rotated_q.shape[1], v.shape[-1])
-    if past and length == 1 and not torch.is_grad_enabled() and not settings.dropout:
+    if past and length == 1 and not torch.is_grad_enabled() and not settings.scoring.dropout:
         return step_attention(tokens, settings, valid, cache)
     counts = tuple(count + spec.sinks for count in spec.kept_by_head(heads))
     holds = tokens.scores is not None or settings.rest is not None
@@ -191,7 +184,7 @@ def mixed_attention(
             local, states = run(
                 add_rest, local, lse, rotated_q[:, :, at], q[:, :, at], evicted,
                 None if gate is None else gate[:, :, at], states,
-                *settings.rest, spec=spec, scaling=settings.scaling,
+                *settings.rest, spec=spec, scaling=settings.scoring.scaling,
             )  # fmt: skip
         lse = lse if joint else None
         remembers = not spec.delayed or states is not None or before + start + rows > window
@@ -242,43 +235,53 @@ def step_attention(tokens: Tokens, settings: Settings, valid, cache: LigerCacheL
     elif mix < 1:
         joint = spec.joint and mix > 0
         need = "relative" if joint and spec.normalizer == "joint-max" else joint
-        local, lse = exact_attention(q, cache, shared, settings, need)
+        local, lse = exact_attention(q, cache, shared, settings.scoring, need)
         lse = lse if joint else None
     return _combine(recurrent, total, local, lse, mix, settings.scales).to(v.dtype).transpose(1, 2)
 
 
 def _with_rest(tokens: Tokens, settings: Settings, evicted, logits, valid, cache: LigerCacheLayer, shared: dict):
     """One softmax over the visible tokens and the rest state, for one token. [B, Hq, 1, D] float32"""
-    spec, scaling = settings.spec, settings.scaling
+    spec, scaling, q = settings.spec, settings.scoring.scaling, tokens.rotated_q
     fades = GATES[spec.gate].fades
     evicts = evicted_so_far(cache, shared, valid) if fades or valid is not None else None
-    counted = None
-    if not fades:
-        number = lambda: (cache.tokens.unsqueeze(1) - cache.sizes)[:, :, None, None].float()  # noqa: E731
-        name = f"counts {cache.window} {cache.beyond} {scaling}"
-        counted = once(shared, name, lambda: state_counts(number(), scaling))
-    decays = (tokens.gate if logits is None else logits.unsqueeze(-1)) if fades else None
     batch, kv_heads = evicted.shape[:2]
     grouped = (batch, kv_heads, -1, evicted.shape[-1])
-    queries = [x.reshape(grouped) for x in (tokens.rotated_q, tokens.q)]
+    queries = [x.reshape(grouped) for x in (q, tokens.q)]
+    flags, each = spec.rest_by_head(kv_heads), queries[0].shape[2]
+    counted = None
+    if not fades:
+
+        def counts():
+            heads = chosen_heads(flags, q.device)
+            sizes = cache.sizes if heads is None else cache.sizes[heads]
+            return state_counts((cache.tokens.unsqueeze(1) - sizes)[:, :, None, None].float(), each, scaling)
+
+        counted = once(shared, f"counts {cache.window} {cache.beyond} {flags} {each} {scaling}", counts)
+    decays = (tokens.gate if logits is None else logits.unsqueeze(-1)) if fades else None
     output, rest_lse, heads = step_rest(
         *queries, evicted, evicts, decays, cache.states[0], *settings.rest, spec, scaling, counted
     )
-    output, rest_lse = (x.view(batch, -1, queries[0].shape[2], x.shape[-1]) for x in (output, rest_lse))
-    scores = exact_scores(tokens.rotated_q, cache, shared, settings)
+    output, rest_lse = (x.view(batch, -1, each, x.shape[-1]) for x in (output, rest_lse))
+    scores = exact_scores(q, cache, shared, settings.scoring)
     if heads is not None:
-        every = torch.full_like(queries[0][..., :1], torch.finfo(torch.float32).min, dtype=torch.float32)
+        # Written over by every layer with the same heads.
+        lowest = torch.finfo(torch.float32).min
+        every = lambda: rest_lse.new_full((batch, kv_heads, each, 1), lowest)  # noqa: E731
+        every = once(shared, f"none of {flags} {each}", every)
         every[:, heads] = rest_lse
         rest_lse = every
     scores = torch.cat([scores, rest_lse.view(*scores.shape[:2], 1)], dim=2)
-    weights, _ = softmax_weights(scores, sink_rows(settings.sink_logits, scores), False, 0.0)
+    weights, _ = softmax_weights(scores, sink_rows(settings.scoring.sink_logits, scores), False, 0.0)
     local = weighted_values(weights[..., :-1], cache).view(*grouped[:2], -1, grouped[-1])
     share = weights[..., -1:].reshape(*grouped[:2], -1, 1)
     if heads is None:
         local.addcmul_(share, output)
+    elif isinstance(heads, slice):
+        local[:, heads].addcmul_(share[:, heads], output)
     else:
-        local[:, heads] = torch.addcmul(local[:, heads], share[:, heads], output)
-    return local.view(tokens.rotated_q.shape)
+        local.index_add_(1, heads, share[:, heads] * output)
+    return local.view(q.shape)
 
 
 def _once(function, *args, **settings):
@@ -300,35 +303,24 @@ def _empty_output(like, shape: tuple[int, ...]):
     return torch.from_numpy(memory).view(like.dtype).view(shape)
 
 
-def by_documents(starts, tokens: Tokens, attend):
-    """`attend` of every document by itself: state and window begin anew where `starts` ([B, T]) is true.
-
-    Documents are taken out of the rows and run side by side, those of similar length together, so that less than half
-    of what is computed is padding. No cache, no other padding.
+def by_documents(documents: list[tuple], tokens: Tokens, attend):
+    """`attend` of every document by itself: state and window begin anew with each. No cache, no other padding.
 
     Args:
+        documents: of `liger_rows.documents`.
         attend: (Tokens) -> [B, T, Hq, D].
     Returns:
         [B, T, Hq, D].
     """
-    batch, length = starts.shape
-    first = starts.flatten().nonzero().squeeze(1)
-    lengths = torch.diff(first, append=first.new_tensor([batch * length]))
-    buckets = torch.ceil(torch.log2(lengths.float()))
+    batch, _, length = tokens.v.shape[:3]
     flat = tokens.changed(lambda x: x.transpose(1, 2).flatten(0, 1))
-    places, outputs = [], []
-    for bucket in buckets.unique():
-        members = buckets == bucket
-        offsets = torch.arange(int(lengths[members].max()), device=first.device)
-        inside = offsets < lengths[members, None]
-        index = torch.where(inside, first[members, None] + offsets, 0)
-        # Padding comes behind each document, where nothing looks.
-        output = attend(flat.changed(lambda x, index=index: x[index].transpose(1, 2)))
-        places.append(index[inside])
-        outputs.append(output[inside])
-    # The places are a permutation of the tokens; sorting them puts the outputs back in order.
-    output = torch.cat(outputs)[torch.cat(places).argsort()]
-    return output.unflatten(0, (batch, length))
+    *buckets, order = documents
+    # Padding comes behind each document, where nothing looks.
+    outputs = [
+        attend(flat.changed(lambda x, index=index: x[index].transpose(1, 2))).flatten(0, 1)[inside]
+        for index, inside in buckets
+    ]
+    return torch.cat(outputs)[order].unflatten(0, (batch, length))
 
 
 def _combine(recurrent, total, local, lse, mix: float, scales=None, out=None):

@@ -2,7 +2,7 @@
 
 transformers builds its caches from the base's `layer_types`, which know nothing of Liger's window. So the model swaps
 its own layers in on first touch, in a DynamicCache or StaticCache alike. The memory of a layer is constant: the same
-shapes at the same addresses from the first token on, but for its softmax heads.
+shapes at the same addresses from the first token on, but for its softmax heads, whose memory is so in a StaticCache.
 """
 
 import torch
@@ -29,7 +29,8 @@ class LigerCacheLayer(CacheLayerMixin):
         cumulative_length: [] int64, tokens seen.
         states: the float32 states of the gate, [B, Hkv, K, V] each, or None before the first token.
         softmax_keys, softmax_values: [B, heads, S, D] of the softmax heads, after RoPE, S tokens so far; None where the
-            layer has none. softmax_valid: [B, S] bool, None while no padding was seen.
+            layer has none. softmax_valid: [B, S] bool, None while no padding was seen. In a StaticCache S is the most
+            that it holds, and softmax_length, [] int64, how many there are.
         numbers: of the slots, see `Layout.numbers`. foreign: [1, 1, Hkv, S] bool, which are another head's. sizes:
             [Hkv], the layout's.
         shared: what one call of the model computes once for all its layers, by name; None outside of a model.
@@ -48,11 +49,13 @@ class LigerCacheLayer(CacheLayerMixin):
         scored: bool = False,
         local_window: int | None = None,
         mode: str = "liger",
+        max_cache_len: int | None = None,
     ):
         """A layer's `window`; `beyond`: tokens held behind it, sinks included, of each head where they differ;
         `scored`: whether they are kept by their score; `local_window`: the base's own, beyond which its softmax heads
-        need nothing; `mode`: the attention mode that fills it."""
+        need nothing; `mode`: the attention mode that fills it; `max_cache_len`: of the StaticCache that it is in."""
         super().__init__()
+        self.max_cache_len = max_cache_len
         self.window, self.beyond, self.scored = window, beyond, scored
         self.local_window = local_window
         self.mode = mode
@@ -61,14 +64,19 @@ class LigerCacheLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether every tensor keeps its shape: not where there are softmax heads."""
-        return self.softmax_keys is None
+        """Whether every tensor keeps its shape: softmax heads need a StaticCache."""
+        return self.softmax_keys is None or self._fixed
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether softmax heads write into tensors of one shape: not where the base's own window bounds them."""
+        return self.max_cache_len is not None and self.local_window is None
 
     def reset(self) -> None:
         """Forget everything; the next update starts a new text."""
         self.layout = self.pairs = self.priority = self.logits = self.states = None
         self.tokens = self.cumulative_length = self.numbers = self.foreign = self.sizes = None
-        self.softmax_keys = self.softmax_values = self.softmax_valid = None
+        self.softmax_keys = self.softmax_values = self.softmax_valid = self.softmax_length = None
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, queries: int = 1) -> None:
@@ -175,9 +183,11 @@ class LigerCacheLayer(CacheLayerMixin):
             key_states, value_states: [B, heads, T, D].
             valid: [B, T] bool, false at padding, or None.
         Returns:
-            keys and values [B, heads, S, D] and valid [B, S] or None, of all S tokens, or of those that the base's own
-            window can reach.
+            keys and values [B, heads, S, D] and valid [B, S] or None, of all tokens, or of those that the base's own
+            window can reach; and how many of these were there before: None where it is S - T, else [] int64.
         """
+        if self._fixed:
+            return self._update_fixed(key_states, value_states, valid)
         before = (self.softmax_keys, self.softmax_values)
         if self.softmax_keys is None:
             before = (key_states[:, :, :0], value_states[:, :, :0])
@@ -188,7 +198,36 @@ class LigerCacheLayer(CacheLayerMixin):
             first = keys.shape[2] - self.local_window + 1
             self.softmax_keys, self.softmax_values = keys[:, :, first:].clone(), values[:, :, first:].clone()
             self.softmax_valid = None if valid is None else valid[:, first:].clone()
-        return keys, values, valid
+        return keys, values, valid, None
+
+    def _update_fixed(self, keys, values, valid):
+        """`update_softmax_heads` in tensors with room for a whole StaticCache."""
+        batch, heads, length, dim = keys.shape
+        first, room = self.softmax_keys is None, self.max_cache_len
+        with torch.inference_mode(False):
+            if first:
+                self.softmax_keys, self.softmax_values = (
+                    x.new_zeros(batch, heads, room, dim, requires_grad=False) for x in (keys, values)
+                )
+                self.softmax_length = torch.zeros((), dtype=torch.int64, device=keys.device)
+            if valid is not None and self.softmax_valid is None:
+                self.softmax_valid = torch.ones(batch, room, dtype=torch.bool, device=keys.device)
+        before = self.softmax_length.clone()
+        places = before + torch.arange(length, device=keys.device)
+        self.softmax_keys = self._put(self.softmax_keys, 2, places, keys)
+        self.softmax_values = self._put(self.softmax_values, 2, places, values)
+        if self.softmax_valid is not None:
+            there = torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
+            self.softmax_valid = self._put(self.softmax_valid, 1, places, there)
+        self.softmax_length = self._write(self.softmax_length, before + length)
+        if first:
+            return keys, values, valid, None
+        return self.softmax_keys, self.softmax_values, self.softmax_valid, before
+
+    @staticmethod
+    def _put(x, dim: int, places, new):
+        """New rows in their places, without a copy of the others where no gradient wants it."""
+        return x.index_copy(dim, places, new) if torch.is_grad_enabled() else x.index_copy_(dim, places, new)
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Tokens seen, padding included: a tensor where a number would wait for the device, or stop a compilation."""
@@ -288,6 +327,12 @@ def cache_for(model_config) -> Cache:
     return DynamicCache(config=model_config)
 
 
+def room(cache: Cache) -> int | None:
+    """Tokens that a StaticCache has room for; None of another cache."""
+    sizes = [layer.max_cache_len for layer in cache.layers if getattr(layer, "max_cache_len", None) is not None]
+    return max(sizes) if sizes else None
+
+
 def adapt_cache(cache: Cache, attentions) -> None:
     """Make every layer of `cache` fit its attention layer: Liger's own, or the one transformers built.
 
@@ -307,9 +352,10 @@ def adapt_cache(cache: Cache, attentions) -> None:
         if ours != attention.keeps_state or (ours and layer.mode != mode):
             if layer.is_initialized:
                 raise ValueError("this cache was filled in another attention mode; start with an empty one")
-            layer = (
-                LigerCacheLayer(**attention.cache_settings(), mode=mode) if attention.keeps_state else DynamicLayer()
-            )
+            if attention.keeps_state:
+                layer = LigerCacheLayer(**attention.cache_settings(), mode=mode, max_cache_len=room(cache))
+            else:
+                layer = DynamicLayer()
             cache.layers[index] = layer
         if attention.keeps_state:
             layer.shared = shared

@@ -1,7 +1,7 @@
 """Softmax heads inside a Liger layer: some key/value heads, with their query heads, keep the base's full attention.
 
-Their keys and values grow with the text and are kept apart from the window and the state (see `liger_cache`). The other
-heads run as Liger; the outputs are put back in the order of the heads.
+Their keys and values grow with the text, or fill a StaticCache, and are kept apart from the window and the state (see
+`liger_cache`). The other heads run as Liger; the outputs are put back in the order of the heads.
 """
 
 from dataclasses import replace
@@ -30,22 +30,23 @@ def split_heads(spec, num_key_value_heads: int, groups: int, device):
 def softmax_heads(tokens, settings, valid=None, cache=None, within_window=None):
     """As `mixed_attention`, the base's own attention: over the whole text, or over the base's own window."""
     length, past = tokens.v.shape[2], cache is not None and cache.is_initialized
-    keys, values, seen = tokens.rotated_k, tokens.v, valid
+    keys, values, seen, before = tokens.rotated_k, tokens.v, valid, None
     if cache is not None:
-        keys, values, seen = cache.update_softmax_heads(keys, values, valid)
+        keys, values, seen, before = cache.update_softmax_heads(keys, values, valid)
     if not past and length <= settings.window and within_window is not None:
         return within_window().transpose(1, 2)
-    output = softmax_attention(tokens.rotated_q, keys, values, settings.scoring, seen, settings.local_window)
+    output = softmax_attention(tokens.rotated_q, keys, values, settings.scoring, seen, settings.local_window, before)
     return output.transpose(1, 2)
 
 
-def softmax_attention(q, k, v, scoring: Scoring, valid=None, local_window=None):
+def softmax_attention(q, k, v, scoring: Scoring, valid=None, local_window=None, before=None):
     """Causal softmax attention over the whole text, or over the last `local_window` tokens.
 
     Args:
-        q: [B, Hq, T, D], the last T of the S tokens whose keys are given.
+        q: [B, Hq, T, D].
         k, v: [B, Hkv, S, D].
         valid: [B, S] bool, false at padding; None where there is none.
+        before: [] int64, how many of the S tokens are before the queries' own; None where these are the last T.
     Returns:
         [B, Hq, T, D] in q's dtype.
     """
@@ -54,18 +55,18 @@ def softmax_attention(q, k, v, scoring: Scoring, valid=None, local_window=None):
         return window_attention(q, k, v, local_window, scoring, valid)[0]
     plain = scoring.softcap is None and scoring.sink_logits is None
     settings = {"scale": scoring.scaling, "dropout_p": scoring.dropout, "enable_gqa": True}
-    if valid is None and plain and length in (1, total):
+    if valid is None and plain and before is None and length in (1, total):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=length > 1, **settings)
     pieces = []
     for start in range(0, length, PIECE_SIZE):
         part = q[:, :, start : start + PIECE_SIZE]
-        last = total - length + start + part.shape[2]
-        seen = _causal(part.shape[2], last, q.device)
+        first = start + (total - length if before is None else before)
+        last = first + part.shape[2] if before is None else total
+        places, own = torch.arange(last, device=q.device), torch.arange(part.shape[2], device=q.device)[:, None] + first
+        seen = (places <= own)[None]
         if valid is not None:
             # A padded query sees itself, whatever comes of it: a row without any key would be NaN.
-            own = torch.eye(part.shape[2], dtype=torch.bool, device=q.device)
-            own = torch.nn.functional.pad(own, (last - part.shape[2], 0))
-            seen = (seen & valid[:, None, :last]) | own
+            seen = (seen & valid[:, None, :last]) | (places == own)
         seen = seen.view(-1, 1, *seen.shape[-2:])  # [B or 1, 1, t, s]
         keys, values = k[:, :, :last], v[:, :, :last]
         if plain:
@@ -88,12 +89,6 @@ def masked_attention(q, k, v, seen, scoring: Scoring):
         scores = torch.cat([scores, logits], dim=-1)
     weights = torch.nn.functional.dropout(scores.softmax(-1), scoring.dropout)[..., : k.shape[2]]
     return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
-
-
-def _causal(length: int, total: int, device):
-    """[1, T, S] bool: the queries are the last of the tokens."""
-    row = torch.arange(total - length, total, device=device)[:, None]
-    return (torch.arange(total, device=device) <= row)[None]
 
 
 @lru_cache(maxsize=256)

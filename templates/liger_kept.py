@@ -167,7 +167,9 @@ def _by_blocks(q, stream: Stream, start, memory, count, scoring: Scoring, evict)
     rows = min(length, BLOCK)
     blocks = -(-length // rows)
     entering = _entering(stream.held, start, length, blocks * rows)
-    pool = [torch.cat(pair, dim=2) for pair in zip(memory, entering, strict=True)]
+    pool = [
+        torch.cat([*pair, none], dim=2) for *pair, none in zip(memory, entering, _nothing(stream.held), strict=True)
+    ]
     before, index = _scan(pool[2], count, blocks, rows)
 
     kept = before.flatten(2)
@@ -186,8 +188,8 @@ def _by_blocks(q, stream: Stream, start, memory, count, scoring: Scoring, evict)
         logits = (logits / scoring.softcap).tanh() * scoring.softcap
     if scores is not None and scores.requires_grad:
         # Zero in value: it lets the score of a kept token learn how much the token is looked at.
-        old = torch.nn.functional.pad(_from(scores, start, length, blocks * rows), (count, 0))
-        bias = [_at(old, kept).unflatten(2, (blocks, count)), old[:, :, count:].unflatten(2, (blocks, rows))]
+        old = torch.nn.functional.pad(_from(scores, start, length, blocks * rows), (count, 1))
+        bias = [_at(old, kept).unflatten(2, (blocks, count)), old[:, :, count:-1].unflatten(2, (blocks, rows))]
         bias = torch.cat(bias, dim=3)
         logits = logits + (bias - bias.detach())[:, :, :, None, None]
     weights, lse, nothing = _softmax(logits, alive.unsqueeze(3))
@@ -224,6 +226,7 @@ def _by_spans(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
     length, lowest = q.shape[2], torch.finfo(torch.float32).min
     pool = [torch.cat(pair, dim=2) for pair in zip(memory, _entering(stream.held, start, length), strict=True)]
     since, until = lifetimes(pool[2], count)
+    first_kept = since.amin(2, keepdim=True)  # from then on something always is
     output = q.new_zeros(*q.shape[:3], stream.values.shape[-1], dtype=torch.float32)
     lse = torch.full(q.shape[:3], lowest)
     for begin, end in _spans(since, count):
@@ -244,8 +247,8 @@ def _by_spans(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
         lse[:, :, begin:end] = log_denominator(logits, weights)
         weights = torch.nn.functional.dropout(weights, scoring.dropout) if scoring.dropout else weights
         output[:, :, begin:end] = product(weights.unsqueeze(2), v).squeeze(2)
-        nothing = ~visible.any(-1)
-        if nothing.any():
+        if (first_kept > begin).any():
+            nothing = time.squeeze(1) < first_kept
             nothing = nothing.repeat_interleave(q.shape[1] // nothing.shape[1], dim=1)
             output[:, :, begin:end].masked_fill_(nothing.unsqueeze(-1), 0.0)
             lse[:, :, begin:end].masked_fill_(nothing, lowest)
@@ -357,6 +360,11 @@ def _entering(held, start: int, length: int, padded: int | None = None):
     return [_from(x, start, length, padded or length, EMPTY if x.dtype == torch.int64 else 0.0) for x in held]
 
 
+def _nothing(held):
+    """One token that is not there."""
+    return [torch.full_like(x[:, :, :1], EMPTY if x.dtype == torch.int64 else 0) for x in held]
+
+
 def _from(x, start: int, length: int, padded: int, fill: float = 0.0):
     inside = x[:, :, max(start, 0) : max(start + length, 0)]
     missing = min(max(-start, 0), length)
@@ -367,18 +375,28 @@ def _from(x, start: int, length: int, padded: int, fill: float = 0.0):
 def _scan(priority, count: int, blocks: int, rows: int):
     """What is kept before each block and after the last: places in the pool, the highest first.
 
+    Twice as many blocks take one merge more: each merge joins what is kept of the blocks behind a block with what is
+    kept of as many before.
+
     Returns [B, H, N, count] and [B, H, count].
-    priority: [B, H, count + N * rows]: of what was kept, then of what enters.
+    priority: [B, H, count + N * rows + 1]: of what was kept, then of what enters, then EMPTY.
     """
-    index = priority[:, :, :count].topk(count, dim=2).indices
-    before = []
-    for block in range(blocks):
-        before.append(index)
-        first = count + block * rows
-        new = torch.arange(first, first + rows, device=priority.device).expand(*priority.shape[:2], rows)
-        candidates = torch.cat([index, new], dim=2)
-        index = candidates.gather(2, priority.gather(2, candidates).topk(count, dim=2).indices)
-    return torch.stack(before, dim=2), index
+    own = min(count, rows)
+    free = (0, count - own)
+    new, places = priority[:, :, count:-1].unflatten(2, (blocks, rows)).topk(own, dim=3)
+    places = places + torch.arange(count, count + blocks * rows, rows, device=priority.device).unsqueeze(1)
+    new = torch.nn.functional.pad(new, free, value=EMPTY)
+    places = torch.nn.functional.pad(places, free, value=priority.shape[2] - 1)
+    before = priority[:, :, None, :count].topk(count, dim=3)
+    best, index = (torch.cat(both, dim=2) for both in zip(before, (new, places), strict=True))
+    step = 1
+    while step <= blocks:
+        both = [torch.cat([x[:, :, step:], x[:, :, :-step]], dim=3) for x in (best, index)]
+        found = both[0].topk(count, dim=3)
+        best = torch.cat([best[:, :, :step], found.values], dim=2)
+        index = torch.cat([index[:, :, :step], both[1].gather(3, found.indices)], dim=2)
+        step *= 2
+    return index[:, :, :-1], index[:, :, -1]
 
 
 def _visible(kept, new, count: int):

@@ -9,7 +9,7 @@ from transformers import Cache
 from transformers.utils import logging
 
 from .liger_attention import MODES, LigerAttention, turns_halves
-from .liger_cache import LigerCacheLayer, adapt_cache, cache_for
+from .liger_cache import LigerCacheLayer, adapt_cache, cache_for, room
 from .liger_config import check_heads, layer_specs
 from .liger_extras import NAMES
 from .liger_rows import document_positions, pack_rows, row_layout, token_positions
@@ -80,11 +80,10 @@ class LigerDecoder:
                 "a Liger model takes a padding mask of shape [batch, tokens], not a prepared attention mask"
             )
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        padding, starts = row_layout(attention_mask, position_ids, length)
-        told = False
-        if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling():
-            padding = None if padding.all() else padding  # on a GPU nothing waits for the device
-            told = padding is not None and bool(padding[:, -length:].all())
+        padding, starts, told = row_layout(attention_mask, position_ids, length)
+        if length == 1 and padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling():
+            padding = None if padding.all() else padding  # a step waits for no GPU
+            told = padding is not None and bool(padding[:, -1].all())
         cache = past_key_values if cache is None else cache
         if starts is not None and (use_cache or cache is not None):
             raise ValueError("packed documents cannot fill a cache, which goes on from one text a row: use_cache=False")
@@ -99,6 +98,7 @@ class LigerDecoder:
             cache = cache_for(self.config)
         if cache is not None:
             adapt_cache(cache, self.liger_attentions())
+            told = told or (length == 1 and padding is not None and padding.shape[1] == room(cache))
         return super().forward(
             input_ids=input_ids,
             attention_mask=pack_rows(padding, starts, told),
@@ -160,13 +160,16 @@ class LigerForCausalLM:
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds=None, attention_mask=None, past_key_values=None, **kwargs):
-        """For caches of constant shape: every layer makes its own mask from the padding mask, and once a text was read
-        Liger layers need none. So a compiled step sees nothing that grows."""
+        """For caches of constant shape: each layer makes its own mask from the padding mask. Once a text was read Liger
+        layers need none, and softmax layers one of a StaticCache's length: a compiled step sees nothing that grows."""
         step = inputs_embeds.shape[1] == 1 and not kwargs.get("is_first_iteration", True)
         layers = () if past_key_values is None else past_key_values.layers
-        if step and layers and all(isinstance(one, LigerCacheLayer) and one.is_initialized for one in layers):
+        if not step or attention_mask is None or not layers or not all(one.is_initialized for one in layers):
+            return attention_mask
+        if all(isinstance(one, LigerCacheLayer) for one in layers):
             return None
-        return attention_mask
+        missing = room(past_key_values) - attention_mask.shape[1]
+        return torch.nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
 
     def set_attention_mode(self, mode: str, layers: list[int] | None = None) -> None:
         """Run Liger layers as `liger`, as the original `softmax` attention, or as a control. No reload.

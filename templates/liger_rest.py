@@ -156,7 +156,8 @@ def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spe
         evicts: [B, Hkv] bool, where something does; None where what does not is zero and the state does not fade.
         decay_logits: [B, Hkv or Hq, 1, 1], the gate's, or None where the state does not fade.
         state: [B, h, D + 1, D + 1]. mass: [Hq, D + 3]. slope: [Hq].
-        counted: as `state_counts` gives them, for a state that does not fade; else the number is the state's own.
+        counted: as `state_counts` gives them, of these heads, for a state that does not fade; else the number is the
+            state's own.
     Returns:
         o [B, h, g, D] and lse [B, h, g, 1], for the g query heads of each state.
     """
@@ -167,7 +168,6 @@ def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spe
         mass, slope = mass[heads], slope[heads]
         q, plain_q, evicted = (x[:, heads] for x in (q, plain_q, evicted))
         evicts = None if evicts is None else evicts[:, heads]
-        counted = None if counted is None else tuple(x if x.shape[1] == 1 else x[:, heads] for x in counted)
         if decay_logits is not None and not per_query:
             decay_logits = decay_logits[:, heads]
         elif per_query:
@@ -184,7 +184,9 @@ def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spe
     if decay_logits is not None:
         state.mul_(_log_decay(decay_logits, there, spec).exp())
     state.addcmul_(entering[:, :, 0].unsqueeze(-1), entering[:, :, 1].unsqueeze(-2))
-    number, log_count, one, over = state_counts(state[:, :, dim:, dim:], scaling) if counted is None else counted
+    if counted is None:
+        counted = state_counts(state[:, :, dim:, dim:], q.shape[2], scaling)
+    number, log_count, one, over = counted
 
     mean = state / number
     means, rows = mean.flatten(0, 1), (*q.shape[:3], dim + 1)
@@ -193,21 +195,25 @@ def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spe
     mean_value, mean_logit = mean[:, :, dim:, :dim], read[..., dim:]
     covariance = torch.addcmul(read[..., :dim], mean_logit, mean_value, value=-1)
     output = torch.addcmul(mean_value, slope.unsqueeze(-1), covariance, value=root)
-    one, over = (x.expand(*rows[:3], 1) for x in (one, over))
     terms = torch.cat([one, mean_logit, over, plain_q.float()], dim=-1).view(-1, 1, dim + 3)
     mass = mass.expand(len(q), *mass.shape).reshape(-1, dim + 3, 1)
-    lse = torch.baddbmm(mass[:, :1], terms, mass, beta=0, alpha=root).view(*rows[:3], 1) + log_count
+    lse = torch.baddbmm(log_count, terms, mass, alpha=root).view(*rows[:3], 1)
     return output, lse, heads
 
 
-def state_counts(number, scaling: float):
-    """What `step_rest` reads of the number of tokens in a state, [B, h, 1, 1]: at least 1, its logarithm, the lowest
-    number where there are none, and the first and third of the mass's terms, over the square root of the scaling."""
+def state_counts(number, queries: int, scaling: float):
+    """What `step_rest` reads of the number of tokens in a state, [B, h, 1, 1], for its g query heads.
+
+    Returns:
+        the number, at least 1; its logarithm, the lowest number where there are no tokens, [B * h * g, 1, 1]; the first
+        and the third of the mass's terms, over the square root of the scaling, [B, h, g, 1].
+    """
     empty, number = number <= 0, number.clamp_min(1.0)
     log_count = number.log()
     one = torch.full_like(log_count, scaling**-0.5)
     hidden = log_count.masked_fill(empty, torch.finfo(torch.float32).min)
-    return number, hidden, one, (log_count - LOG_COUNT) * one
+    rows = (*number.shape[:2], queries, 1)
+    return number, hidden.expand(rows).reshape(-1, 1, 1), one.expand(rows), ((log_count - LOG_COUNT) * one).expand(rows)
 
 
 def chosen_heads(flags: tuple[bool, ...], device):

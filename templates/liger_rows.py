@@ -5,6 +5,9 @@ or an `attention_mask` of document numbers 1, 1, 2, 2, 0 (sample packing in fine
 """
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_documents = WeakTensorKeyDictionary()  # of a call's mask, for all its layers
 
 
 def row_layout(attention_mask, position_ids, length: int):
@@ -18,31 +21,50 @@ def row_layout(attention_mask, position_ids, length: int):
         position_ids: [B or 1, T] of the last T = `length` tokens, or None.
     Returns:
         padding [B, S] bool, false at padding, or None; starts [B, T] bool, true where a document begins, or None where
-        every row is one text. With starts there is no padding: it stands in documents of its own.
+        every row is one text. With starts there is no padding: it stands in documents of its own. And whether it is
+        known that none of the last T tokens is padding. With more than one token padding is None where there is none.
     Raises:
         ValueError: padding inside a packed document.
     """
     padding = None if attention_mask is None else attention_mask.bool()
     if length < 2:
-        return padding, None
-    numbered = attention_mask is not None and attention_mask.dtype != torch.bool and bool((attention_mask > 1).any())
-    if not numbered and (position_ids is None or position_ids.shape != (len(position_ids), length)):
-        return padding, None
-    seen = None if padding is None else padding[:, -length:]
-    if not numbered and (seen is None or seen.all()):
-        starts = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
-        batch = len(position_ids if seen is None else seen)
-        return (None, starts.expand(batch, -1)) if starts[:, 1:].any() else (padding, None)
+        return padding, None, False
+    told = {}
+    if padding is not None:
+        told |= {"whole": padding.all(), "seen": padding[:, -length:].all()}
+        if attention_mask.dtype != torch.bool:
+            told["numbered"] = (attention_mask > 1).any()
+    if position_ids is not None and position_ids.shape == (len(position_ids), length):
+        apart = position_ids.diff(dim=1) != 1
+        told["apart"] = apart.any()
+    told = _answers(told)
+    padding, numbered, seen = None if told.get("whole") else padding, told.get("numbered"), told.get("seen", True)
+    if not numbered and seen:
+        if not told.get("apart"):
+            return padding, None, seen
+        starts = torch.nn.functional.pad(apart, (1, 0), value=True)
+        return None, starts.expand(len(position_ids if attention_mask is None else attention_mask), -1), True
+    if not numbered and "apart" not in told:
+        return padding, None, False
+    seen = attention_mask[:, -length:].bool()
     place = torch.arange(length, device=seen.device)
     latest = torch.where(seen, place, -1).cummax(dim=1).values[:, :-1]  # token, not padding, before each but the first
     told_by = attention_mask[:, -length:] if numbered else position_ids.expand(len(seen), -1)
     before, now = told_by.gather(1, latest.clamp_min(0)), told_by[:, 1:]
     begins = seen[:, 1:] & (latest >= 0) & (now != before if numbered else now <= before)
-    if not begins.any():
-        return padding, None
-    if (seen[:, 1:] & ~seen[:, :-1] & (latest >= 0) & ~begins).any():
+    torn = (seen[:, 1:] & ~seen[:, :-1] & (latest >= 0) & ~begins).any()
+    told = _answers({"packed": begins.any(), "torn": torn, "seen": seen.all()})
+    if not told["packed"]:
+        return padding, None, told["seen"]
+    if told["torn"]:
         raise ValueError("packed documents with padding inside one of them: padding belongs between documents")
-    return None, torch.nn.functional.pad(begins | (seen[:, 1:] != seen[:, :-1]), (1, 0), value=True)
+    starts = torch.nn.functional.pad(begins | (seen[:, 1:] != seen[:, :-1]), (1, 0), value=True)
+    return None, starts, True
+
+
+def _answers(questions: dict) -> dict[str, bool]:
+    """Of [] bool tensors, all at once: a GPU is waited for."""
+    return dict(zip(questions, torch.stack(list(questions.values())).tolist(), strict=True)) if questions else {}
 
 
 def document_positions(starts):
@@ -86,3 +108,34 @@ def unpack_rows(mask):
         return None, None, True
     row, kind = mask[:, 0, 0, :], mask.shape[2]
     return (None, row, False) if kind == 2 else (row, None, kind == 3)
+
+
+def documents(mask) -> list:
+    """Where the documents of a mask of `pack_rows` lie, found once for all layers that are given it.
+
+    They are taken out of the rows and run side by side, those of similar length together, so that less than half of
+    what is computed is padding.
+
+    Returns:
+        for each bucket of N documents with at most L tokens the place of each token among all B * T, [N, L], and which
+        of the N * L are tokens, [M]; and at last the inverse of all these places, [B * T].
+    """
+    if mask not in _documents:
+        _documents[mask] = _find_documents(unpack_rows(mask)[1])
+    return _documents[mask]
+
+
+def _find_documents(starts) -> list:
+    batch, length = starts.shape
+    first = starts.flatten().nonzero().squeeze(1)
+    lengths = torch.diff(first, append=first.new_tensor([batch * length]))
+    buckets = torch.ceil(torch.log2(lengths.float()))
+    found, places = [], []
+    for bucket in buckets.unique():
+        members = buckets == bucket
+        offsets = torch.arange(int(lengths[members].max()), device=first.device)
+        inside = offsets < lengths[members, None]
+        index = torch.where(inside, first[members, None] + offsets, 0)
+        found.append((index, inside.flatten().nonzero().squeeze(1)))
+        places.append(index[inside])
+    return [*found, torch.cat(places).argsort()]

@@ -62,7 +62,7 @@ def _bias(cache, dtype):
     return torch.zeros_like(taken, dtype=dtype).masked_fill(~taken, torch.finfo(dtype).min)
 
 
-def exact_scores(q, cache, shared: dict, settings):
+def exact_scores(q, cache, shared: dict, scoring):
     """Scores of the tokens that are visible, in float32. q [B, Hq, 1, D] -> [B * M, Hq / M, S]"""
     rows, slots = cache.layout.rows, cache.layout.slots
     bias = once(
@@ -72,9 +72,9 @@ def exact_scores(q, cache, shared: dict, settings):
     )
     q = q.reshape(len(q) * rows, -1, q.shape[-1]).float()
     keys = cache.pairs[:, :, :, 0].flatten(0, 1).float()
-    if settings.softcap is None:
-        return torch.baddbmm(bias, q, keys.mT, alpha=settings.scaling)
-    return soft_capped(q @ keys.mT, bias, settings.scaling, settings.softcap)
+    if scoring.softcap is None:
+        return torch.baddbmm(bias, q, keys.mT, alpha=scoring.scaling)
+    return soft_capped(q @ keys.mT, bias, scoring.scaling, scoring.softcap)
 
 
 def weighted_values(weights, cache):
@@ -82,10 +82,10 @@ def weighted_values(weights, cache):
     return weights @ cache.pairs[:, :, :, 1].flatten(0, 1).float()
 
 
-def exact_attention(q, cache, shared: dict, settings, need_lse: bool | str):
+def exact_attention(q, cache, shared: dict, scoring, need_lse: bool | str):
     """Softmax attention to what is visible. q [B, Hq, 1, D] -> the same shape, and lse [B, Hq, 1] or None."""
     shape = q.shape
-    if settings.softcap is None and settings.sink_logits is None and not need_lse and q.dtype != torch.float16:
+    if scoring.softcap is None and scoring.sink_logits is None and not need_lse and q.dtype != torch.float16:
         bias = once(
             shared,
             f"mask {cache.window} {cache.beyond} {q.dtype}",
@@ -94,9 +94,9 @@ def exact_attention(q, cache, shared: dict, settings, need_lse: bool | str):
         q = q.reshape(len(q), cache.layout.rows, -1, shape[-1])
         keys, values = cache.pairs.unbind(3)
         attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q, keys, values, attn_mask=bias, scale=settings.scaling).view(shape), None
-    scores = exact_scores(q, cache, shared, settings)
-    weights, lse = softmax_weights(scores, sink_rows(settings.sink_logits, scores), need_lse, 0.0)
+        return attend(q, keys, values, attn_mask=bias, scale=scoring.scaling).view(shape), None
+    scores = exact_scores(q, cache, shared, scoring)
+    weights, lse = softmax_weights(scores, sink_rows(scoring.sink_logits, scores), need_lse, 0.0)
     return weighted_values(weights, cache).view(shape), None if lse is None else lse.view(shape[:3])
 
 

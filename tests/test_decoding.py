@@ -7,26 +7,28 @@ import pytest
 import torch
 from test_model import close, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
 from liger_cli.checkpoint.families import FAMILIES
 from liger_cli.checkpoint.model_code import model_classes
 from liger_cli.templates.liger_config import LayerSpec, liger_block
+from liger_cli.templates.liger_export import DecodingStep, cache_tensors
 from liger_cli.templates.liger_gates import GATES
 
 SIZES = {"hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
 SIZES |= {"vocab_size": 128, "max_position_embeddings": 512}
 
 
-def made(family="llama", layers=2, **spec):
-    """A random model of so many equal layers, or its base where nothing is said of them."""
+def made(family="llama", layers=2, softmax=(), **spec):
+    """A random model of so many equal layers, but for softmax ones, or its base where nothing is said of them."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, num_hidden_layers=layers)
     if not spec:
         return AutoModelForCausalLM.from_config(config).eval()
     config_class, model_class = model_classes(FAMILIES[family])
     values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-    model = model_class(config_class(**values, liger=liger_block([LayerSpec(**spec)] * layers))).eval()
+    specs = [LayerSpec(kind="softmax") if layer in softmax else LayerSpec(**spec) for layer in range(layers)]
+    model = model_class(config_class(**values, liger=liger_block(specs))).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("keep_score", "rest_mass", "window_factor", "_scale")):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -65,14 +67,14 @@ class Operations(TorchDispatchMode):
 
 
 @torch.no_grad()
-def operations(model) -> int:
+def operations(model) -> list[str]:
     """Of the last step of `generate`."""
     forward, counts = model.forward, []
 
     def counted(*args, **kwargs):
         with Operations() as done:
             result = forward(*args, **kwargs)
-        counts.append(len(done.found))
+        counts.append(done.found)
         return result
 
     model.forward = counted
@@ -84,7 +86,7 @@ def operations(model) -> int:
 
 def by_layer(family: str, **spec) -> int:
     """Operations of one layer: those that a third one adds to two."""
-    few, more = (operations(made(family, layers, **spec)) for layers in (2, 3))
+    few, more = (len(operations(made(family, layers, **spec))) for layers in (2, 3))
     return more - few
 
 
@@ -99,8 +101,34 @@ def test_operations_of_a_step(family):
     exact = by_layer(family, **kept, mix=0.0)
     assert exact <= base + 5
     assert by_layer(family, **kept, rest=True, gate="none") <= exact + 15
-    assert by_layer(family, kept=[8, 4, 16], sinks=4, rest=True, gate="none") <= exact + 16
-    assert by_layer(family, kept=[8, 4, 16], sinks=4, rest=[True, False, True], gate="none") <= exact + 20
+    assert by_layer(family, **kept, rest=[True, True, False], gate="none") <= exact + 15
+    kept = {"kept": [8, 4, 16], "sinks": 4}
+    exact = by_layer(family, **kept, mix=0.0)
+    assert exact <= base + 6
+    assert by_layer(family, **kept, rest=True, gate="none") <= exact + 15
+    assert by_layer(family, **kept, rest=[True, False, True], gate="none") <= exact + 15
+
+
+@torch.no_grad()
+def test_a_step_waits_for_nothing():
+    """Nothing that a GPU would have to answer first: no number is read, no size depends on a value."""
+    waits = {"_local_scalar_dense", "is_nonzero", "nonzero", "_unique2", "masked_select", "equal"}
+    for settings in ({"gate": "gla", "sinks": 4}, {"kept": [8, 0, 3], "sinks": 2, "rest": True, "gate": "mamba2"}):
+        model = made(**settings)
+        cache, last = read(model, tokens(12), torch.ones(1, 12, dtype=torch.long))
+        with Operations() as done:
+            model(tokens(1), position_ids=last + 1, past_key_values=cache, use_cache=True)
+        assert len(done.found) > 50 and not waits & set(done.found)
+
+
+def test_a_text_twice_as_long_takes_one_merge_of_kept_tokens_more():
+    """With gradients, and on a GPU: there is no loop over blocks."""
+    found = []
+    for length in (256, 512, 1024, 2048):  # the first makes what is made once
+        with Operations() as done:
+            made(layers=1, kept=4, mix=0.0)(tokens(length), use_cache=False)
+        found.append(len(done.found))
+    assert found[2] - found[1] == found[3] - found[2] <= 12
 
 
 STEPS = {gate: {"gate": gate, "window": 16, "slots": 8} for gate in GATES}
@@ -115,17 +143,23 @@ STEPS |= {
     "lolcats": {"window": 16, "gate": "none", "feature_map": "hedgehog", "normalizer": "joint-max", "positions": "rope",
                 "delayed": True, "sinks": 2},
     "recurrence alone": {"mix": 1.0},
+    "softmax heads": {"window": 16, "kept": 8, "sinks": 2, "softmax_kv_heads": [1], "rest": [True, False, True],
+                      "gate": "none"},
+    "softmax layer": {"window": 16, "softmax": [1]},
 }  # fmt: skip
 
 
 def read(model, ids, mask):
-    """A cache of a left-padded text, and the positions of its last tokens."""
-    cache, positions = DynamicCache(config=model.config), (mask.cumsum(1) - 1).clamp_min(0)
+    """A cache of a left-padded text, static where softmax attention is in it, and the positions of its last tokens."""
+    specs = [each.self_attn.liger_spec for each in model.model.layers]
+    softmax = any(spec.kind == "softmax" or spec.softmax_kv_heads for spec in specs)
+    cache = StaticCache(model.config, max_cache_len=40) if softmax else DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
     model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return cache, positions[:, -1:]
 
 
-FAST = ("gla", "kept by head", "rest by head", "lolcats")
+FAST = ("gla", "kept by head", "rest by head", "lolcats", "softmax heads")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +174,7 @@ def test_a_step_is_one_graph(settings):
     mask[1, :7] = 0
     cache, last = read(model, ids, mask)
     other = copy.deepcopy(cache)
-    shapes = [{name: x.shape for name, x in layer.tensors().items()} for layer in cache.layers]
+    shapes = [{name: x.shape for name, x in cache_tensors(layer).items()} for layer in cache.layers]
     torch._dynamo.reset()
     step = torch.compile(model.forward, fullgraph=True, backend="eager", dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -148,8 +182,33 @@ def test_a_step_is_one_graph(settings):
             last, new = last + 1, tokens(1, 2, seed=int(last[0]))
             given = {"input_ids": new, "position_ids": last, "use_cache": True}
             close(step(past_key_values=cache, **given).logits, model(past_key_values=other, **given).logits)
-    assert shapes == [{name: x.shape for name, x in layer.tensors().items()} for layer in cache.layers]
+    assert shapes == [{name: x.shape for name, x in cache_tensors(layer).items()} for layer in cache.layers]
     assert cache.get_seq_length() == 28 and cache.is_compileable
+
+
+@pytest.mark.parametrize("settings", [STEPS[name] for name in ("gla", "softmax heads", "softmax layer")])
+@torch.no_grad()
+def test_an_exported_step(settings):
+    """The very operations of the model's, on buffers of its own, in every later step."""
+    model, ids, mask = made(**settings), tokens(12, 2), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :7] = 0
+    cache, last = read(model, ids, mask)
+    other = copy.deepcopy(cache)
+    step = torch.export.export(DecodingStep(model, cache), (tokens(1, 2), last + 1)).module()
+    for _ in range(20):
+        last, new = last + 1, tokens(1, 2, seed=int(last[0]))
+        close(step(new, last), model(new, position_ids=last, past_key_values=other, use_cache=True).logits)
+
+
+@torch.no_grad()
+def test_no_export_of_a_cache_that_grows():
+    model = made(window=16, softmax_kv_heads=[1])
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="constant shape"):
+        DecodingStep(model, cache)
+    model(tokens(12), past_key_values=cache)
+    with pytest.raises(ValueError, match="constant shape"):
+        DecodingStep(model, cache)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from liger_cli.templates.liger_branches import Settings, Tokens, mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
+from liger_cli.templates.liger_window import Scoring
 
 SHORT, LONG = 1500, 131072
 HALF = (torch.bfloat16, torch.float16)
@@ -79,7 +80,7 @@ def test_scan_of_128k_tokens(name, kind):
 def attend(name, q, k, v, valid=None, cache=None, **settings):
     spec = LayerSpec(gate=name, slots=8, **settings)
     gate = GATES[name].pool(k, spec)
-    settings = Settings(spec, window=64, mix=0.5, scaling=q.shape[-1] ** -0.5)
+    settings = Settings(spec, window=64, mix=0.5, scoring=Scoring(q.shape[-1] ** -0.5))
     return mixed_attention(Tokens(q, k, v, q, k, gate), settings, valid, cache)
 
 

@@ -15,6 +15,7 @@ from liger_cli.templates.liger_branches import Settings, Tokens, mixed_attention
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, check_heads, layer_specs, liger_block
 from liger_cli.templates.liger_gates import GATES
 from liger_cli.templates.liger_rest import rest_attention
+from liger_cli.templates.liger_window import Scoring
 
 SCALING, LOWEST = 0.3, torch.finfo(torch.float32).min
 
@@ -79,7 +80,7 @@ def test_exact_where_the_logits_of_the_rest_are_equal(kept):
     k = torch.randn(1, 2, 1, 8).expand(-1, -1, 80, -1).contiguous()
     mass = torch.zeros(4, 11)
     mass[:, 1] = 1
-    settings = Settings(spec, 16, 0.0, SCALING, rest=(mass, torch.ones(4)))
+    settings = Settings(spec, 16, 0.0, Scoring(SCALING), rest=(mass, torch.ones(4)))
     scores = torch.randn(1, 2, 80, 1) if kept else None
     found = mixed_attention(Tokens(q, k, v, q, k, torch.zeros(1, 2, 80, 1), scores), settings)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALING, is_causal=True, enable_gqa=True)

@@ -5,6 +5,7 @@ import torch
 from test_model import close, linearized, tokens
 from transformers import DynamicCache
 
+from liger_cli.templates import liger_rows
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_rows import row_layout
 
@@ -13,9 +14,10 @@ HYBRID = [LayerSpec(window=8, sinks=1), LayerSpec(kind="softmax"), LayerSpec(gat
 
 
 def layout(mask=None, positions=None, length=6):
-    padding, starts = row_layout(
+    padding, starts, told = row_layout(
         None if mask is None else torch.tensor(mask), None if positions is None else torch.tensor(positions), length
     )
+    assert told == (length > 1 and (mask is None or starts is not None or all(all(row[-length:]) for row in mask)))
     return tuple(None if x is None else x.tolist() for x in (padding, starts))
 
 
@@ -23,7 +25,7 @@ def test_one_text_a_row():
     ones = [[1] * 6]
     assert layout() == (None, None)
     assert layout(positions=[[0, 1, 2, 3, 4, 5]]) == (None, None)
-    assert layout(ones, [[3, 4, 5, 6, 7, 8]]) == ([[T] * 6], None)
+    assert layout(ones, [[3, 4, 5, 6, 7, 8]]) == layout(ones) == (None, None)
     # Left padding, padding between turns, and right padding, as transformers and lm-eval number them.
     for mask, positions in (
         ([0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 2, 3]),
@@ -35,6 +37,7 @@ def test_one_text_a_row():
     ):
         assert layout([mask], [positions]) == ([[bool(x) for x in mask]], None)
     assert layout([[2, 2, 2, 2, 0, 0]]) == ([[T, T, T, T, F, F]], None)
+    assert layout([[1, 0, 1, 1]], length=1) == ([[T, F, T, T]], None)  # a step asks nothing
     # A mask of the whole text and the positions of its last tokens.
     assert layout([[0, 1, 1, 1, 1]], [[2, 3]], length=2) == ([[F, T, T, T, T]], None)
 
@@ -68,6 +71,17 @@ def test_positions_changed_in_place_are_read_again(tiny_base):
     close(packed[:, 15:], model(ids[:, 15:]).logits)
     positions[0, 15:] += 15
     close(model(ids, position_ids=positions).logits, one)
+
+
+@torch.no_grad()
+def test_documents_are_looked_for_once_a_call(tiny_base, monkeypatch):
+    """Each time a GPU would be waited for; all layers are told."""
+    _, model = linearized(tiny_base(), specs=HYBRID)
+    positions, found, find = torch.tensor([[*range(15), *range(25)]]), [], liger_rows._find_documents
+    monkeypatch.setattr(liger_rows, "_find_documents", lambda starts: found.append(starts) or find(starts))
+    for count in (1, 2):
+        model(tokens(40), position_ids=positions)
+        assert len(found) == count
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ MODULES = (
     "liger_branches",
     "liger_cache",
     "liger_config",
+    "liger_export",
     "liger_extras",
     "liger_families",
     "liger_fla",

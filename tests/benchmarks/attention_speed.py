@@ -26,7 +26,7 @@ from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
 from liger_cli.templates.liger_kept import keep_scores
-from liger_cli.templates.liger_window import ROWS_OF_HEAD
+from liger_cli.templates.liger_window import ROWS_OF_HEAD, Scoring
 
 QUERY_HEADS, KV_HEADS, DIM = 4, 2, 64
 
@@ -43,7 +43,7 @@ def liger(q, k, v, gate: str, cache=None, kept: int = 0):
     spec = LayerSpec(gate=gate, kept=kept)
     pooled = GATES[gate].pool(k, spec)
     scores = keep_scores(k, torch.linspace(-1, 1, DIM).expand(KV_HEADS, -1)) if kept else None
-    settings = Settings(spec, window=64, mix=0.5, scaling=DIM**-0.5)
+    settings = Settings(spec, window=64, mix=0.5, scoring=Scoring(DIM**-0.5))
     return mixed_attention(Tokens(q, k, v, q, k, pooled, scores), settings, cache=cache)
 
 
