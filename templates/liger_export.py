@@ -1,5 +1,6 @@
 """The decoding step as a module whose cache are its buffers: what `torch.export` takes.
 
+    DecodingStep = get_class_from_dynamic_module("liger_export.DecodingStep", FOLDER)
     ids = tokenizer(text, return_tensors="pt").input_ids
     cache = StaticCache(model.config, max_cache_len=4096)
     model(ids, past_key_values=cache)

@@ -19,10 +19,10 @@ SIZES = {"hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 6, "
 SIZES |= {"vocab_size": 128, "max_position_embeddings": 512}
 
 
-def made(family="llama", layers=2, softmax=(), **spec):
+def made(family="llama", layers=2, softmax=(), heads=None, **spec):
     """A random model of so many equal layers, but for softmax ones, or its base where nothing is said of them."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, num_hidden_layers=layers)
+    config = AutoConfig.for_model(family, **SIZES | (heads or {}), num_hidden_layers=layers)
     if not spec:
         return AutoModelForCausalLM.from_config(config).eval()
     config_class, model_class = model_classes(FAMILIES[family])
@@ -107,6 +107,9 @@ def test_operations_of_a_step(family):
     assert exact <= base + 6
     assert by_layer(family, **kept, rest=True, gate="none") <= exact + 15
     assert by_layer(family, **kept, rest=[True, False, True], gate="none") <= exact + 15
+    kept, heads = {"kept": [8, 4, 16, 3, 5, 5], "sinks": 4}, {"num_attention_heads": 12, "num_key_value_heads": 6}
+    uneven = by_layer(family, **kept, heads=heads, rest=[True, True, False, True, False, True], gate="none")
+    assert uneven <= by_layer(family, **kept, heads=heads, mix=0.0) + 21
 
 
 @torch.no_grad()

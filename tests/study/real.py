@@ -442,14 +442,20 @@ def _write(home: Path, name: str, result: dict) -> None:
     write_whole(home / "rows" / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
-def write(home: Path) -> tuple[Path, Path]:
-    """Write `rows.jsonl`, every result in a line, and `table.md`."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in (home / "rows").glob("*.json")]
+def results(home: Path) -> list[dict]:
+    """Every result there is, in the table's order."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (home / "rows").glob("*.json")]
     order = [row.name for row in ROWS]
     place = lambda name: order.index(name) if name in order else len(order)  # noqa: E731
-    results.sort(key=lambda result: (place(result["row"]), result["budget"]) if "row" in result else (99, 0))
-    write_whole(home / "rows.jsonl", "".join(json.dumps(result) + "\n" for result in results))
-    write_whole(home / "table.md", table(results))
+    key = lambda result: (place(result["row"]), result["budget"], result["name"]) if "row" in result else (99, 0, "")  # noqa: E731
+    return sorted(found, key=key)
+
+
+def write(home: Path) -> tuple[Path, Path]:
+    """Write `rows.jsonl`, every result in a line, and `table.md`."""
+    found = results(home)
+    write_whole(home / "rows.jsonl", "".join(json.dumps(result) + "\n" for result in found))
+    write_whole(home / "table.md", table(found))
     return home / "rows.jsonl", home / "table.md"
 
 
