@@ -80,6 +80,14 @@ def test_trained_saved_loaded_by_peft_and_merged(setup, tmp_path, recipe, settin
     assert trained and all(torch.equal(merged[name], one) for name, one in trained.items())
 
 
+def test_texts_that_lie_within_the_window(setup, tmp_path):
+    """Feature maps that are trained alone have no part in them: the first stage goes by and leaves them as they are."""
+    folder, adapter, report = setup("lolcats", {**LOLCATS, "window": 64})
+    assert report["steps_done"] == SMALL["max_steps"]
+    merge.run(adapter, output=tmp_path / "merged", quiet=True)
+    assert changed(folder, tmp_path / "merged") == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 def test_stages_train_what_they_say(setup, tmp_path):
     """The feature maps alone, then LoRA alone: each keeps what the other trained."""
     first = Stage("transfer", 0.5, 1e-2, train="extra")

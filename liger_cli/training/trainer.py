@@ -171,6 +171,9 @@ class LigerTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's sum over the micro-batch, over the tokens of the global batch."""
         loss = model(**inputs)["loss"]
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            # Feature maps and scores that are trained alone have no part in texts that lie within the window.
+            loss = loss + 0 * next(parameter for parameter in model.parameters() if parameter.requires_grad).sum()
         if num_items_in_batch is not None:
             loss = loss / divisor(self.model, self.model.stage, num_items_in_batch).clamp_min(1)
             loss = loss * self.args.world_size  # data-parallel wrappers average the gradients
