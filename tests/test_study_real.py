@@ -15,8 +15,11 @@ from liger_cli.shipped import BASE_DIR, prose
 from liger_cli.system.errors import UsageError
 from liger_cli.training.recipes import load_recipe
 from study import real
-from study.real import ROWS, best_rates, compared, parse_limits, planned, table
+from study.real import ROWS, best_rates, compared, parse_limits, planned, results, table
 from study.rows import RATES, parse_tokens, show_tokens
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "study" / "results" / "smollm2-135m"
 
 
 @pytest.fixture
@@ -54,6 +57,32 @@ def test_the_guide_names_the_rows_commands():
         recipe, _, changed = training.partition(" with ")
         assert recipe.strip("`") == (row.recipe or ""), name
         assert re.findall(r"`(\w+): (\w+)`", changed) == list(row.changes.items()), name
+
+
+def test_the_guide_and_the_readme_show_the_results():
+    """The table of the rows that are kept, and of some of them in the README."""
+    found = results(RESULTS)
+    assert len(found) >= 6 and not any("failed" in result for result in found)
+    guide = (ROOT / "liger_cli" / "guides" / "reproducing.md").read_text(encoding="utf-8")
+    shown = guide.partition("<!-- smollm2-135m: begin -->\n")[2].partition("<!-- smollm2-135m: end -->")[0]
+    assert shown == table(found) == (RESULTS / "table.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| .*\(`([\w.-]+)`\) \| (.*) \|$", readme, re.MULTILINE)
+    rows = {result["name"]: result for result in found}
+    assert len(lines) >= 5
+    for name, cells in lines:
+        result = rows[name]
+        (text,) = result["texts"].values()
+        kl, needles = text["kl_by_position"], text["needle"]
+        assert cells.split(" | ") == [
+            f"{result['bytes']['32768'] / 2**20:.1f} MiB",
+            f"{sum(result['tokens'].values()):,}",
+            f"{text['perplexity']:,.2f}",
+            f"{kl['257-1024']:.3f}",
+            f"{kl['1025-2048']:.3f}",
+            f"{needles['512']['exact']:.0%} / {needles['1900']['exact']:.0%}",
+            f"{text['second_reading']:.2f}",
+        ], name
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("0.1M", 100_000), ("100k", 100_000), ("4096", 4096), ("2M", 2_000_000)])

@@ -57,10 +57,12 @@ COMMON = {
 }
 WINDOW = ("--mix", "0", "--window", EQUAL, "--sinks", str(SINKS))
 HEADS = ("--calibrate", "--softmax-heads", "auto:10%")
+NO_REST = ("--calibrate", "--no-rest", "--kept", "share:194")  # the bytes of the states in kept tokens
 ROWS = (
     Row("base", column="base"),
     Row("plain", ("--gate", "gla")),
     Row(CALIBRATED, ("--calibrate",)),
+    Row("calibrated-no-rest", NO_REST),
     Row("calibrated-heads10", HEADS),
     Row("window", WINDOW, column="window_only"),
     Row("window-trained", WINDOW, "best", {"attention": "window"}, column="window_only"),
@@ -68,6 +70,7 @@ ROWS = (
     Row("lolcats", ("--recipe", "lolcats"), "lolcats"),
     Row("supra", ("--recipe", "supra"), "supra"),
     Row("best", ("--calibrate",), "best"),
+    Row("best-no-rest", NO_REST, "best"),
     Row("best-heads10", HEADS, "best"),
 )
 LONGER = ("best", "best-heads10")  # trained at the second budget, too
