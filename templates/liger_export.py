@@ -1,10 +1,9 @@
 """The decoding step as a module whose cache are its buffers: what `torch.export` takes.
 
-    DecodingStep = get_class_from_dynamic_module("liger_export.DecodingStep", FOLDER)
     ids = tokenizer(text, return_tensors="pt").input_ids
     cache = StaticCache(model.config, max_cache_len=4096)
     model(ids, past_key_values=cache)
-    program = torch.export.export(DecodingStep(model, cache), (ids[:, -1:], torch.tensor([[ids.shape[1]]])))
+    program = torch.export.export(model.decoding_step(cache), (ids[:, -1:], torch.tensor([[ids.shape[1]]])))
 
 Another text begins with what a cache that has read it holds: copy `cache_tensors` of its layers into the buffers.
 """

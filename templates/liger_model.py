@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .liger_attention import MODES, LigerAttention, turns_halves
 from .liger_cache import LigerCacheLayer, adapt_cache, cache_for, room
 from .liger_config import check_heads, layer_specs
+from .liger_export import DecodingStep
 from .liger_extras import NAMES
 from .liger_rows import document_positions, pack_rows, row_layout, token_positions
 from .liger_transformers import CACHE, GenericForSequenceClassification, note_outputs
@@ -170,6 +171,10 @@ class LigerForCausalLM:
             return None
         missing = room(past_key_values) - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
+
+    def decoding_step(self, cache: Cache) -> DecodingStep:
+        """One token behind those that `cache` has read, as a module for `torch.export` (see `liger_export`)."""
+        return DecodingStep(self, cache)
 
     def set_attention_mode(self, mode: str, layers: list[int] | None = None) -> None:
         """Run Liger layers as `liger`, as the original `softmax` attention, or as a control. No reload.

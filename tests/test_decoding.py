@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, Dynami
 from liger_cli.checkpoint.families import FAMILIES
 from liger_cli.checkpoint.model_code import model_classes
 from liger_cli.templates.liger_config import LayerSpec, liger_block
-from liger_cli.templates.liger_export import DecodingStep, cache_tensors
+from liger_cli.templates.liger_export import cache_tensors
 from liger_cli.templates.liger_gates import GATES
 
 SIZES = {"hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
@@ -197,7 +197,7 @@ def test_an_exported_step(settings):
     mask[1, :7] = 0
     cache, last = read(model, ids, mask)
     other = copy.deepcopy(cache)
-    step = torch.export.export(DecodingStep(model, cache), (tokens(1, 2), last + 1)).module()
+    step = torch.export.export(model.decoding_step(cache), (tokens(1, 2), last + 1)).module()
     for _ in range(20):
         last, new = last + 1, tokens(1, 2, seed=int(last[0]))
         close(step(new, last), model(new, position_ids=last, past_key_values=other, use_cache=True).logits)
@@ -208,10 +208,10 @@ def test_no_export_of_a_cache_that_grows():
     model = made(window=16, softmax_kv_heads=[1])
     cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="constant shape"):
-        DecodingStep(model, cache)
+        model.decoding_step(cache)
     model(tokens(12), past_key_values=cache)
     with pytest.raises(ValueError, match="constant shape"):
-        DecodingStep(model, cache)
+        model.decoding_step(cache)
 
 
 @pytest.mark.slow

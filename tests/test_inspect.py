@@ -42,6 +42,17 @@ def test_a_converted_folder(converted, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report))
 
 
+@pytest.mark.parametrize("revision", [None, 5, "main", ["x"]])
+def test_a_revision_of_any_kind(converted, capsys, revision):
+    """A manifest is a file that others write, too."""
+    manifest = json.loads((converted / "liger.json").read_text())
+    manifest["base"]["revision"] = revision
+    (converted / "liger.json").write_text(json.dumps(manifest))
+    assert run(str(converted)) == 0
+    out = capsys.readouterr().out
+    assert (f" at {revision} in " in out) == bool(revision) and "None" not in out
+
+
 def test_code(converted):
     (converted / "liger_gates.py").write_text("x = 1\n")
     (converted / "extra.py").write_text("x = 1\n")

@@ -287,7 +287,8 @@ def _lines(report: dict) -> list[str]:
         if made["refreshed"]:
             lines.append(f"code refreshed at {made['refreshed']}")
     if (base := report.get("base")) and base["path"]:
-        name = f"{base['name']}{' at ' + base['revision'] if base['revision'] else ''} in " if base["name"] else ""
+        revision = f" at {base['revision']}" if base["revision"] else ""
+        name = f"{base['name']}{revision} in " if base["name"] else ""
         lines.append(f"from {name}{base['path']}: {base['state']}")
     for name in ("model_type", "recipe", "data", "steps", "step", "ranks", "trained_weights"):
         if report.get(name) is not None:

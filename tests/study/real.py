@@ -57,12 +57,14 @@ COMMON = {
 }
 WINDOW = ("--mix", "0", "--window", EQUAL, "--sinks", str(SINKS))
 HEADS = ("--calibrate", "--softmax-heads", "auto:10%")
+FADING = ("retention", "mamba2", "mlstm", "retnet")  # gates that let the state fade
 NO_REST = ("--calibrate", "--no-rest", "--kept", "share:194")  # the bytes of the states in kept tokens
 ROWS = (
     Row("base", column="base"),
     Row("plain", ("--gate", "gla")),
     Row(CALIBRATED, ("--calibrate",)),
     Row("calibrated-no-rest", NO_REST),
+    *(Row(f"calibrated-{gate}", ("--calibrate", "--gate", gate)) for gate in FADING),
     Row("calibrated-heads10", HEADS),
     Row("window", WINDOW, column="window_only"),
     Row("window-trained", WINDOW, "best", {"attention": "window"}, column="window_only"),
