@@ -93,15 +93,20 @@ class StateFit:
             )
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights of the log mass [S, G, F] and of the slope [S, G]; float32.
-
-        Drawn towards the mean logit itself, which is what the mass of equal logits would be.
-        """
-        prior = torch.zeros_like(self.target)
-        prior[..., 1] = 1.0
-        diagonal = self.gram.diagonal(dim1=-2, dim2=-1)
-        penalty = torch.diag_embed(RIDGE * diagonal + 1e-9 * diagonal.mean(-1, keepdim=True) + 1e-12)
-        missing = self.target - (self.gram @ prior.unsqueeze(-1)).squeeze(-1)
-        mass = prior + torch.linalg.solve(self.gram + penalty, missing.unsqueeze(-1)).squeeze(-1)
+        """The weights of the log mass [S, G, F] and of the slope [S, G]; float32."""
+        mass = solve_mass(self.gram, self.target)
         slope = self.slopes[..., 0] / self.slopes[..., 1].clamp_min(1e-12)
         return mass.float(), slope.float()
+
+
+def solve_mass(gram: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The weights of the log mass, [..., F], from the normal equations [..., F, F] and [..., F].
+
+    Drawn towards the mean logit itself, the second feature, which is what the mass of equal logits would be.
+    """
+    prior = torch.zeros_like(target)
+    prior[..., 1] = 1.0
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    penalty = torch.diag_embed(RIDGE * diagonal + 1e-9 * diagonal.mean(-1, keepdim=True) + 1e-12)
+    missing = target - (gram @ prior.unsqueeze(-1)).squeeze(-1)
+    return prior + torch.linalg.solve(gram + penalty, missing.unsqueeze(-1)).squeeze(-1)

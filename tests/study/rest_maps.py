@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from liger_cli.calibration.fits import FLOOR, solve_mass
 from liger_cli.calibration.layerwise import visit
-from liger_cli.calibration.memories import draw_queries, ranks
+from liger_cli.calibration.memories import MEAN_LOG, draw_queries, ranks
 from liger_cli.evaluation.scoring import make_rows, read_texts
 from liger_cli.evaluation.subject import open_subject
 from liger_cli.system.errors import guarded
@@ -28,7 +29,6 @@ LENGTH = 2048
 QUERIES = 512  # of a row, drawn from all that have something beyond the window
 DIRECTIONS = 10  # which with their 55 products are about as many features as a head has dimensions
 STEPS = 150  # of a learned map
-RIDGE = 1e-2
 # What a state is: its numbers, as multiples of D x D.
 MAPS = {
     "none": "0",
@@ -167,7 +167,7 @@ def _by_moments(part: _Part, degree: int, axes=None, alone: bool = False):
     some = part.logits if axes is None else (part.q @ axes[0]) @ (part.k @ axes[1]).T
     mean, first = centred(some if alone else part.logits)
     values, ones = [(left @ part.v / count[:, None]).expand_as(part.exact)], torch.ones_like(part.lse)
-    features = [ones, mean if degree else torch.zeros_like(mean), (count.log() - 6).expand_as(ones)]
+    features = [ones, mean if degree else torch.zeros_like(mean), (count.log() - MEAN_LOG).expand_as(ones)]
     if degree:
         values.append(first @ part.v / count[:, None])
     if degree == 2:
@@ -184,7 +184,9 @@ def _by_weights(part: _Part, weights):
     total = weights.sum(-1).clamp_min(1e-20)
     ones = torch.ones_like(part.lse)
     count = part.count.clamp_min(1).float()
-    features = torch.stack([ones, (total / count).clamp_min(1e-12).log(), (count.log() - 6).expand_as(ones)], dim=-1)
+    features = torch.stack(
+        [ones, (total / count).clamp_min(1e-12).log(), (count.log() - MEAN_LOG).expand_as(ones)], dim=-1
+    )
     return torch.cat([features, part.hint], dim=-1), [weights @ part.v / total.unsqueeze(-1)]
 
 
@@ -209,7 +211,7 @@ def _fitted(fit: list[_Part], reads):
         there = part.there.double()
         share = part.share.double()
         weight = (share * (1 - share)).square()
-        weight = (weight / weight.mean(-1, keepdim=True).clamp_min(1e-30) + 1e-3) * there
+        weight = (weight / weight.mean(-1, keepdim=True).clamp_min(1e-30) + FLOOR) * there
         features = features.double()
         goal = torch.where(part.there, part.lse - part.count.clamp_min(1).log(), 0.0).double()
         gram = gram + (features * weight.unsqueeze(-1)).mT @ features
@@ -218,13 +220,7 @@ def _fitted(fit: list[_Part], reads):
         terms.append(torch.stack([(root * one.double()).flatten(1) for one in values[1:]], dim=-1)
                      if len(values) > 1 else None)  # fmt: skip
         wanted.append((root * (part.gone - values[0]).double()).flatten(1))
-    prior = torch.zeros_like(target)
-    prior[..., 1] = 1.0
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    penalty = torch.diag_embed(RIDGE * diagonal + 1e-9 * diagonal.mean(-1, keepdim=True) + 1e-12)
-    mass = prior + torch.linalg.solve(
-        gram + penalty, (target - (gram @ prior.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)
-    ).squeeze(-1)
+    mass = solve_mass(gram, target)
     if terms[0] is None:
         return mass.float(), []
     left, right = torch.cat(terms, dim=1), torch.cat(wanted, dim=1).unsqueeze(-1)
