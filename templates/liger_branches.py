@@ -249,18 +249,17 @@ def _with_rest(tokens: Tokens, settings: Settings, evicted, logits, valid, cache
     grouped = (batch, kv_heads, -1, evicted.shape[-1])
     queries = [x.reshape(grouped) for x in (q, tokens.q)]
     flags, each = spec.rest_by_head(kv_heads), queries[0].shape[2]
-    counted = None
+    heads, counted = chosen_heads(flags, q.device), None
     if not fades:
 
         def counts():
-            heads = chosen_heads(flags, q.device)
             sizes = cache.sizes if heads is None else cache.sizes[heads]
             return state_counts((cache.tokens.unsqueeze(1) - sizes)[:, :, None, None].float(), each, scaling)
 
         counted = once(shared, f"counts {cache.window} {cache.beyond} {flags} {each} {scaling}", counts)
     decays = (tokens.gate if logits is None else logits.unsqueeze(-1)) if fades else None
-    output, rest_lse, heads = step_rest(
-        *queries, evicted, evicts, decays, cache.states[0], *settings.rest, spec, scaling, counted
+    output, rest_lse = step_rest(
+        *queries, evicted, evicts, decays, cache.states[0], *settings.rest, spec, scaling, heads, counted
     )
     output, rest_lse = (x.view(batch, -1, each, x.shape[-1]) for x in (output, rest_lse))
     scores = exact_scores(q, cache, shared, settings.scoring)

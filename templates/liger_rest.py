@@ -147,7 +147,7 @@ def rest_heads(flags: tuple[bool, ...], num_heads: int, num_gates: int, device):
         return heads, *(index.flatten() for index in each)
 
 
-def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spec, scaling: float, counted):
+def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spec, scaling: float, heads, counted):
     """Attention of one token to the rest state alone, which is written to, for the heads that have one.
 
     Args:
@@ -156,13 +156,13 @@ def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spe
         evicts: [B, Hkv] bool, where something does; None where what does not is zero and the state does not fade.
         decay_logits: [B, Hkv or Hq, 1, 1], the gate's, or None where the state does not fade.
         state: [B, h, D + 1, D + 1]. mass: [Hq, D + 3]. slope: [Hq].
+        heads: of `chosen_heads`.
         counted: as `state_counts` gives them, of these heads, for a state that does not fade; else the number is the
             state's own.
     Returns:
         o [B, h, g, D] and lse [B, h, g, 1], for the g query heads of each state.
     """
     dim, per_query = q.shape[-1], decay_logits is not None and decay_logits.shape[1] != evicted.shape[1]
-    heads = chosen_heads(spec.rest_by_head(evicted.shape[1]), q.device)
     mass, slope = (x.float().unflatten(0, (q.shape[1], -1)) for x in (mass, slope))
     if heads is not None:
         mass, slope = mass[heads], slope[heads]
@@ -198,7 +198,7 @@ def step_rest(q, plain_q, evicted, evicts, decay_logits, state, mass, slope, spe
     terms = torch.cat([one, mean_logit, over, plain_q.float()], dim=-1).view(-1, 1, dim + 3)
     mass = mass.expand(len(q), *mass.shape).reshape(-1, dim + 3, 1)
     lse = torch.baddbmm(log_count, terms, mass, alpha=root).view(*rows[:3], 1)
-    return output, lse, heads
+    return output, lse
 
 
 def state_counts(number, queries: int, scaling: float):
