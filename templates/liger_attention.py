@@ -17,7 +17,7 @@ from .liger_extras import NAMES, extra_tensors
 from .liger_gates import GATES, mapped
 from .liger_heads import softmax_heads, split_heads
 from .liger_kept import keep_scores
-from .liger_rows import at_places, document_positions, documents, tokens_last, unpack_rows
+from .liger_rows import at_places, document_positions, documents, once_a_call, tokens_last, unpack_rows
 from .liger_transformers import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE,
@@ -182,8 +182,9 @@ class LigerAttention:
         padding, starts, told = unpack_rows(attention_mask)
         model_cache = past_key_values if cache is None else cache
         if not self.keeps_state:
-            positions = kwargs.get("position_ids") if starts is None else document_positions(starts)
-            mask = self._softmax_mask(hidden_states, padding, model_cache, positions)
+            positions = None if starts is None else document_positions(starts)  # all that they say of a mask
+            make = lambda: self._softmax_mask(hidden_states, padding, model_cache, positions)  # noqa: E731
+            mask = once_a_call(attention_mask, f"mask {self.local_window} {hidden_states.device}", make)
             return super().forward(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,

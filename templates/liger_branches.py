@@ -299,6 +299,7 @@ def _empty_output(like, shape: tuple[int, ...]):
     if like.device.type != "cpu":
         return like.new_empty(shape)
     memory = numpy.empty(math.prod(shape) * like.element_size(), numpy.uint8)
+    memory[:: 1 << 21] = memory[-1:] = 0  # each is faulted in by one thread: two at once hold each other up
     return torch.from_numpy(memory).view(like.dtype).view(shape)
 
 

@@ -16,10 +16,11 @@ from functools import lru_cache
 import torch
 
 from .liger_products import by_heads, product
-from .liger_window import Scoring, log_denominator, soft_capped
+from .liger_window import Scoring, log_denominator, softmax_with_denominator
 
 # Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
 BLOCK = 64
+CHUNK = 256  # tokens that are compared at once with the worst one kept
 SPAN = 1024  # the most queries multiplied at once on a CPU: bounds their scores
 NEVER = 2**31 - 1
 STEPS = 1024  # scores are rounded to 1 / STEPS: equal keys have to get equal scores in sums of any order
@@ -104,10 +105,10 @@ class Stream:
         held = (self.keys, self.values, self.priority)
         return held if self.logits is None else (*held, self.logits)
 
-    def of_heads(self, heads) -> "Stream":
-        """Those of some key/value heads."""
+    def part(self, heads, start: int, stop: int) -> "Stream":
+        """Tokens of some key/value heads."""
         values = (self.keys, self.values, self.priority, self.scores, self.logits)
-        return Stream(*(None if x is None else x[:, heads] for x in values))
+        return Stream(*(None if x is None else x[:, :, start:stop][:, heads] for x in values))
 
 
 def attend_kept(
@@ -121,10 +122,12 @@ def attend_kept(
     """
     groups, order, back = head_groups(counts, q.shape[1] // stream.keys.shape[1], q.device)
     found, size = [], len(stream.held)
+    start = max(first - window, 0)
+    stop = max(first - window + q.shape[2], 0)  # no later token leaves the window
     for index, (count, heads, queries) in enumerate(groups):
-        part = (q, stream) if heads is None else (q[:, queries], stream.of_heads(heads))
+        part = (q, stream, first) if heads is None else (q[:, queries], stream.part(heads, start, stop), first - start)
         before = None if memory is None else memory[size * index : size * (index + 1)]
-        found.append(kept_attention(*part, first, before, window, count, scoring, evict))
+        found.append(kept_attention(*part, before, window, count, scoring, evict))
     outputs, denominators, memories, evicted = zip(*found, strict=True)
     memory = tuple(x for one in memories for x in one)
     if order is None:
@@ -224,37 +227,44 @@ def _by_spans(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
     """On a CPU without gradients. Few tokens are ever kept, so long spans of queries share theirs: a span is multiplied
     at once with all that is kept at some time during it."""
     length, lowest = q.shape[2], torch.finfo(torch.float32).min
+    groups, size = q.shape[1] // stream.keys.shape[1], stream.values.shape[-1]
     pool = [torch.cat(pair, dim=2) for pair in zip(memory, _entering(stream.held, start, length), strict=True)]
     since, until = lifetimes(pool[2], count)
     first_kept = since.amin(2, keepdim=True)  # from then on something always is
-    output = q.new_zeros(*q.shape[:3], stream.values.shape[-1], dtype=torch.float32)
-    lse = torch.full(q.shape[:3], lowest)
+    time = torch.arange(length, dtype=since.dtype).unsqueeze(1)
+    nothing_kept = int(first_kept.max())
+    shown = torch.zeros(())
+    outputs, denominators = [], []
     for begin, end in _spans(since, count):
-        index = _alive(since, until, begin, end)
+        index, always = _alive(since, until, begin, end)
         if index.shape[2] == 0:
+            outputs.append(q.new_zeros(*q.shape[:2], end - begin, size, dtype=torch.float32))
+            denominators.append(torch.full((*q.shape[:2], end - begin), lowest))
             continue
         k, v = (_at(x, index).float().unsqueeze(2) for x in pool[:2])
-        time = torch.arange(begin, end, dtype=since.dtype).unsqueeze(1)
-        visible = (time >= _at(since, index).unsqueeze(2)) & (time < _at(until, index).unsqueeze(2))
-        bias = (~visible).float().mul_(lowest).unsqueeze(2)  # [B, Hkv, 1, t, P]
-        logits = product(q[:, :, begin:end].float().unsqueeze(2), k.mT).squeeze(2)
-        grouped = logits.unflatten(1, (bias.shape[1], -1))
-        if scoring.softcap is None:
-            torch.add(bias, grouped, alpha=scoring.scaling, out=grouped)
-        else:
-            logits = soft_capped(grouped, bias, scoring.scaling, scoring.softcap).flatten(1, 2)
-        weights = logits.softmax(-1)
-        lse[:, :, begin:end] = log_denominator(logits, weights)
+        queries = q[:, :, begin:end].float() * scoring.scaling
+        logits = product(queries.unsqueeze(2), k.mT).squeeze(2)
+        if scoring.softcap is not None:
+            logits = logits.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+        if always < index.shape[2]:
+            now, some = time[begin:end], index[:, :, always:]
+            visible = (now >= _at(since, some).unsqueeze(2)) & (now < _at(until, some).unsqueeze(2))
+            bias = torch.where(visible, shown, lowest).unsqueeze(2)
+            logits.unflatten(1, (-1, groups))[..., always:] += bias
+        weights, lse = softmax_with_denominator(logits)
         weights = torch.nn.functional.dropout(weights, scoring.dropout) if scoring.dropout else weights
-        output[:, :, begin:end] = product(weights.unsqueeze(2), v).squeeze(2)
-        if (first_kept > begin).any():
-            nothing = time.squeeze(1) < first_kept
-            nothing = nothing.repeat_interleave(q.shape[1] // nothing.shape[1], dim=1)
-            output[:, :, begin:end].masked_fill_(nothing.unsqueeze(-1), 0.0)
-            lse[:, :, begin:end].masked_fill_(nothing, lowest)
+        output = product(weights.unsqueeze(2), v).squeeze(2)
+        if begin < nothing_kept:
+            nothing = (time[begin:end, 0] < first_kept).repeat_interleave(groups, dim=1)
+            output.masked_fill_(nothing.unsqueeze(-1), 0.0)
+            lse.masked_fill_(nothing, lowest)
+        outputs.append(output)
+        denominators.append(lse)
     evicted = _evicted(pool, departures(pool[2], since, until, count)) if evict else None
     memory = tuple(_at(x, pool[2].topk(count, dim=2).indices) for x in pool)
-    return output, lse, memory, evicted
+    if len(outputs) > 1:
+        return torch.cat(outputs, dim=2), torch.cat(denominators, dim=2), memory, evicted
+    return outputs[0], denominators[0], memory, evicted
 
 
 def lifetimes(priority, count: int):
@@ -272,8 +282,8 @@ def lifetimes(priority, count: int):
         heap = [(value, place) for place, value in enumerate(stream[:count].tolist()) if value > EMPTY]
         heapq.heapify(heap)
         begins[[place for _, place in heap]] = 0
-        for start in range(count, len(stream), BLOCK):
-            part = stream[start : start + BLOCK]
+        for start in range(count, len(stream), CHUNK):
+            part = stream[start : start + CHUNK]
             # A token that is no better than the worst one kept by now never will be.
             better = part > (heap[0][0] if len(heap) == count else EMPTY)
             for offset in better.nonzero()[0].tolist():
@@ -311,11 +321,11 @@ def _evicted(pool, index=None):
 
 def _spans(since, count: int):
     """Cut the rows where a head has kept `count` new tokens, but not below BLOCK rows or above SPAN."""
-    taken = (since[:, :, count:] != NEVER).flatten(0, 1).cumsum(1)
-    start, length = 0, taken.shape[1]
+    taken = (since[:, :, count:] != NEVER).flatten(0, 1).cumsum(1, dtype=torch.int32)
+    start, length, most = 0, taken.shape[1], max(count, BLOCK)
     while start < length:
         before = taken[:, start - 1 : start] if start else 0
-        full = (taken - before > max(count, BLOCK)).any(0).nonzero()
+        full = ((taken - before).amax(0) > most).nonzero()
         stop = max(start + BLOCK, int(full[0])) if len(full) else length
         stop = min(stop, start + SPAN, length)
         yield start, stop
@@ -323,16 +333,20 @@ def _spans(since, count: int):
 
 
 def _alive(since, until, start: int, stop: int):
-    """Places of the tokens kept at some time in these rows, [B, H, P]; heads with fewer than P get others behind."""
+    """Places of the tokens kept at some time in these rows, [B, H, P], those that are kept all the time first; heads
+    with fewer than P get others behind. And how many of every head are kept all the time, at the least."""
     alive = (since < stop) & (until > start)
-    most = int(alive.sum(-1).max()) if alive.numel() else 0
-    return alive.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[:, :, :most]
+    throughout = (since <= start) & (until >= stop)
+    most, always = (int(count) for count in torch.stack([alive.sum(-1).max(), throughout.sum(-1).min()]))
+    return (alive.to(torch.uint8) + throughout).sort(dim=2, descending=True, stable=True).indices[:, :, :most], always
 
 
 def add_kept(local, lse, kept, kept_lse):
     """One softmax over the window and the kept tokens, from both of its parts. [B, H, T, D] and [B, H, T]"""
     share = (kept_lse - lse).sigmoid().unsqueeze(-1)
-    return torch.lerp(local.float(), kept, share), torch.logaddexp(lse, kept_lse)
+    local = local.float()
+    out = local if by_heads(local) else None
+    return torch.lerp(local, kept, share, out=out), torch.logaddexp(lse, kept_lse)
 
 
 def empty_memory(keys, values, count: int, logits=None):

@@ -210,8 +210,11 @@ def _sums(log_decay, size: int):
 
 
 def _leaf_size(log_decay) -> int:
-    """The largest block that may be factored around its middle: half its decay stays within FACTOR_LIMIT."""
-    for size in (CHUNK_SIZE, 16):
+    """The largest block that may be factored around its middle: half its decay stays within FACTOR_LIMIT.
+
+    Off a CPU none is: to look would be to wait for the device.
+    """
+    for size in (CHUNK_SIZE, 16) if log_decay.device.type == "cpu" else ():
         sums = log_decay.detach().unflatten(-2, (-1, size // 2)).sum(-2)
         if sums.numel() == 0 or sums.amin() >= -FACTOR_LIMIT:
             return size
@@ -334,7 +337,10 @@ class _Factors:
 
 
 def _factors(log_decay) -> _Factors | None:
-    """Factors of whole chunks, or None where a chunk decays too much for them (see FACTOR_LIMIT)."""
+    """Factors of whole chunks, or None where a chunk decays too much for them (see FACTOR_LIMIT); off a CPU, too, where
+    to look would be to wait for the device."""
+    if log_decay.device.type != "cpu":
+        return None
     size = CHUNK_SIZE
     centered = _centering(size, log_decay.dtype, log_decay.device) @ log_decay
     lowest, highest = centered.detach().aminmax()

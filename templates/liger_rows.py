@@ -7,7 +7,7 @@ or an `attention_mask` of document numbers 1, 1, 2, 2, 0 (sample packing in fine
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_documents = WeakTensorKeyDictionary()  # of a call's mask, for all its layers
+_found = WeakTensorKeyDictionary()  # of a call's mask, what was found for all its layers
 
 
 def row_layout(attention_mask, position_ids, length: int):
@@ -120,9 +120,17 @@ def documents(mask) -> list:
         for each bucket of N documents with at most L tokens the place of each token among all B * T, [N, L], and which
         of the N * L are tokens, [M]; and at last the inverse of all these places, [B * T].
     """
-    if mask not in _documents:
-        _documents[mask] = _find_documents(unpack_rows(mask)[1])
-    return _documents[mask]
+    return once_a_call(mask, "documents", lambda: _find_documents(unpack_rows(mask)[1]))
+
+
+def once_a_call(mask, name, find):
+    """What `find` returns, kept under a name for all layers that are given the mask of `pack_rows`."""
+    if mask is None or torch.compiler.is_compiling():
+        return find()
+    known = _found.setdefault(mask, {})
+    if name not in known:
+        known[name] = find()
+    return known[name]
 
 
 def _find_documents(starts) -> list:

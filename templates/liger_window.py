@@ -298,9 +298,11 @@ class _LogDenominator(torch.autograd.Function):
 
 
 def softmax_weights(scores, sink_logits, need_lse, dropout):
-    """Softmax weights, and the log of their denominator or None. sink_logits broadcast to the scores' rows, or None."""
-    weights = scores.softmax(-1)
-    lse = log_denominator(scores, weights) if need_lse is True or sink_logits is not None else None
+    """Softmax weights, and the log of their denominator or None. sink_logits broadcast to the scores' rows, or None.
+
+    The scores may be written over.
+    """
+    weights, lse = softmax_with_denominator(scores, need_lse is True or sink_logits is not None)
     if sink_logits is not None:
         weights = weights * (lse - sink_logits).sigmoid().unsqueeze(-1)
         lse = torch.logaddexp(lse, sink_logits)
@@ -309,3 +311,14 @@ def softmax_weights(scores, sink_logits, need_lse, dropout):
     if dropout > 0:
         weights = torch.nn.functional.dropout(weights, dropout)
     return weights, lse
+
+
+def softmax_with_denominator(scores, need_lse: bool = True):
+    """softmax(scores) and `log_denominator` of it or None; in the scores' place on a CPU without gradients, where new
+    memory costs a fault for every page."""
+    if not by_heads(scores):
+        weights = scores.softmax(-1)
+        return weights, log_denominator(scores, weights) if need_lse else None
+    lse = scores.amax(-1) if need_lse else None
+    weights = torch.softmax(scores, -1, out=scores)
+    return weights, lse.sub_(weights.amax(-1).log_()) if need_lse else None

@@ -5,7 +5,7 @@ import torch
 from test_model import close, linearized, tokens
 from transformers import DynamicCache
 
-from liger_cli.templates import liger_rows
+from liger_cli.templates import liger_attention, liger_rows
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_rows import row_layout
 
@@ -71,6 +71,20 @@ def test_positions_changed_in_place_are_read_again(tiny_base):
     close(packed[:, 15:], model(ids[:, 15:]).logits)
     positions[0, 15:] += 15
     close(model(ids, position_ids=positions).logits, one)
+
+
+@torch.no_grad()
+def test_a_mask_is_made_once_a_call(tiny_base, monkeypatch):
+    """Of all softmax layers, and of all in softmax mode."""
+    _, model = linearized(tiny_base(), specs=HYBRID)
+    made, make = [], liger_attention.create_causal_mask
+    monkeypatch.setattr(liger_attention, "create_causal_mask", lambda **given: made.append(given) or make(**given))
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[:, :5] = 0
+    for count in (1, 2):
+        model.set_attention_mode("softmax")
+        model(tokens(40), attention_mask=mask)
+        assert len(made) == count
 
 
 @torch.no_grad()

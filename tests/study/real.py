@@ -63,6 +63,7 @@ ROWS = (
     Row("base", column="base"),
     Row("plain", ("--gate", "gla")),
     Row(CALIBRATED, ("--calibrate",)),
+    Row("calibrated-own-text", ("--calibrate", "--calibration-data", "self")),
     Row("calibrated-no-rest", NO_REST),
     *(Row(f"calibrated-{gate}", ("--calibrate", "--gate", gate)) for gate in FADING),
     Row("calibrated-heads10", HEADS),
