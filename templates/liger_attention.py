@@ -11,13 +11,28 @@ from functools import cache as cache_result
 import torch
 from transformers import Cache
 
-from .liger_branches import Settings, Tokens, by_documents, mixed_attention
+from .liger_branches import (
+    Settings,
+    Tokens,
+    by_documents,
+    kernels_take_documents,
+    mixed_attention,
+    packed_attention,
+)
 from .liger_config import LayerSpec
 from .liger_extras import NAMES, extra_tensors
 from .liger_gates import GATES, mapped
 from .liger_heads import softmax_heads, split_heads
 from .liger_kept import keep_scores
-from .liger_rows import at_places, document_positions, documents, once_a_call, tokens_last, unpack_rows
+from .liger_rows import (
+    at_places,
+    document_bounds,
+    document_positions,
+    documents,
+    once_a_call,
+    tokens_last,
+    unpack_rows,
+)
 from .liger_transformers import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE,
@@ -230,6 +245,8 @@ class LigerAttention:
             settings = self._settings(recompute=self.training and q.numel() >= RECOMPUTED)
 
             def attend(function, tokens, settings, within_window):
+                if starts is not None and function is mixed_attention and kernels_take_documents(tokens, settings):
+                    return packed_attention(tokens, settings, document_bounds(attention_mask))
                 if starts is not None:
                     return by_documents(documents(attention_mask), tokens, lambda part: function(part, settings))
                 return function(tokens, settings, valid, cache, within_window)

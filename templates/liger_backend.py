@@ -51,7 +51,12 @@ def requested(configured: str = "auto") -> str:
 
 
 def recurrence(
-    rule: Rule, inputs: RecurrenceInputs, states: tuple | None, configured: str = "auto", dtype=torch.float32
+    rule: Rule,
+    inputs: RecurrenceInputs,
+    states: tuple | None,
+    configured: str = "auto",
+    dtype=torch.float32,
+    bounds=None,
 ):
     """A rule over T tokens: the step where T is 1 and there is a state, else the chunked form.
 
@@ -59,15 +64,30 @@ def recurrence(
         states: the rule's, before the first token; None for zeros.
         configured: the config's `backend`.
         dtype: in which fla's chunked kernels may take their products: bfloat16 or float32.
+        bounds: [N + 1] int64, where the documents of a batch of one begin, and its end, for fla alone; or None.
     Returns:
-        o [B, Hq, T, V] and the states after the last token.
+        o [B, Hq, T, V] and the states after the last token, None of documents.
     Raises:
         LigerBackendError: `fla` is forced and cannot run here.
     """
-    choice = choose(rule, *rule.kind(inputs.q, inputs.log_decay), inputs.q.is_cuda, requested(configured), dtype)
+    choice = choose(rule, *rule.kind(inputs.q, inputs.log_decay), on_cuda(inputs.q), requested(configured), dtype)
+    if bounds is not None:
+        return choice.chunk(*rule.arguments(inputs), None, bounds=bounds)
     function = choice.step if inputs.q.shape[2] == 1 and states is not None else choice.chunk
     output, states = function(*rule.arguments(inputs), rule.initial(states))
     return output, rule.final(states)
+
+
+def on_cuda(x) -> bool:
+    """Whether a tensor is where fla and flash-attn can be used."""
+    return x.is_cuda
+
+
+def takes_documents(rule: Rule, key_dim: int, slots: int | None, configured: str = "auto") -> bool:
+    """Whether every kernel of the rule is fla's on CUDA, which is told where documents begin."""
+    wanted = requested(configured)
+    sizes = (key_dim, slots if rule.by_slot else None, True)
+    return wanted != "torch" and all(choose(rule, one, *sizes, wanted).backend == "fla" for one in rule.kernels)
 
 
 @cache
@@ -125,10 +145,10 @@ def fla_functions(kernel: Kernel) -> tuple[tuple[Callable, Callable] | None, str
 
 
 @cache
-def flash_attn_function() -> tuple[Callable | None, str]:
-    """flash-attn's function, or None; and the reason why not. Imports flash-attn."""
+def flash_attn_function(name: str = "flash_attn_func") -> tuple[Callable | None, str]:
+    """A function of flash-attn, or None; and the reason why not. Imports flash-attn."""
     try:
-        return importlib.import_module("flash_attn").flash_attn_func, ""
+        return getattr(importlib.import_module("flash_attn"), name), ""
     except ModuleNotFoundError as error:
         missing = "flash-attn" if error.name == "flash_attn" else f"{error.name}, which flash-attn needs,"
         return None, f"{missing} is not installed; {INSTALL['flash_attn']}"
@@ -140,15 +160,15 @@ def _sentence(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def flash_window(q, head_dim: int, configured: str = "auto") -> Callable | None:
+def flash_window(q, head_dim: int, configured: str = "auto", name: str = "flash_attn_func") -> Callable | None:
     """flash-attn for a window over tensors like `q`, [B, Hq, T, D], or None where torch does it.
 
     It takes float16 and bfloat16 on CUDA and head dimensions up to 256. It cannot see padding, sink tokens or sink
     logits: such calls are torch's.
     """
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
+    if not on_cuda(q) or q.dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
         return None
-    return None if requested(configured) == "torch" else flash_attn_function()[0]
+    return None if requested(configured) == "torch" else flash_attn_function(name)[0]
 
 
 def describe_window(on_cuda: bool, wanted: str = "auto") -> tuple[str, str]:

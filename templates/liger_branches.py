@@ -7,7 +7,7 @@ import numpy
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .liger_backend import recurrence
+from .liger_backend import flash_window, on_cuda, recurrence, takes_documents
 from .liger_cache import LigerCacheLayer, appended, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
@@ -22,12 +22,13 @@ from .liger_step import (
     sink_rows,
     weighted_values,
 )
-from .liger_window import Scoring, leaving, reach, softmax_weights, window_attention
+from .liger_window import Scoring, flash_documents, leaving, reach, softmax_weights, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
 # has no use for small pieces; there they only bound the memory.
 PIECE_SIZE = 1024
 CUDA_PIECE_SIZE = 16384
+VARIED = "flash_attn_varlen_func"  # of flash-attn, for documents of any length one behind another
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,46 @@ def by_documents(documents: list[tuple], tokens: Tokens, attend):
     return torch.cat(outputs)[order].unflatten(0, (batch, length))
 
 
+def kernels_take_documents(tokens: Tokens, settings: Settings) -> bool:
+    """Whether `packed_attention` can be used: fla and flash-attn are there, and what a layer's window and recurrence do
+    is all that these know of."""
+    spec, q = settings.spec, tokens.rotated_q
+    simple = tokens.scores is None and settings.rest is None and settings.scoring.sink_logits is None
+    if not on_cuda(q) or not simple or spec.sinks or (spec.joint and settings.mix > 0):
+        return False
+    windowed = settings.mix < 1 and settings.window > 0
+    if windowed and flash_window(q, q.shape[-1], spec.backend, VARIED) is None:
+        return False
+    slots = spec.slots if GATES[spec.gate].rule.by_slot else None
+    return settings.mix == 0 or takes_documents(GATES[spec.gate].rule, tokens.q.shape[-1], slots, spec.backend)
+
+
+def packed_attention(tokens: Tokens, settings: Settings, bounds):
+    """Both branches over packed documents, in one call of each kernel, which is told where documents begin. No cache.
+
+    Args:
+        bounds: of `liger_rows.document_bounds`.
+    Returns:
+        [B, T, Hq, D] in v's dtype.
+    """
+    batch, _, length = tokens.v.shape[:3]
+    flat = tokens.changed(lambda x: x.transpose(0, 1).flatten(1, 2).unsqueeze(0))
+    spec, window, mix = settings.spec, settings.window, settings.mix
+    run = _twice if settings.recompute and torch.is_grad_enabled() else _once
+    recurrent = total = local = None
+    if mix < 1:
+        local = torch.zeros_like(flat.rotated_q)
+    if mix < 1 and window > 0:
+        function = flash_window(flat.rotated_q, flat.rotated_q.shape[-1], spec.backend, VARIED)
+        q, k, v = flat.rotated_q, flat.rotated_k, flat.v
+        local = flash_documents(function, q, k, v, window, settings.scoring, bounds, length)
+    if mix > 0:
+        inputs = (flat.q, flat.k, flat.v, None, flat.gate, settings.key_map)
+        recurrent, total, _ = run(_recurrent, *inputs, spec, None, bounds=bounds)
+    output = _combine(recurrent, total, local, None, mix, settings.scales).to(flat.v.dtype)
+    return output.squeeze(0).transpose(0, 1).unflatten(0, (batch, length))
+
+
 def _combine(recurrent, total, local, lse, mix: float, scales=None, out=None):
     """The weighted sum of the branches that are there; with `lse`, over one denominator. [B, Hq, T, D]
 
@@ -351,8 +392,10 @@ def _combine(recurrent, total, local, lse, mix: float, scales=None, out=None):
     return torch.lerp(local.float(), recurrent, mix, out=out)
 
 
-def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states):
+def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states, bounds=None):
     """The gated recurrence in float32: query t reads the state once k and v of row t are in it.
+
+    bounds: as of `liger_backend.recurrence`.
 
     Output [B, Hq, T, D], its denominator [B, Hq, T, 1] or None, and the states.
     """
@@ -370,7 +413,7 @@ def _recurrent(q, k, v, valid, gate_logits, key_map, spec, states):
         inputs = inputs.masked(valid if valid.ndim == 2 else _for_heads(valid, inputs.k.shape[1]))
     # What is divided by is added up in float32, and float16 could overflow.
     dtype = dtype if dtype == torch.bfloat16 and not denominator else torch.float32
-    output, states = recurrence(gate.rule, inputs, states, spec.backend, dtype)
+    output, states = recurrence(gate.rule, inputs, states, spec.backend, dtype, bounds)
     if not denominator:
         if spec.normalizer == "group":
             output = torch.nn.functional.layer_norm(output, output.shape[-1:])

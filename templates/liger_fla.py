@@ -32,8 +32,9 @@ def adapted(rule: Rule, chunk, step, step_decay: str, dtype):
     return partial(_chunk, rule, chunk, dtype), partial(_step, rule, step, step_decay)
 
 
-def _chunk(rule, kernel, dtype, q, k, v, log_decay, *more):
-    """`more`: the rule's other inputs, and the initial state or None, which may be left out."""
+def _chunk(rule, kernel, dtype, q, k, v, log_decay, *more, bounds=None):
+    """`more`: the rule's other inputs, and the initial state or None, which may be left out. `bounds`: [N + 1], where
+    the documents of a batch of one begin, and its end; there are no states behind them."""
     if q.numel() == 0:
         return rule.forms.chunk(q, k, v, log_decay, *more)
     extra, state = more[: len(rule.inputs)], _padded_state(more[-1] if len(more) > len(rule.inputs) else None)
@@ -46,9 +47,14 @@ def _chunk(rule, kernel, dtype, q, k, v, log_decay, *more):
         **inputs,
         scale=1.0,
         initial_state=None if state is None else state.repeat_interleave(groups, dim=1),
-        output_final_state=True,
+        **_of_documents(bounds),
     )
-    return output[..., :width].transpose(1, 2).to(q.dtype), final[:, ::groups, : k.shape[-1], :width]
+    output = output[..., :width].transpose(1, 2).to(q.dtype)
+    return output, None if bounds is not None else final[:, ::groups, : k.shape[-1], :width]
+
+
+def _of_documents(bounds) -> dict:
+    return {"output_final_state": True} if bounds is None else {"output_final_state": False, "cu_seqlens": bounds}
 
 
 def _step(rule, kernel, decay_name, q, k, v, log_decay, *more):
@@ -70,11 +76,11 @@ def _step(rule, kernel, decay_name, q, k, v, log_decay, *more):
     return output.to(q.dtype), final[:, :, : k.shape[-1], :width]
 
 
-def _slots_chunk(rule, kernel, dtype, q, k, v, log_decay, write, initial_state=None):
+def _slots_chunk(rule, kernel, dtype, q, k, v, log_decay, write, initial_state=None, bounds=None):
     """The kernel is given the key heads as they are."""
     if q.numel() == 0:
         return rule.forms.chunk(q, k, v, log_decay, write, initial_state)
-    output, (keys, values) = kernel(
+    output, states = kernel(
         q=_padded(q).to(dtype).transpose(1, 2),
         k=_padded(k).to(dtype).transpose(1, 2),
         v=_padded(v).to(dtype).transpose(1, 2),
@@ -82,9 +88,12 @@ def _slots_chunk(rule, kernel, dtype, q, k, v, log_decay, write, initial_state=N
         g=log_decay.clamp_min(LOWEST_LOG_DECAY).transpose(1, 2),
         scale=1.0,
         initial_state=_padded_pair(initial_state),
-        output_final_state=True,
+        **_of_documents(bounds),
     )
     output = output[..., : v.shape[-1]].transpose(1, 2).to(q.dtype)
+    if bounds is not None:
+        return output, None
+    keys, values = states
     return output, (keys[:, :, : k.shape[-1]], values[..., : v.shape[-1]])
 
 

@@ -123,6 +123,16 @@ def documents(mask) -> list:
     return once_a_call(mask, "documents", lambda: _find_documents(unpack_rows(mask)[1]))
 
 
+def document_bounds(mask):
+    """Where the documents of a mask of `pack_rows` begin among all B * T tokens, and the end. [N + 1] int64"""
+
+    def find():
+        starts = unpack_rows(mask)[1].flatten()
+        return torch.nn.functional.pad(starts.nonzero().squeeze(1), (0, 1), value=len(starts))
+
+    return once_a_call(mask, "bounds", find)
+
+
 def once_a_call(mask, name, find):
     """What `find` returns, kept under a name for all layers that are given the mask of `pack_rows`."""
     if mask is None or torch.compiler.is_compiling():

@@ -95,17 +95,30 @@ def window_attention(
 def _flash(function, q, k, v, window, scoring):
     """flash-attn's kernel, [B, T, H, D]: it shares keys among query heads, and counts the window from the last key."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = function(
-        q,
-        k,
-        v,
-        dropout_p=scoring.dropout,
-        softmax_scale=scoring.scaling,
-        causal=True,
-        window_size=(window - 1, 0),
-        softcap=scoring.softcap or 0.0,
-    )
-    return o.transpose(1, 2)
+    return function(q, k, v, **_flash_settings(window, scoring)).transpose(1, 2)
+
+
+def flash_documents(function, q, k, v, window: int, scoring: Scoring, bounds, longest: int):
+    """The window in documents one behind another, by flash-attn's kernel, which is told where they begin.
+
+    Args:
+        q: [1, Hq, T, D]. k, v: [1, Hkv, T, D]. bounds: [N + 1], where documents begin, and the end.
+        longest: no document has more tokens.
+    """
+    bounds = bounds.to(torch.int32)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    o = function(q, k, v, bounds, bounds, longest, longest, **_flash_settings(window, scoring))
+    return o.transpose(0, 1).unsqueeze(0)
+
+
+def _flash_settings(window: int, scoring: Scoring) -> dict:
+    return {
+        "dropout_p": scoring.dropout,
+        "softmax_scale": scoring.scaling,
+        "causal": True,
+        "window_size": (window - 1, 0),
+        "softcap": scoring.softcap or 0.0,
+    }
 
 
 def _block(window: int) -> int:

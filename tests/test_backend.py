@@ -11,10 +11,12 @@ import types
 import pytest
 import torch
 from recurrence_examples import example, relative_rms, tuple_of
+from test_model import linearized
 
 from liger_cli.system.errors import guarded
-from liger_cli.templates import liger_backend, liger_recurrence
+from liger_cli.templates import liger_backend, liger_branches, liger_recurrence
 from liger_cli.templates.liger_backend import LigerBackendError, choose, requested
+from liger_cli.templates.liger_branches import Settings, Tokens, kernels_take_documents
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, layer_specs, liger_block
 from liger_cli.templates.liger_gates import DECAY, DELTA, GATES, RULES, SLOTS
 from liger_cli.templates.liger_rules import Rule
@@ -27,9 +29,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def stand_in(rule: Rule, step: bool, decay_name: str):
     """fla's function of a kernel, on the definitions of this project."""
 
-    def function(q, k, v, *, scale, initial_state, output_final_state, **gates):
+    def function(q, k, v, *, scale, initial_state, output_final_state, cu_seqlens=None, **gates):
         expected = {decay_name} | ({"s"} if rule.by_slot else set(rule.inputs))
-        assert set(gates) == expected and scale == 1.0 and output_final_state is True
+        assert set(gates) == expected and scale == 1.0 and output_final_state is (cu_seqlens is None)
         log_decay, states = gates[decay_name], tuple_of(initial_state) if initial_state is not None else ()
         assert log_decay.dtype == torch.float32 and all(state.dtype == torch.float32 for state in states)
         assert q.shape[-1] % 2 == 0 and v.shape[-1] % 2 == 0
@@ -43,6 +45,11 @@ def stand_in(rule: Rule, step: bool, decay_name: str):
             arguments += [gates[name].unsqueeze(-1) for name in rule.inputs]
         function.calls += 1
         arguments = [x.float().transpose(1, 2) for x in arguments]
+        if cu_seqlens is not None:
+            assert not step and len(q) == 1 and initial_state is None
+            documents = zip(*(x.tensor_split(cu_seqlens[1:-1], dim=2) for x in arguments), strict=True)
+            outputs = [rule.forms.naive(*document)[0] for document in documents]
+            return torch.cat(outputs, dim=2).transpose(1, 2).to(v.dtype), None
         output, final = rule.forms.naive(*arguments, initial_state=initial_state)
         return output.transpose(1, 2).to(v.dtype), list(final) if rule.by_slot else final
 
@@ -244,6 +251,68 @@ def test_a_model_that_asks_for_fla_on_a_cpu(tiny_base, tmp_path, liger):
     done = liger("bench", tmp_path / "model", "--seq-len", "16", "--format", "json", env={"LIGER_BACKEND": "torch"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["backend"]["requested"] == "torch"
+
+
+@pytest.fixture
+def flash_documents(monkeypatch):
+    """A stand-in for flash-attn's function of documents; returns its calls."""
+    calls = []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, window_size, softmax_scale, **rest
+    ):
+        assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k) and rest["causal"]
+        assert cu_seqlens_q.diff().max() <= max_seqlen_q == max_seqlen_k and window_size[1] == 0
+        calls.append(cu_seqlens_q.tolist())
+        outputs = []
+        for heads in zip(*(x.tensor_split(cu_seqlens_q[1:-1].long()) for x in (q, k, v)), strict=True):
+            heads = [x.transpose(0, 1).unsqueeze(0).float() for x in heads]
+            outputs.append(window_attention(*heads, window_size[0] + 1, Scoring(softmax_scale))[0])
+        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).to(q.dtype)
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return calls
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_packed_documents_by_kernels(fla, flash_documents, tiny_base, monkeypatch, name):
+    """One call of each kernel a layer, which is told where documents and padding begin; logits and gradients are those
+    of documents by themselves (bfloat16: 2^-9 in each of some roundings)."""
+    settings = LayerSpec(gate=name, window=16, slots=16)
+    _, model = linearized(tiny_base(head_dim=16), specs=[settings] * 4)
+    model = model.bfloat16()
+    ids = torch.randint(4, 128, (2, 60), generator=torch.Generator().manual_seed(0))
+    numbers = torch.ones(2, 60, dtype=torch.long)
+    numbers[0, 23:], numbers[1, 1:30], numbers[1, 30:] = 2, 2, 0
+    found = []
+    for on_cuda in (False, True):
+        for module in (liger_backend, liger_branches):
+            monkeypatch.setattr(module, "on_cuda", lambda x, answer=on_cuda: answer)
+        logits = model(ids, attention_mask=numbers, use_cache=False).logits[numbers > 0]
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        found.append((logits.detach().float(), torch.autograd.grad(logits.float().square().mean(), weight)[0].float()))
+        assert len(flash_documents) == 4 * on_cuda
+    assert flash_documents[0] == [0, 23, 60, 61, 90, 120]
+    chunks = {name: function.calls for name, function in fla.items() if function.calls}
+    assert list(chunks.values()) == [4] and next(iter(chunks)).startswith("chunk")
+    for actual, expected in zip(*found, strict=True):
+        assert relative_rms(actual, expected.double()) < 3e-2
+
+
+def test_documents_that_kernels_do_not_know(fla, flash_documents, tiny_base, monkeypatch):
+    """With sinks, or without flash-attn, the documents run side by side, as on a CPU."""
+    for module in (liger_backend, liger_branches):
+        monkeypatch.setattr(module, "on_cuda", lambda x: True)
+    tokens = Tokens(*(torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16) for _ in range(6)))
+    takes = lambda **spec: kernels_take_documents(tokens, Settings(LayerSpec(**spec), 16, 0.5, Scoring(0.25)))  # noqa: E731
+    assert takes()
+    for spec in ({"sinks": 4}, {"normalizer": "joint"}, {"backend": "torch"}):
+        assert not takes(**spec), spec
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    clear()
+    assert not takes()
 
 
 class OnCuda(torch.Tensor):

@@ -8,6 +8,7 @@ The one-token kernels have no such products: 1e-5. bfloat16 has 8 bits: 2e-2, gr
 import pytest
 import torch
 from recurrence_examples import example, relative_rms, run, tuple_of
+from test_model import linearized
 
 from liger_cli.templates.liger_backend import choose, flash_attn_function
 from liger_cli.templates.liger_config import LayerSpec
@@ -116,6 +117,27 @@ def test_window(dtype, tolerance, softcap):
         results[backend] = [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
     for actual, expected in zip(results["auto"], results["torch"], strict=True):
         assert relative_rms(actual.detach().cpu(), expected.detach()) < 2 * tolerance
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_packed_documents(name, tiny_base, monkeypatch):
+    """By kernels that are told where documents begin, and side by side: logits and gradients (bfloat16, TF32)."""
+    pytest.importorskip("fla")
+    if flash_attn_function("flash_attn_varlen_func")[0] is None:
+        pytest.skip("needs flash-attn")
+    _, model = linearized(tiny_base(head_dim=32), specs=[LayerSpec(gate=name, window=16, slots=16)] * 4)
+    model = model.to("cuda", torch.bfloat16)
+    ids = torch.randint(4, 128, (2, 300), generator=torch.Generator().manual_seed(0)).cuda()
+    numbers = torch.ones_like(ids)
+    numbers[0, 23:], numbers[1, 1:130], numbers[1, 130:] = 2, 2, 0
+    found = []
+    for backend in ("auto", "torch"):
+        monkeypatch.setenv("LIGER_BACKEND", backend)
+        logits = model(ids, attention_mask=numbers, use_cache=False).logits[numbers > 0].float()
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        found.append((logits.detach().cpu(), torch.autograd.grad(logits.square().mean(), weight)[0].float().cpu()))
+    for actual, expected in zip(*found, strict=True):
+        assert relative_rms(actual, expected) < 1e-1
 
 
 @pytest.mark.parametrize("name", sorted(GATES))
