@@ -12,6 +12,7 @@ from test_train_options import interrupted
 from typer.testing import CliRunner
 
 from liger_cli.calibration import calibrate
+from liger_cli.calibration.text import Text
 from liger_cli.checkpoint.model_code import load_model
 from liger_cli.checkpoint.tokenizer import load_tokenizer
 from liger_cli.commands import convert, finetune, merge
@@ -79,7 +80,7 @@ def test_the_copy_is_taken_again(here, capsys):
 
 
 def test_it_is_calibrated_on_the_training_data(here, capsys):
-    """The examples as they are trained on, one behind another, each once and none of the held-out ones."""
+    """The examples as they are trained on, one behind another, each once and none of the held-out ones; and prose."""
     loaded = load_data("text.jsonl", load_tokenizer(here / "base", None), 48, 4)
     text = training_text(loaded, "text.jsonl", 0)
     left, ids = [example.input_ids.tolist() for example in loaded.train], text.ids.tolist()
@@ -90,12 +91,24 @@ def test_it_is_calibrated_on_the_training_data(here, capsys):
         left.remove(piece)
         place += len(piece)
     tune()
-    assert read_manifest(here / COPY)["calibration"]["text"] == text.name == "the training data (text.jsonl)"
+    assert text.name == "the training data (text.jsonl)"
+    both = "the training data (text.jsonl) and shipped prose (Moby-Dick)"
+    assert read_manifest(here / COPY)["calibration"]["text"] == both
     capsys.readouterr()
     with pytest.raises(UsageError, match="in the way of a calibrated copy"):
         tune(calibration_data="text.jsonl", force=False, output="other")
     tune(output="another")
-    assert "(calibrated on the training data (text.jsonl))" in capsys.readouterr().err
+    assert f"(calibrated on {both})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "kinds"), [(9, "opopop"), (2, "ppopop"), (1, "ppppop")])
+def test_rows_of_prose_beside_the_training_data(rows, kinds):
+    """In turn, so that both are fitted on and chosen by; from all over the data; prose where there is too little."""
+    own, prose = Text("data", torch.arange(rows * 8 + 3), beside_prose=True), -1 - torch.arange(80).view(10, 8)
+    found = calibrate._in_turn(own, prose, 6).rows(8)
+    assert "".join("o" if row[0] >= 0 else "p" for row in found) == kinds
+    starts = [int(row[0]) for row in found if row[0] >= 0]
+    assert starts == [8 * row for row in ((0, 4, 8) if rows == 9 else range(rows))]
 
 
 def test_what_calibration_did_stands_at_the_end(here, capsys):

@@ -170,19 +170,35 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
     else:
         texts, name = ([fitted_on], FITTED_ON) if data is None else (read_texts(Path(data)), data_name(data))
         text = Text(name, make_rows(tokenizer, texts, length, 1).stream)
+    if text.beside_prose:
+        prose_rows = Text(FITTED_ON, make_rows(tokenizer, [fitted_on], length, 1).stream).rows(length)
+        text = _in_turn(text, prose_rows, count)
     if len(text.ids) < LEAST_ROWS * length:
         length = len(text.ids) // LEAST_ROWS
         if length < LEAST_SEQ_LEN:
             raise LigerError(
                 f"{text.name} has {len(text.ids):,} tokens, and a calibration needs {LEAST_ROWS * LEAST_SEQ_LEN:,}"
             )
-    whole = text.rows(length)
-    whole = whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()].to(model.device)
+    whole = _spread(text.rows(length), count).to(model.device)
     choice = max(1, len(whole) * CHOICE_ROWS // count)
     longer = min(int(LONGER * length), context)
     held_out = make_rows(tokenizer, [judged_on], longer, HELD_OUT_ROWS + 1)
     held_out = held_out.ids[held_out.lengths == longer][:HELD_OUT_ROWS]
     return Rows(whole[:-choice], whole[-choice:], held_out, text.name)
+
+
+def _in_turn(text: Text, prose_rows: torch.Tensor, count: int) -> Text:
+    """Rows of a text and of shipped prose in turn, as many of either; more of prose where the text has too few."""
+    own = _spread(text.rows(prose_rows.shape[1]), count // 2)
+    prose_rows = _spread(prose_rows, count - len(own))
+    more = len(prose_rows) - len(own)
+    pairs = [row for pair in zip(own, prose_rows[more:], strict=True) for row in pair]
+    return Text(f"{text.name} and {FITTED_ON}", torch.cat([*prose_rows[:more], *pairs]))
+
+
+def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """As many rows, or all, from all over them."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
 @torch.no_grad()

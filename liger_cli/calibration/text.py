@@ -11,10 +11,16 @@ OWN_TEXT = "text that the base wrote itself"
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of documents one behind another, and what the text is called in a report."""
+    """Token ids of documents one behind another, and what the text is called in a report.
+
+    Attributes:
+        ids: [N] int64.
+        beside_prose: shipped prose is half of the rows: documents that are short show little of what lies far back.
+    """
 
     name: str
-    ids: object  # [N] int64
+    ids: object
+    beside_prose: bool = False
 
     def rows(self, length: int):
         """As many whole rows as there are, [R, length]. Raises LigerError: not even one."""

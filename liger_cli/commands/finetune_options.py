@@ -32,7 +32,7 @@ class FinetuneOptions:
     calibration_data: str | None = option(
         None,
         "Text or .jsonl file to calibrate on, where that comes first, or self: text that the base writes.",
-        shown="the training data",
+        shown="the training data and shipped prose, half of each",
         metavar="FILE|self",
     )
     recipe: str | None = option(

@@ -48,7 +48,7 @@ def copy_path(base: Base, output: str | Path | None) -> Path:
 
 
 def training_text(loaded: Data | Stream, data: str, seed: int) -> Text | None:
-    """The examples of a run as they are trained on, one behind another: what a calibration reads.
+    """The examples of a run as they are trained on, one behind another: what a calibration reads beside shipped prose.
 
     Args:
         data: the value of `--data`. seed: decides which examples, where there are more than a calibration reads.
@@ -74,7 +74,7 @@ def training_text(loaded: Data | Stream, data: str, seed: int) -> Text | None:
         tokens += len(example)
         if tokens >= wanted:
             break
-    return Text(f"the training data ({without_folders(data)})", np.concatenate(taken))
+    return Text(f"the training data ({without_folders(data)})", np.concatenate(taken), beside_prose=True)
 
 
 def calibrated_base(
