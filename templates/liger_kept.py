@@ -123,7 +123,7 @@ def attend_kept(
     groups, order, back = head_groups(counts, q.shape[1] // stream.keys.shape[1], q.device)
     found, size = [], len(stream.held)
     start = max(first - window, 0)
-    stop = max(first - window + q.shape[2], 0)  # no later token leaves the window
+    stop = max(first - window + q.shape[2], 1)  # no later token leaves the window
     for index, (count, heads, queries) in enumerate(groups):
         part = (q, stream, first) if heads is None else (q[:, queries], stream.part(heads, start, stop), first - start)
         before = None if memory is None else memory[size * index : size * (index + 1)]
