@@ -245,11 +245,11 @@ class LigerAttention:
             settings = self._settings(recompute=self.training and q.numel() >= RECOMPUTED)
 
             def attend(function, tokens, settings, within_window):
-                if starts is not None and function is mixed_attention and kernels_take_documents(tokens, settings):
+                if starts is None:
+                    return function(tokens, settings, valid, cache, within_window)
+                if function is mixed_attention and kernels_take_documents(tokens, settings):
                     return packed_attention(tokens, settings, document_bounds(attention_mask))
-                if starts is not None:
-                    return by_documents(documents(attention_mask), tokens, lambda part: function(part, settings))
-                return function(tokens, settings, valid, cache, within_window)
+                return by_documents(documents(attention_mask), tokens, lambda part: function(part, settings))
 
             if not self.liger_spec.softmax_kv_heads:
                 output = attend(mixed_attention, tokens, settings, within_window)

@@ -83,11 +83,10 @@ def on_cuda(x) -> bool:
     return x.is_cuda
 
 
-def takes_documents(rule: Rule, key_dim: int, slots: int | None, configured: str = "auto") -> bool:
+def takes_documents(rule: Rule, key_dim: int, slots: int, configured: str = "auto") -> bool:
     """Whether every kernel of the rule is fla's on CUDA, which is told where documents begin."""
-    wanted = requested(configured)
-    sizes = (key_dim, slots if rule.by_slot else None, True)
-    return wanted != "torch" and all(choose(rule, one, *sizes, wanted).backend == "fla" for one in rule.kernels)
+    sizes = (key_dim, slots if rule.by_slot else None, True, requested(configured))
+    return all(choose(rule, one, *sizes).backend == "fla" for one in rule.kernels)
 
 
 @cache

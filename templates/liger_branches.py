@@ -334,8 +334,8 @@ def kernels_take_documents(tokens: Tokens, settings: Settings) -> bool:
     windowed = settings.mix < 1 and settings.window > 0
     if windowed and flash_window(q, q.shape[-1], spec.backend, VARIED) is None:
         return False
-    slots = spec.slots if GATES[spec.gate].rule.by_slot else None
-    return settings.mix == 0 or takes_documents(GATES[spec.gate].rule, tokens.q.shape[-1], slots, spec.backend)
+    rule = GATES[spec.gate].rule
+    return settings.mix == 0 or takes_documents(rule, tokens.q.shape[-1], spec.slots, spec.backend)
 
 
 def packed_attention(tokens: Tokens, settings: Settings, bounds):
@@ -350,17 +350,17 @@ def packed_attention(tokens: Tokens, settings: Settings, bounds):
     flat = tokens.changed(lambda x: x.transpose(0, 1).flatten(1, 2).unsqueeze(0))
     spec, window, mix = settings.spec, settings.window, settings.mix
     run = _twice if settings.recompute and torch.is_grad_enabled() else _once
+    q, k, v = flat.rotated_q, flat.rotated_k, flat.v
     recurrent = total = local = None
-    if mix < 1:
-        local = torch.zeros_like(flat.rotated_q)
-    if mix < 1 and window > 0:
-        function = flash_window(flat.rotated_q, flat.rotated_q.shape[-1], spec.backend, VARIED)
-        q, k, v = flat.rotated_q, flat.rotated_k, flat.v
+    if window == 0 and mix < 1:
+        local = torch.zeros_like(q)
+    elif mix < 1:
+        function = flash_window(q, q.shape[-1], spec.backend, VARIED)
         local = flash_documents(function, q, k, v, window, settings.scoring, bounds, length)
     if mix > 0:
-        inputs = (flat.q, flat.k, flat.v, None, flat.gate, settings.key_map)
+        inputs = (flat.q, flat.k, v, None, flat.gate, settings.key_map)
         recurrent, total, _ = run(_recurrent, *inputs, spec, None, bounds=bounds)
-    output = _combine(recurrent, total, local, None, mix, settings.scales).to(flat.v.dtype)
+    output = _combine(recurrent, total, local, None, mix, settings.scales).to(v.dtype)
     return output.squeeze(0).transpose(0, 1).unflatten(0, (batch, length))
 
 

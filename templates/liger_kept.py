@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 
 from .liger_products import by_heads, product
-from .liger_window import Scoring, log_denominator, softmax_with_denominator
+from .liger_window import Scoring, softmax_with_denominator
 
 # Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
 BLOCK = 64
@@ -123,7 +123,7 @@ def attend_kept(
     groups, order, back = head_groups(counts, q.shape[1] // stream.keys.shape[1], q.device)
     found, size = [], len(stream.held)
     start = max(first - window, 0)
-    stop = max(first - window + q.shape[2], 1)  # no later token leaves the window
+    stop = max(first - window + q.shape[2], 0)  # no later token leaves the window
     for index, (count, heads, queries) in enumerate(groups):
         part = (q, stream, first) if heads is None else (q[:, queries], stream.part(heads, start, stop), first - start)
         before = None if memory is None else memory[size * index : size * (index + 1)]
@@ -218,9 +218,9 @@ def _softmax(logits, visible):
     """
     lowest = torch.finfo(logits.dtype).min
     logits = logits + (~visible).to(logits.dtype).mul_(lowest)
-    weights = logits.softmax(-1)
+    weights, lse = softmax_with_denominator(logits)
     nothing = ~visible.any(-1)
-    return weights, log_denominator(logits, weights).masked_fill(nothing, lowest), nothing
+    return weights, lse.masked_fill(nothing, lowest), nothing
 
 
 def _by_spans(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
@@ -376,7 +376,7 @@ def _entering(held, start: int, length: int, padded: int | None = None):
 
 def _nothing(held):
     """One token that is not there."""
-    return [torch.full_like(x[:, :, :1], EMPTY if x.dtype == torch.int64 else 0) for x in held]
+    return [x.new_full((*x.shape[:2], 1, *x.shape[3:]), EMPTY if x.dtype == torch.int64 else 0) for x in held]
 
 
 def _from(x, start: int, length: int, padded: int, fill: float = 0.0):

@@ -7,6 +7,8 @@ or an `attention_mask` of document numbers 1, 1, 2, 2, 0 (sample packing in fine
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .liger_step import once
+
 _found = WeakTensorKeyDictionary()  # of a call's mask, what was found for all its layers
 
 
@@ -137,10 +139,7 @@ def once_a_call(mask, name, find):
     """What `find` returns, kept under a name for all layers that are given the mask of `pack_rows`."""
     if mask is None or torch.compiler.is_compiling():
         return find()
-    known = _found.setdefault(mask, {})
-    if name not in known:
-        known[name] = find()
-    return known[name]
+    return once(_found.setdefault(mask, {}), name, find)
 
 
 def _find_documents(starts) -> list:

@@ -156,6 +156,7 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
     context = context_length(plan.checkpoint.config) or seq_len
     length, count = min(seq_len, context), FIT_ROWS + CHOICE_ROWS
     fitted_on, judged_on = prose()
+    tokenized = lambda name, texts: Text(name, make_rows(tokenizer, texts, length, 1).stream)  # noqa: E731
     if data == OWN:
         from liger_cli.calibration.own_text import own_text
 
@@ -169,10 +170,9 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
         text = data
     else:
         texts, name = ([fitted_on], FITTED_ON) if data is None else (read_texts(Path(data)), data_name(data))
-        text = Text(name, make_rows(tokenizer, texts, length, 1).stream)
+        text = tokenized(name, texts)
     if text.beside_prose:
-        prose_rows = Text(FITTED_ON, make_rows(tokenizer, [fitted_on], length, 1).stream).rows(length)
-        text = _in_turn(text, prose_rows, count)
+        text = _in_turn(text, tokenized(FITTED_ON, [fitted_on]).rows(length), count)
     if len(text.ids) < LEAST_ROWS * length:
         length = len(text.ids) // LEAST_ROWS
         if length < LEAST_SEQ_LEN:
