@@ -11,8 +11,10 @@ from .liger_backend import flash_window, on_cuda, recurrence, takes_documents
 from .liger_cache import LigerCacheLayer, appended, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES
-from .liger_kept import EMPTY, Stream, add_kept, attend_kept, empty_memories, priorities
+from .liger_kept import BLOCK, EMPTY, Stream, add_kept, attend_kept, empty_memories, priorities
+from .liger_products import by_heads
 from .liger_rest import add_rest, chosen_heads, counted_states, empty_rest, state_counts, step_rest
+from .liger_spans import attend_by_spans
 from .liger_step import (
     evicted_so_far,
     exact_attention,
@@ -26,7 +28,7 @@ from .liger_window import Scoring, flash_documents, leaving, reach, softmax_weig
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
 # has no use for small pieces; there they only bound the memory.
-PIECE_SIZE = 1024
+PIECE_SIZE = 2048
 CUDA_PIECE_SIZE = 16384
 VARIED = "flash_attn_varlen_func"  # of flash-attn, for documents of any length one behind another
 
@@ -93,8 +95,7 @@ class Settings:
         """Those of some query heads; spec is that of their key/value heads."""
         pick = lambda x: None if x is None else x[queries]  # noqa: E731
         pair = lambda x: None if x is None else tuple(map(pick, x))  # noqa: E731
-        scoring = replace(self.scoring, sink_logits=pick(self.scoring.sink_logits))
-        own = {"scoring": scoring, "key_map": pick(self.key_map)}
+        own = {"scoring": self.scoring.of_heads(queries), "key_map": pick(self.key_map)}
         return replace(self, spec=spec, scales=pair(self.scales), rest=pair(self.rest), **own)
 
 
@@ -161,6 +162,11 @@ def mixed_attention(
             local = within_window()
         elif window == 0 and mix < 1:
             local = torch.zeros_like(rotated_q)
+        elif holds and rows > BLOCK and by_heads(rotated_q):
+            local, lse, memory, evicted = attend_by_spans(
+                rotated_q[:, :, at], stream, before + start, memory, window, counts, settings.scoring, valid=seen,
+                evict=evicts, need_lse=joint or settings.rest is not None,
+            )  # fmt: skip
         elif mix < 1:
             seen_from = slice(max(before + start - reach(window), 0), before + start + size)
             local, lse = run(

@@ -80,9 +80,7 @@ def softmax_attention(q, k, v, scoring: Scoring, valid=None, local_window=None, 
 def masked_attention(q, k, v, seen, scoring: Scoring):
     """Scores, softmax and sum spelt out: does what torch's attention cannot. seen: [B or 1, 1, T, S] bool."""
     q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, T, D]
-    scores = (q @ k.unsqueeze(2).mT).float() * scoring.scaling
-    if scoring.softcap is not None:
-        scores = (scores / scoring.softcap).tanh() * scoring.softcap
+    scores = scoring.logits((q @ k.unsqueeze(2).mT).float())
     scores = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
     if scoring.sink_logits is not None:
         logits = scoring.sink_logits.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)

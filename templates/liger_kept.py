@@ -9,20 +9,15 @@ Score and place are one int64, the token's priority: no two are equal, and a pla
 memory is full, every step evicts one token: the one that leaves the window, or the kept one that it beats.
 """
 
-import heapq
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from .liger_products import by_heads, product
 from .liger_window import Scoring, softmax_with_denominator
 
 # Queries that share a list of candidates: what was kept when the first of them came, and what leaves the window since.
 BLOCK = 64
-CHUNK = 256  # tokens that are compared at once with the worst one kept
-SPAN = 1024  # the most queries multiplied at once on a CPU: bounds their scores
-NEVER = 2**31 - 1
 STEPS = 1024  # scores are rounded to 1 / STEPS: equal keys have to get equal scores in sums of any order
 HIGHEST = 2**30 - 64  # of a score, in steps
 SINK = 2**30  # of a sink; float32 holds both
@@ -160,35 +155,26 @@ def kept_attention(
     if count == 0:
         output = torch.zeros_like(q, dtype=torch.float32)
         lse = torch.full_like(output[..., 0], torch.finfo(torch.float32).min)
-        return output, lse, memory, _evicted(_entering(stream.held, start, length)) if evict else None
-    attend = _by_spans if length > BLOCK and by_heads(q) else _by_blocks
-    return attend(q, stream, start, memory, count, scoring, evict)
-
-
-def _by_blocks(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
-    kv_heads, length, scores = stream.keys.shape[1], q.shape[2], stream.scores
+        return output, lse, memory, _evicted(entering(stream.held, start, length)) if evict else None
+    kv_heads, scores = stream.keys.shape[1], stream.scores
     rows = min(length, BLOCK)
     blocks = -(-length // rows)
-    entering = _entering(stream.held, start, length, blocks * rows)
-    pool = [
-        torch.cat([*pair, none], dim=2) for *pair, none in zip(memory, entering, _nothing(stream.held), strict=True)
-    ]
+    coming = entering(stream.held, start, length, blocks * rows)
+    pool = [torch.cat([*pair, none], dim=2) for *pair, none in zip(memory, coming, _nothing(stream.held), strict=True)]
     before, index = _scan(pool[2], count, blocks, rows)
 
     kept = before.flatten(2)
     candidates = [
         torch.cat([_at(x, kept).unflatten(2, (blocks, count)), new.unflatten(2, (blocks, rows))], dim=3)
-        for x, new in zip(pool[:2], entering, strict=False)
+        for x, new in zip(pool[:2], coming, strict=False)
     ]
-    new = entering[2].unflatten(2, (blocks, rows))
+    new = coming[2].unflatten(2, (blocks, rows))
     alive, left = _visible(_at(pool[2], kept).unflatten(2, (blocks, count)), new, count)  # [B, Hkv, N, c, count + c]
 
     groups = q.shape[1] // kv_heads
     q = torch.nn.functional.pad(q, (0, 0, 0, blocks * rows - length)).float()
     q = q.unflatten(1, (kv_heads, groups)).unflatten(3, (blocks, rows)).transpose(2, 3)  # [B, Hkv, N, G, c, D]
-    logits = (q.flatten(3, 4) @ candidates[0].float().mT).unflatten(3, (groups, rows)) * scoring.scaling
-    if scoring.softcap is not None:
-        logits = (logits / scoring.softcap).tanh() * scoring.softcap
+    logits = scoring.logits((q.flatten(3, 4) @ candidates[0].float().mT).unflatten(3, (groups, rows)))
     if scores is not None and scores.requires_grad:
         # Zero in value: it lets the score of a kept token learn how much the token is looked at.
         old = torch.nn.functional.pad(_from(scores, start, length, blocks * rows), (count, 1))
@@ -223,130 +209,10 @@ def _softmax(logits, visible):
     return weights, lse.masked_fill(nothing, lowest), nothing
 
 
-def _by_spans(q, stream: Stream, start, memory, count, scoring: Scoring, evict):
-    """On a CPU without gradients. Few tokens are ever kept, so long spans of queries share theirs: a span is multiplied
-    at once with all that is kept at some time during it."""
-    length, lowest = q.shape[2], torch.finfo(torch.float32).min
-    groups, size = q.shape[1] // stream.keys.shape[1], stream.values.shape[-1]
-    pool = [torch.cat(pair, dim=2) for pair in zip(memory, _entering(stream.held, start, length), strict=True)]
-    since, until = lifetimes(pool[2], count)
-    first_kept = since.amin(2, keepdim=True)  # from then on something always is
-    time = torch.arange(length, dtype=since.dtype).unsqueeze(1)
-    nothing_kept = int(first_kept.max())
-    shown = torch.zeros(())
-    outputs, denominators = [], []
-    for begin, end in _spans(since, count):
-        index, always = _alive(since, until, begin, end)
-        if index.shape[2] == 0:
-            outputs.append(q.new_zeros(*q.shape[:2], end - begin, size, dtype=torch.float32))
-            denominators.append(torch.full((*q.shape[:2], end - begin), lowest))
-            continue
-        k, v = (_at(x, index).float().unsqueeze(2) for x in pool[:2])
-        queries = q[:, :, begin:end].float() * scoring.scaling
-        logits = product(queries.unsqueeze(2), k.mT).squeeze(2)
-        if scoring.softcap is not None:
-            logits = logits.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-        if always < index.shape[2]:
-            now, some = time[begin:end], index[:, :, always:]
-            visible = (now >= _at(since, some).unsqueeze(2)) & (now < _at(until, some).unsqueeze(2))
-            bias = torch.where(visible, shown, lowest).unsqueeze(2)
-            logits.unflatten(1, (-1, groups))[..., always:] += bias
-        weights, lse = softmax_with_denominator(logits)
-        weights = torch.nn.functional.dropout(weights, scoring.dropout) if scoring.dropout else weights
-        output = product(weights.unsqueeze(2), v).squeeze(2)
-        if begin < nothing_kept:
-            nothing = (time[begin:end, 0] < first_kept).repeat_interleave(groups, dim=1)
-            output.masked_fill_(nothing.unsqueeze(-1), 0.0)
-            lse.masked_fill_(nothing, lowest)
-        outputs.append(output)
-        denominators.append(lse)
-    evicted = _evicted(pool, departures(pool[2], since, until, count)) if evict else None
-    memory = tuple(_at(x, pool[2].topk(count, dim=2).indices) for x in pool)
-    if len(outputs) > 1:
-        return torch.cat(outputs, dim=2), torch.cat(denominators, dim=2), memory, evicted
-    return outputs[0], denominators[0], memory, evicted
-
-
-def lifetimes(priority, count: int):
-    """When each token of a stream is kept, if the `count` best so far are: since and until which row.
-
-    Args:
-        priority: [B, H, count + T]: of what was kept, then of one token a row; EMPTY is never kept.
-    Returns:
-        since, until: [B, H, count + T] int32; NEVER for both where a token is not kept, until where it still is.
-    """
-    since = torch.full(priority.shape, NEVER, dtype=torch.int32)
-    until = since.clone()
-    rows = zip(*(x.flatten(0, 1).numpy() for x in (priority, since, until)), strict=True)
-    for stream, begins, ends in rows:
-        heap = [(value, place) for place, value in enumerate(stream[:count].tolist()) if value > EMPTY]
-        heapq.heapify(heap)
-        begins[[place for _, place in heap]] = 0
-        for start in range(count, len(stream), CHUNK):
-            part = stream[start : start + CHUNK]
-            # A token that is no better than the worst one kept by now never will be.
-            better = part > (heap[0][0] if len(heap) == count else EMPTY)
-            for offset in better.nonzero()[0].tolist():
-                entry = (int(part[offset]), start + offset)
-                row = start + offset - count
-                if len(heap) < count:
-                    heapq.heappush(heap, entry)
-                elif entry > heap[0]:
-                    ends[heapq.heapreplace(heap, entry)[1]] = row
-                else:
-                    continue
-                begins[start + offset] = row
-    return since, until
-
-
-def departures(priority, since, until, count: int):
-    """Which token of the stream of `lifetimes` is evicted at each row, -1 for none. [B, H, T]"""
-    places = torch.arange(priority.shape[2])
-    length = priority.shape[2] - count
-    never_kept = (since == NEVER) & (priority > EMPTY)
-    rows = torch.where(never_kept, places - count, until.long()).clamp_max(length)
-    found = torch.full((*priority.shape[:2], length + 1), -1)
-    return found.scatter_(2, rows, places.expand(rows.shape))[:, :, :length]
-
-
-def _evicted(pool, index=None):
-    """What `kept_attention` returns of a pool's tokens at index [B, H, T], -1 for none; of all, where it is None."""
-    if index is None:
-        there = pool[2] > EMPTY
-    else:
-        there, index = index >= 0, index.clamp_min(0)
-        pool = [_at(x, index) for x in pool]
-    return (*pool[:2], there, *pool[3:])
-
-
-def _spans(since, count: int):
-    """Cut the rows where a head has kept `count` new tokens, but not below BLOCK rows or above SPAN."""
-    taken = (since[:, :, count:] != NEVER).flatten(0, 1).cumsum(1, dtype=torch.int32)
-    start, length, most = 0, taken.shape[1], max(count, BLOCK)
-    while start < length:
-        before = taken[:, start - 1 : start] if start else 0
-        full = ((taken - before).amax(0) > most).nonzero()
-        stop = max(start + BLOCK, int(full[0])) if len(full) else length
-        stop = min(stop, start + SPAN, length)
-        yield start, stop
-        start = stop
-
-
-def _alive(since, until, start: int, stop: int):
-    """Places of the tokens kept at some time in these rows, [B, H, P], those that are kept all the time first; heads
-    with fewer than P get others behind. And how many of every head are kept all the time, at the least."""
-    alive = (since < stop) & (until > start)
-    throughout = (since <= start) & (until >= stop)
-    most, always = (int(count) for count in torch.stack([alive.sum(-1).max(), throughout.sum(-1).min()]))
-    return (alive.to(torch.uint8) + throughout).sort(dim=2, descending=True, stable=True).indices[:, :, :most], always
-
-
 def add_kept(local, lse, kept, kept_lse):
     """One softmax over the window and the kept tokens, from both of its parts. [B, H, T, D] and [B, H, T]"""
     share = (kept_lse - lse).sigmoid().unsqueeze(-1)
-    local = local.float()
-    out = local if by_heads(local) else None
-    return torch.lerp(local, kept, share, out=out), torch.logaddexp(lse, kept_lse)
+    return torch.lerp(local.float(), kept, share), torch.logaddexp(lse, kept_lse)
 
 
 def empty_memory(keys, values, count: int, logits=None):
@@ -369,9 +235,19 @@ def empty_memories(keys, values, counts: tuple[int, ...], logits=None):
     return tuple(x for part in parts for x in part)
 
 
-def _entering(held, start: int, length: int, padded: int | None = None):
+def entering(held, start: int, length: int, padded: int | None = None):
     """The tokens that leave the window before each query: those from `start` on, nothing where there is none."""
     return [_from(x, start, length, padded or length, EMPTY if x.dtype == torch.int64 else 0.0) for x in held]
+
+
+def _evicted(pool, index=None):
+    """What `kept_attention` returns of a pool's tokens at index [B, H, T], -1 for none; of all, where it is None."""
+    if index is None:
+        there = pool[2] > EMPTY
+    else:
+        there, index = index >= 0, index.clamp_min(0)
+        pool = [_at(x, index) for x in pool]
+    return (*pool[:2], there, *pool[3:])
 
 
 def _nothing(held):

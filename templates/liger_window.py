@@ -4,7 +4,7 @@ Queries are cut into blocks; a block of c queries attends to the key blocks that
 before them. The query heads of a group are stacked into the rows of a block, so keys are never repeated.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -34,6 +34,16 @@ class Scoring:
     softcap: float | None = None
     sink_logits: torch.Tensor | None = None
     dropout: float = 0.0
+
+    def of_heads(self, queries) -> "Scoring":
+        """That of some query heads."""
+        return self if self.sink_logits is None else replace(self, sink_logits=self.sink_logits[queries])
+
+    def logits(self, products):
+        """Products of queries and keys, scaled and soft-capped."""
+        if self.softcap is None:
+            return products * self.scaling
+        return soft_capped(products, 0.0, self.scaling, self.softcap)
 
 
 def window_attention(
@@ -67,11 +77,11 @@ def window_attention(
     block = _block(window)
     if explicit and sinks is None and by_heads(q):
         block = min(block, ROWS_OF_HEAD)
-    back = _whole(window, block) // block
+    back = whole_blocks(window, block) // block
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     piece = length if needs_grad else max(1, (CUDA_PIECE_SIZE if q.is_cuda else PIECE_SIZE) // block)
     outputs, denominators = [], []
-    for start, blocks, rows in _segments(length, past, block, back, piece):
+    for start, blocks, rows in segments(length, past, block, back, piece):
         last = past + start + blocks * rows
         first = max(past + start - back * block, 0)
         o, lse = _attend(
@@ -127,7 +137,7 @@ def _block(window: int) -> int:
 
 def reach(window: int) -> int:
     """Past tokens that whole blocks of queries are given: those the window sees, rounded up to blocks."""
-    return _whole(window, _block(window))
+    return whole_blocks(window, _block(window))
 
 
 def leaving(keys, values, valid, past: int, start: int, rows: int, window: int, sinks=None):
@@ -155,11 +165,11 @@ def leaving(keys, values, valid, past: int, start: int, rows: int, window: int, 
     return keys, values, there
 
 
-def _whole(window: int, block: int) -> int:
+def whole_blocks(window: int, block: int) -> int:
     return -(-(window - 1) // block) * block
 
 
-def _segments(length: int, past: int, block: int, back: int, piece: int):
+def segments(length: int, past: int, block: int, back: int, piece: int):
     """Cut T queries into (start, blocks, rows a block): whole blocks with all their past in batches of at most `piece`,
     the blocks at the start of the text, which have less past, and the last, shorter one, alone."""
     start = 0
@@ -188,7 +198,7 @@ def _attend(q, k, v, blocks, window, scoring, valid, sinks, need_lse, explicit):
     q = q.reshape(batch, kv_heads, groups, blocks, rows, dim).transpose(2, 3)
     q = q.reshape(batch, kv_heads, blocks, groups * rows, dim)
     k, v = (_with_past(x, blocks, back) for x in (k, v))
-    bias = _band(groups, rows, k.shape[3], window, q.dtype, q.device)
+    bias = band(groups, rows, k.shape[3], window, q.dtype, q.device)
     if valid is not None:
         there = _with_past(valid[:, None, :, None], blocks, back)[..., 0].unsqueeze(3)
         bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
@@ -210,7 +220,7 @@ def _attend_by_heads(q, k, v, blocks, window, scoring, valid, need_lse):
     size = k.shape[2] - (blocks - 1) * rows
     blocked = q.unflatten(2, (blocks, rows))
     k, v = (x.unfold(2, size, rows) for x in (k, v))  # [B, Hkv, N, D, S]
-    bias = _band(1, rows, size, window, q.dtype, q.device)
+    bias = band(1, rows, size, window, q.dtype, q.device)
     if valid is not None:
         there = valid.unfold(1, size, rows)[:, None, :, None]
         bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
@@ -234,7 +244,7 @@ def _with_past(x, blocks: int, back: int):
 
 
 @lru_cache(maxsize=256)
-def _band(groups: int, rows: int, keys: int, window: int, dtype, device):
+def band(groups: int, rows: int, keys: int, window: int, dtype, device):
     """0 where a query may look, else the dtype's lowest; the queries are the last of the keys. [1, 1, 1, G * c, S]"""
     with torch.inference_mode(False):
         row = torch.arange(keys - rows, keys)[:, None]

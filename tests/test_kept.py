@@ -13,18 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from liger_cli.checkpoint.model_code import load_model
 from liger_cli.commands.convert import convert
-from liger_cli.templates import liger_kept
+from liger_cli.templates import liger_spans
 from liger_cli.templates.liger_config import LayerSpec, LigerConfigError, check_heads, layer_specs, liger_block
 from liger_cli.templates.liger_kept import (
     EMPTY,
     Stream,
     add_kept,
-    departures,
     keep_scores,
     kept_attention,
-    lifetimes,
     priorities,
 )
+from liger_cli.templates.liger_spans import attend_by_spans, departures, lifetimes
 from liger_cli.templates.liger_window import Scoring, window_attention
 
 WINDOW, COUNT, SCALING = 16, 8, 0.3
@@ -45,43 +44,60 @@ def kept_at(priority, time: int) -> list[int]:
     return sorted(left, key=lambda place: -priority[place].item())[:COUNT]
 
 
-@pytest.fixture(params=["gradients", "inference"])
-def ways(request):
-    """With gradients enabled queries are read in blocks, without on a CPU in spans."""
-    with torch.set_grad_enabled(request.param == "gradients"):
-        yield
+def in_blocks(q, k, v, priority, first=0, memory=None, scoring=SCORING, evict=False, count=COUNT):
+    """Window and kept tokens each by itself, then under one softmax: the portable form, and what gradients go through.
+
+    As `attend_by_spans` with every argument: o, lse, memory and what is evicted.
+    """
+    last = first + q.shape[2]
+    valid = priority[:, 0, :last] > EMPTY
+    window = window_attention(q, k[:, :, :last], v[:, :, :last], WINDOW, scoring, valid=valid, need_lse=True)
+    stream = Stream(k, v, priority)
+    kept, kept_lse, memory, gone = kept_attention(q, stream, first, memory, WINDOW, count, scoring, evict)
+    return *add_kept(*window, kept, kept_lse), memory, gone
+
+
+@torch.no_grad()
+def in_spans(q, k, v, priority, first=0, memory=None, scoring=SCORING, evict=False, count=COUNT):
+    """The form of a CPU without gradients."""
+    valid = priority[:, 0] > EMPTY
+    stream, counts = Stream(k, v, priority), (count,) * k.shape[1]
+    return attend_by_spans(q, stream, first, memory, WINDOW, counts, scoring, valid, evict, need_lse=True)
+
+
+@pytest.fixture(params=[in_blocks, in_spans])
+def attend(request, monkeypatch):
+    monkeypatch.setattr(liger_spans, "SPAN", 100)
+    return request.param
 
 
 @pytest.mark.parametrize("order", ["random", "rising", "falling", "equal"])
-def test_definition(ways, order, monkeypatch):
-    monkeypatch.setattr(liger_kept, "SPAN", 100)
+def test_definition(attend, order):
     q, k, v, scores = example()
     if order != "random":
         step = {"rising": 1.0, "falling": -1.0, "equal": 0.0}[order]
         ordered = priorities(torch.arange(200.0).expand(2, 2, -1) * step, torch.arange(200).expand(2, -1))
         scores = torch.where(scores > EMPTY, ordered, scores)
-    output, lse, *_ = kept_attention(q, Stream(k, v, scores), 0, None, WINDOW, COUNT, SCORING)
-    for row, head, time in [(r, h, t) for r in (0, 1) for h in range(4) for t in range(0, 200, 3)]:
-        places = kept_at(scores[row, head // 2], time)
-        if not places:
-            assert lse[row, head, time] < -1e30 and not output[row, head, time].any()
-            continue
+    output, lse, *_ = attend(q, k, v, scores)
+    for row, head, time in [(r, h, t) for r in (0, 1) for h in range(4) for t in range(30 * (r == 0), 200, 3)]:
+        near = [place for place in range(max(time - WINDOW + 1, 0), time + 1) if scores[row, 0, place] > EMPTY]
+        places = near + kept_at(scores[row, head // 2], time)
         logits = k[row, head // 2, places] @ q[row, head, time] * SCALING
         close(lse[row, head, time], logits.logsumexp(0), 1e-5)
         close(output[row, head, time], logits.softmax(0) @ v[row, head // 2, places], 1e-5)
 
 
 @pytest.mark.parametrize("piece", [1, 37, 64, 130])
-def test_pieces(piece, ways):
+def test_pieces(piece, attend):
     """However the queries are cut, each sees the same tokens."""
     q, k, v, scores = example()
-    whole, _, memory, _ = kept_attention(q, Stream(k, v, scores), 0, None, WINDOW, COUNT, SCORING)
+    seen = scores[:, :1].repeat_interleave(4, dim=1) > EMPTY  # of padding nothing is said
+    whole, _, memory, _ = attend(q, k, v, scores)
     parts, carried = [], None
     for start in range(0, 200, piece):
-        part = q[:, :, start : start + piece]
-        output, _, carried, _ = kept_attention(part, Stream(k, v, scores), start, carried, WINDOW, COUNT, SCORING)
+        output, _, carried, _ = attend(q[:, :, start : start + piece], k, v, scores, start, carried)
         parts.append(output)
-    close(torch.cat(parts, dim=2), whole, 1e-5)
+    close(torch.cat(parts, dim=2)[seen], whole[seen], 1e-5)
     orders = [memory[2].argsort(dim=2) for memory in (carried, memory)]
     for a, b in zip(carried, memory, strict=True):
         index = orders if a.ndim == 3 else [order.unsqueeze(-1).expand_as(a) for order in orders]
@@ -89,16 +105,12 @@ def test_pieces(piece, ways):
 
 
 @pytest.mark.parametrize("piece", [1, 37, 64, 200])
-def test_evicted_tokens(piece, ways, monkeypatch):
+def test_evicted_tokens(piece, attend):
     """From each query on the token that is in neither the window nor the memory, and was before: all of them once."""
-    monkeypatch.setattr(liger_kept, "SPAN", 100)
     q, k, v, priority = example()
     found, carried = [], None
     for start in range(0, 200, piece):
-        part = q[:, :, start : start + piece]
-        *_, carried, evicted = kept_attention(
-            part, Stream(k, v, priority), start, carried, WINDOW, COUNT, SCORING, evict=True
-        )
+        *_, carried, evicted = attend(q[:, :, start : start + piece], k, v, priority, start, carried, evict=True)
         found.append(evicted)
     keys, values, there = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
     for row, head in [(r, h) for r in (0, 1) for h in (0, 1)]:
@@ -114,25 +126,33 @@ def test_evicted_tokens(piece, ways, monkeypatch):
         assert len(gone) == 200 - 30 * (row == 0) - WINDOW - COUNT
 
 
-def test_nothing_kept_evicts_what_leaves_the_window():
+def test_nothing_kept_evicts_what_leaves_the_window(attend):
     q, k, v, priority = example(40)
-    _, lse, memory, (keys, _, there) = kept_attention(
-        q, Stream(k, v, priority), 0, None, WINDOW, 0, SCORING, evict=True
-    )
-    assert (lse < -1e30).all() and memory[0].shape[2] == 0
+    output, _, memory, (keys, _, there) = attend(q, k, v, priority, evict=True, count=0)
+    assert memory[0].shape[2] == 0
+    close(output[1], window_attention(q[1:], k[1:], v[1:], WINDOW, SCORING)[0][0], 1e-5)
     assert there.sum() == 2 * (40 - WINDOW) and torch.equal(keys[1, :, WINDOW:], k[1, :, : 40 - WINDOW])
 
 
 def test_both_ways():
-    """Soft-capped, from a memory that is not full: the same output, denominators and memory."""
+    """Soft-capped, with a sink of the family's, from a memory that is not full: the same output, denominators, memory
+    and evicted tokens."""
     q, k, v, scores = example()
-    memory = kept_attention(q[:, :, :40], Stream(k, v, scores), 0, None, WINDOW, COUNT, SCORING)[2]
-    run = lambda: kept_attention(q[:, :, 40:], Stream(k, v, scores), 40, memory, WINDOW, COUNT, Scoring(SCALING, 2.0))  # noqa: E731
-    blocks = run()
-    with torch.no_grad():
-        spans = run()
-    for a, b in zip((*blocks[:2], *blocks[2]), (*spans[:2], *spans[2]), strict=True):
+    scoring = Scoring(SCALING, 2.0, torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    memory = in_blocks(q[:, :, :40], k, v, scores, scoring=scoring)[2]
+    blocks, spans = (
+        attend(q[:, :, 40:], k, v, scores, 40, memory, scoring, evict=True) for attend in (in_blocks, in_spans)
+    )
+    for a, b in zip(blocks[:2], spans[:2], strict=True):
         close(a, b, 1e-5)
+    orders = [found[2][2].argsort(dim=2) for found in (blocks, spans)]
+    for a, b in zip(blocks[2], spans[2], strict=True):
+        index = orders if a.ndim == 3 else [order.unsqueeze(-1).expand_as(a) for order in orders]
+        assert torch.equal(a.gather(2, index[0]), b.gather(2, index[1]))
+    there = blocks[3][2]
+    assert torch.equal(there, spans[3][2])
+    for a, b in zip(blocks[3][:2], spans[3][:2], strict=True):
+        assert torch.equal(a[there], b[there])
 
 
 @pytest.mark.parametrize("sinks", [1, 4])
@@ -197,12 +217,12 @@ def test_lifetimes():
     """Two are kept; of equal scores the later one; what is not there never is; one is evicted a row, once two are."""
     scores = torch.tensor([[[0.0, 1.0, 3.0, 2.0, 0.0, 3.0, 0.0, 3.0]]])
     valid = torch.tensor([[False, True, True, True, False, True, True, True]])
-    priority = priorities(scores, torch.arange(8)[None], valid=valid)
+    priority = priorities(scores, torch.arange(8)[None], valid=valid)[0, 0].numpy()
     since, until = lifetimes(priority, 2)
     never = 2**31 - 1
-    assert since.tolist() == [[[never, 0, 0, 1, never, 3, never, 5]]]
-    assert until.tolist() == [[[never, 1, 5, 3, never, never, never, never]]]
-    assert departures(priority, since, until, 2).tolist() == [[[-1, 1, -1, 3, 6, 2]]]
+    assert since.tolist() == [never, 0, 0, 1, never, 3, never, 5]
+    assert until.tolist() == [never, 1, 5, 3, never, never, never, never]
+    assert departures(priority, since, until, 2).tolist() == [-1, 1, -1, 3, 6, 2]
 
 
 def test_priorities():
@@ -213,15 +233,12 @@ def test_priorities():
     assert found.argsort().tolist() == [6, 5, 3, 1, 2, 4, 0] and found[6] == EMPTY
 
 
-def test_one_softmax_over_window_and_kept_tokens(ways):
+def test_one_softmax_over_window_and_kept_tokens(attend):
     """With room for every token, window and kept tokens together are causal softmax attention."""
     q, k, v, _ = example(length=100)
-    scores = torch.randn(2, 2, 100)
-    local, lse = window_attention(q, k, v, WINDOW, SCORING, need_lse=True)
-    priority = priorities(scores, torch.arange(100).expand(2, -1))
-    kept, kept_lse, *_ = kept_attention(q, Stream(k, v, priority), 0, None, WINDOW, 100, SCORING)
+    priority = priorities(torch.randn(2, 2, 100), torch.arange(100).expand(2, -1))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALING, is_causal=True, enable_gqa=True)
-    close(add_kept(local, lse, kept, kept_lse)[0], wanted, 1e-5)
+    close(attend(q, k, v, priority, count=100)[0], wanted, 1e-5)
 
 
 def test_gradients():

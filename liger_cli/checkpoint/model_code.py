@@ -35,6 +35,7 @@ MODULES = (
     "liger_rest",
     "liger_rows",
     "liger_rules",
+    "liger_spans",
     "liger_step",
     "liger_transformers",
     "liger_window",
