@@ -17,6 +17,7 @@ PIECE_SIZE = 2048
 CUDA_PIECE_SIZE = 16384
 # Queries in a block where a query head is multiplied by itself: of 16 + 64 keys a window of 64 leaves four fifths.
 ROWS_OF_HEAD = 16
+FIRST = 64  # queries in a block at the start of the text
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,10 @@ def whole_blocks(window: int, block: int) -> int:
 
 def segments(length: int, past: int, block: int, back: int, piece: int):
     """Cut T queries into (start, blocks, rows a block): whole blocks with all their past in batches of at most `piece`,
-    the blocks at the start of the text, which have less past, and the last, shorter one, alone."""
+    those at the start of the text, which have less past, and the last, shorter one, alone."""
     start = 0
     while start < length and (past + start < back * block or length - start < block):
-        rows = min(block, length - start)
+        rows = min(max(block, FIRST), length - start)
         yield start, 1, rows
         start += rows
     while start < length:
