@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from .liger_backend import flash_window, on_cuda, recurrence, takes_documents
 from .liger_cache import LigerCacheLayer, appended, first_tokens
 from .liger_config import LayerSpec
-from .liger_gates import GATES
+from .liger_gates import GATES, feature_width
 from .liger_kept import BLOCK, EMPTY, Stream, add_kept, attend_kept, empty_memories, priorities
 from .liger_products import by_heads
 from .liger_rest import add_rest, chosen_heads, counted_states, empty_rest, state_counts, step_rest
@@ -340,8 +340,8 @@ def kernels_take_documents(tokens: Tokens, settings: Settings) -> bool:
     windowed = settings.mix < 1 and settings.window > 0
     if windowed and flash_window(q, q.shape[-1], spec.backend, VARIED) is None:
         return False
-    rule = GATES[spec.gate].rule
-    return settings.mix == 0 or takes_documents(rule, tokens.q.shape[-1], spec.slots, spec.backend)
+    width = feature_width(spec, q.shape[-1])
+    return settings.mix == 0 or takes_documents(GATES[spec.gate].rule, width, spec.slots, spec.backend)
 
 
 def packed_attention(tokens: Tokens, settings: Settings, bounds):

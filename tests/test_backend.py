@@ -305,11 +305,14 @@ def test_documents_that_kernels_do_not_know(fla, flash_documents, tiny_base, mon
     """With sinks, or without flash-attn, the documents run side by side, as on a CPU."""
     for module in (liger_backend, liger_branches):
         monkeypatch.setattr(module, "on_cuda", lambda x: True)
-    tokens = Tokens(*(torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16) for _ in range(6)))
-    takes = lambda **spec: kernels_take_documents(tokens, Settings(LayerSpec(**spec), 16, 0.5, Scoring(0.25)))  # noqa: E731
+    width = 16
+    tokens = lambda: Tokens(*(torch.zeros(1, 2, 4, width, dtype=torch.bfloat16) for _ in range(6)))  # noqa: E731
+    takes = lambda **spec: kernels_take_documents(tokens(), Settings(LayerSpec(**spec), 16, 0.5, Scoring(0.25)))  # noqa: E731
     assert takes()
     for spec in ({"sinks": 4}, {"normalizer": "joint"}, {"backend": "torch"}):
         assert not takes(**spec), spec
+    width = 192  # of which hedgehog makes 384, more than the kernels of the delta rules take
+    assert takes(gate="gdn") and takes(feature_map="hedgehog") and not takes(gate="gdn", feature_map="hedgehog")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     clear()
     assert not takes()
