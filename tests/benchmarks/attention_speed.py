@@ -16,11 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from liger_cli.templates import liger_branches, liger_products, liger_recurrence, liger_window
 from liger_cli.templates.liger_branches import Settings, Tokens, mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
@@ -94,6 +97,21 @@ def forward(length: int, gate: str, repetitions: int, kept: int = 0) -> dict:
     q, k, v = inputs(length)
     with torch.no_grad():
         return ratio(lambda: softmax(q, k, v), lambda: liger(q, k, v, gate, kept=kept), repetitions)
+
+
+def portable(length: int, gate: str, repetitions: int, kept: int = 0) -> dict:
+    """How much longer the form takes that a GPU and gradients get, which has no code of its own for a CPU."""
+    q, k, v = inputs(length)
+
+    def general():
+        with ExitStack() as stack:
+            for module in (liger_branches, liger_products, liger_recurrence, liger_window):
+                stack.enter_context(patch.object(module, "by_heads", lambda x: False))
+            liger(q, k, v, gate, kept=kept)
+
+    with torch.no_grad():
+        found = ratio(general, lambda: liger(q, k, v, gate, kept=kept), repetitions)
+    return {"ratio": found["ratio"], "quartiles": found["quartiles"]}
 
 
 def training(length: int, gate: str, repetitions: int) -> dict:
@@ -207,6 +225,9 @@ def main() -> None:
             row["matrix_rate_fraction"] = operations(length) / row["liger_s"] / rate
             if options.kept:
                 rows[f"forward {length}, {options.kept} kept"] = forward(length, gate, repetitions, options.kept)
+            for kept in dict.fromkeys((0, options.kept)):
+                name = f"portable form {length}" + (f", {kept} kept" if kept else "")
+                rows[name] = portable(length, gate, options.repetitions, kept)
         rows["forward + backward 4096"] = training(4096, gate, options.repetitions * 2)
         rows["step at 32K over step at 1K"] = decoding(gate)
         rows["peak MiB"] = memory(gate)
@@ -216,7 +237,7 @@ def main() -> None:
     print(f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}, {rate / 1e9:.0f} GFLOP/s")
     for gate in options.gates.split(","):
         for name, row in results[gate].items():
-            print(f"{gate:10} {name:28} " + "  ".join(f"{key} {_show(value)}" for key, value in row.items()))
+            print(f"{gate:10} {name:30} " + "  ".join(f"{key} {_show(value)}" for key, value in row.items()))
 
 
 def _show(value) -> str:
