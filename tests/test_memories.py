@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liger_cli.calibration.allotment import Option, allot
+from liger_cli.calibration.allotment import Option, allot, evened
 from liger_cli.calibration.base import load_base
 from liger_cli.calibration.costs import HeadCosts
 from liger_cli.calibration.fits import StateFit, fit_keep_score
@@ -227,3 +227,29 @@ def test_allotment_buys_softmax_heads_like_anything_else():
     options = {(0, 0): [Option(0, False, 10, 5.0), Option(None, False, 100, 0.0)], (0, 1): [Option(0, False, 10, 1.0)]}
     assert allot(options, 110, None)[0, 0].kept is None
     assert allot(options, 109, None)[0, 0].kept == 0
+
+
+def test_states_lie_evenly():
+    """Each layer gets the cheapest slice of its heads, at no higher a price; softmax heads do not count."""
+    worth = [3.0, -1.0, 2.0, 0.0, 2.5, -0.5]
+    options = {
+        (layer, head): [Option(8, False, 8, 5.0), Option(8, True, 8 + price, 5.0 - one)]
+        for layer, price in ((0, 0), (1, 4))
+        for head, one in enumerate(worth)
+    }
+    options[0, 3] = [Option(None, False, 0, 0.0), Option(8, False, 8, 5.0)]
+    found = {head: several[int(worth[head[1]] > 0)] for head, several in options.items()}
+    found[0, 3] = options[0, 3][0]
+    even = evened(found, options)
+    flags = [[even[layer, head].rest for head in range(6)] for layer in (0, 1)]
+    # Of five heads 0, 2 and 4 are every second but for the softmax head between them: the last two cannot both be had.
+    assert flags[0] == [True, True, True, False, True, False]
+    assert even[0, 3] == found[0, 3]
+    assert flags[1] == [True, False, True, False, True, False] == [found[1, head].rest for head in range(6)]
+    flags = [[True, True, False, True], [True, False, False, True], [False] * 4]
+    for before in flags:
+        several = [[Option(8, False, 8, 5.0), Option(8, True, 12, 4.0)] for _ in range(4)]
+        options = {(0, head): one for head, one in enumerate(several)}
+        after = evened({(0, head): options[0, head][flag] for head, flag in enumerate(before)}, options)
+        after = [one.rest for _, one in sorted(after.items())]
+        assert sum(after) == sum(before) and (before == after or before == [True, True, False, True])

@@ -89,3 +89,37 @@ def _spend(options, found: dict[Head, Option], left: float, softmax: int | None)
         head, one = max(moves, key=gain)
         left -= one.price - found[head].price
         found[head] = one
+
+
+def evened(found: dict[Head, Option], options: dict[Head, Sequence[Option]]) -> dict[Head, Option]:
+    """With states for every n-th of some of a layer's heads in a row, those that stay softmax left out.
+
+    A step of decoding reads such heads as a slice; others it gathers one by one, which takes some six operations more.
+    A layer with another set gets of these the one that costs least, at no higher a price.
+    """
+    found = dict(found)
+    for layer in {layer for layer, _ in found}:
+        heads = sorted(head for head, one in found.items() if head[0] == layer and one.kept is not None)
+        sets = list(_slices(len(heads)))
+        if [found[head].rest for head in heads] in sets:
+            continue
+        ways = [{one.rest: one for one in options[head] if one.kept == found[head].kept} for head in heads]
+        best = None
+        for flags in sets:
+            if all(flag in way for flag, way in zip(flags, ways, strict=True)):
+                several = [way[flag] for flag, way in zip(flags, ways, strict=True)]
+                cost, price = (sum(getattr(one, name) for one in several) for name in ("cost", "price"))
+                if price <= sum(found[head].price for head in heads) and (best is None or cost < best[0]):
+                    best = cost, several
+        found |= dict(zip(heads, best[1], strict=True)) if best else {}
+    return found
+
+
+def _slices(count: int):
+    """Every choice of a slice of so many, as flags; none first."""
+    yield [False] * count
+    for start in range(count):
+        for step in range(1, count - start + 1):
+            for stop in range(start + 1, count + 1, step):
+                chosen = range(start, stop, step)
+                yield [place in chosen for place in range(count)]

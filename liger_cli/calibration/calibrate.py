@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from liger_cli.calibration.allotment import Head, Option, allot
+from liger_cli.calibration.allotment import Head, Option, allot, evened
 from liger_cli.calibration.base import extra_values, load_base, not_finite
 from liger_cli.calibration.branches import fit_branches
 from liger_cli.calibration.costs import HeadCosts
@@ -287,7 +287,7 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
     if request.budget:
         others = _other_bytes(plan, options, tokens)
         try:
-            return allot(options, request.budget.nbytes - others, None)
+            return evened(allot(options, request.budget.nbytes - others, None), options)
         except ValueError:
             least = others + sum(min(one.price for one in several) for several in options.values())
             raise _too_little(request.budget, least) from None
@@ -301,8 +301,8 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
         layers = sorted(worth, key=worth.get, reverse=True)[: request.layers]
         kept = {head: several[-1] for head, several in options.items() if head[0] in layers}
         options = {head: several for head, several in options.items() if head[0] not in layers}
-        return allot(options, mean * len(options), 0) | kept
-    return allot(options, mean * (len(options) - count), count)
+        return evened(allot(options, mean * len(options), 0), options) | kept
+    return evened(allot(options, mean * (len(options) - count), count), options)
 
 
 def chosen_plan(plan: Plan, found: dict[Head, Option], request: Request) -> Plan:
