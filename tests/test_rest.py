@@ -114,10 +114,10 @@ def test_modes(tiny_base, tmp_path):
 def test_families(tiny_base, tmp_path, model_type):
     settings = {"window": 8, "kept": 4, "sinks": 1, "rest": True, "gate": "mamba2"}
     model = shaken(converted(tiny_base(model_type), tmp_path, **settings))
-    ids = tokens(70, batch=2)
+    ids = tokens(150, batch=2)
     whole = model(ids).logits
-    close(in_pieces(model, ids, 1), whole)
-    close(in_pieces(model, ids, 23), whole)
+    for piece in (1, 23, 70):
+        close(in_pieces(model, ids, piece), whole)
 
 
 def test_gradients(tiny_base, tmp_path):
