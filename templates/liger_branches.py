@@ -12,7 +12,6 @@ from .liger_cache import LigerCacheLayer, appended, first_tokens
 from .liger_config import LayerSpec
 from .liger_gates import GATES, feature_width
 from .liger_kept import BLOCK, EMPTY, Stream, add_kept, attend_kept, empty_memories, priorities
-from .liger_products import by_heads
 from .liger_rest import add_rest, chosen_heads, counted_states, empty_rest, state_counts, step_rest
 from .liger_spans import attend_by_spans
 from .liger_step import (
@@ -24,7 +23,7 @@ from .liger_step import (
     sink_rows,
     weighted_values,
 )
-from .liger_window import Scoring, flash_documents, leaving, reach, softmax_weights, window_attention
+from .liger_window import Scoring, by_heads, flash_documents, leaving, reach, softmax_weights, window_attention
 
 # Tokens worked through at a time when no gradient is wanted: both branches of a piece stay in the CPU's caches. A GPU
 # has no use for small pieces; there they only bound the memory.

@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from .liger_products import by_heads, product
-
 CHUNK_SIZE = 64
 # Tokens worked through at a time when no gradient is wanted: the intermediates of a piece stay in the CPU's caches.
 PIECE_SIZE = 4096
@@ -187,7 +185,7 @@ def _chunks(x, heads: int):
 
 
 def _unchunk(o, q):
-    """The inverse of `_chunks`, or of `_scaled_chunks`, for an output. [B, Hq, T, V]"""
+    """The inverse of `_chunks` for an output. [B, Hq, T, V]"""
     batch, heads, chunks, _, dim = o.shape
     if heads == q.shape[1]:
         return o.flatten(2, 3)
@@ -269,14 +267,14 @@ def _chunk_decay(q, k, v, log_decay, state):
     k, v, log_decay = (_chunks(x, heads) for x in (k, v, log_decay))
     if factors := _factors(log_decay):
         queries, right = _scaled_chunks(q, factors.left), k / factors.left
-        scores = _lower(product(queries, right.mT))
-        updates = product(right.mT, v) * factors.behind
+        scores = _lower(queries @ right.mT)
+        updates = (right.mT @ v) * factors.behind
         ahead, total = factors.ahead, factors.total
     else:
         queries = _chunks(q, heads)
         from_start, to_end = (x.squeeze(-3) for x in _sums(log_decay, CHUNK_SIZE))
         scores = _decayed_scores(queries, k, log_decay)
-        updates = product((k * to_end.exp()).mT, v)
+        updates = (k * to_end.exp()).mT @ v
         queries = _scale_rows(queries, from_start.exp())
         ahead, total = None, from_start[..., -1, :, None].exp()
     states, state = _scan(total, updates, state)
@@ -287,18 +285,15 @@ def _chunk_decay(q, k, v, log_decay, state):
 def _chunk_sum(q, k, v, state):
     """Chunks in parallel; T is a multiple of CHUNK_SIZE. Returns o [B, Hq, T, V] and the final state."""
     heads = k.shape[1]
-    k, v = _chunks(k, heads), _chunks(v, heads)
-    queries = q.unflatten(2, (-1, CHUNK_SIZE)) if by_heads(q) else _chunks(q, heads)
-    scores = _lower(product(queries, k.mT))
-    states = torch.cat([state.unsqueeze(2), product(k.mT, v)], dim=2).cumsum(2)
+    queries, k, v = (_chunks(x, heads) for x in (q, k, v))
+    scores = _lower(queries @ k.mT)
+    states = torch.cat([state.unsqueeze(2), k.mT @ v], dim=2).cumsum(2)
     return _unchunk(_sum_of_products(queries, states[:, :, :-1], scores, v), q), states[:, :, -1].clone()
 
 
 def _sum_of_products(a, b, c, d):
-    """a @ b + c @ d, added up in place; see `liger_products.product`."""
-    output = product(a, b)
-    if by_heads(a):
-        return product(c, d, added_to=output)
+    """a @ b + c @ d, added up in place."""
+    output = a @ b
     output.flatten(0, -3).baddbmm_(c.flatten(0, -3), d.flatten(0, -3))
     return output
 
@@ -377,12 +372,9 @@ def _causal(rows: int, size: int, dtype, device):
 
 
 def _scaled_chunks(q, factor):
-    """`_chunks(q)` times factor [B, Hkv, N, C, K or 1], or [B, Hq, N, C, K], as `liger_products.product` takes them."""
+    """`_chunks(q)` times factor [B, Hkv, N, C, K or 1], or [B, Hq, N, C, K]."""
     batch, heads, chunks, size, _ = factor.shape
     q = q.reshape(batch, heads, -1, chunks, size, q.shape[-1])
-    if by_heads(q):
-        scaled = torch.empty(q.shape, dtype=q.dtype)
-        return torch.mul(q, factor.unsqueeze(2), out=scaled).flatten(1, 2)
     return (q.transpose(2, 3) * factor.unsqueeze(3)).flatten(3, 4)
 
 
@@ -437,7 +429,7 @@ def _chunk_delta(q, k, v, log_decay, beta, state):
     k, v, log_decay, beta = (_chunks(x, heads) for x in (k, v, log_decay, beta))
     if factors := _factors(log_decay):
         queries, start, end = _scaled_chunks(q, factors.left), k * factors.left, k / factors.left
-        scores, inner = _lower(product(queries, end.mT)), product(start, end.mT)
+        scores, inner = _lower(queries @ end.mT), start @ end.mT
         ahead, behind, total = factors.ahead, factors.behind, factors.total
     else:
         queries = _chunks(q, heads)

@@ -10,7 +10,6 @@ from functools import lru_cache
 import torch
 
 from .liger_backend import flash_window
-from .liger_products import by_heads, product
 
 # Queries worked through at a time when no gradient is wanted: their scores stay in the CPU's caches.
 PIECE_SIZE = 2048
@@ -225,15 +224,30 @@ def _attend_by_heads(q, k, v, blocks, window, scoring, valid, need_lse):
     if valid is not None:
         there = valid.unfold(1, size, rows)[:, None, :, None]
         bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
-    scores = product(blocked, k)
+    scores = _products(blocked, k)
     if scoring.softcap is None:
         torch.add(bias, scores, alpha=scoring.scaling, out=scores)
     else:
         scores = soft_capped(scores, bias, scoring.scaling, scoring.softcap)
     logits = None if scoring.sink_logits is None else scoring.sink_logits.to(scores.dtype).view(1, -1, 1, 1)
     weights, lse = softmax_weights(scores, logits, need_lse, scoring.dropout)
-    o = product(weights.to(v.dtype), v.mT)
+    o = _products(weights.to(v.dtype), v.mT)
     return o.view(q.shape), None if lse is None else lse.flatten(2)
+
+
+def by_heads(x) -> bool:
+    """Whether query heads are multiplied one by one: on a CPU without gradients, where views then do."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _products(a, b):
+    """Each query head's product with what its group shares. a [B, Hq, N, M, K], b [B, Hkv, N, K, S]"""
+    groups = a.shape[1] // b.shape[1]
+    out = a.new_empty(*a.shape[:-1], b.shape[-1])
+    for lefts, rights, targets in zip(a, b, out, strict=True):
+        for head, (left, target) in enumerate(zip(lefts, targets, strict=True)):
+            torch.bmm(left, rights[head // groups], out=target)
+    return out
 
 
 def _with_past(x, blocks: int, back: int):

@@ -31,7 +31,6 @@ MODULES = (
     "liger_memory",
     "liger_model",
     "liger_recurrence",
-    "liger_products",
     "liger_rest",
     "liger_rows",
     "liger_rules",

@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liger_cli.templates import liger_branches, liger_products, liger_recurrence, liger_window
+from liger_cli.templates import liger_branches, liger_window
 from liger_cli.templates.liger_branches import Settings, Tokens, mixed_attention
 from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
@@ -105,7 +105,7 @@ def portable(length: int, gate: str, repetitions: int, kept: int = 0) -> dict:
 
     def general():
         with ExitStack() as stack:
-            for module in (liger_branches, liger_products, liger_recurrence, liger_window):
+            for module in (liger_branches, liger_window):
                 stack.enter_context(patch.object(module, "by_heads", lambda x: False))
             liger(q, k, v, gate, kept=kept)
 
