@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 from liger_cli import shipped
 from liger_cli.calibration import calibrate
 from liger_cli.calibration.branches import Statistics, fit_scales
+from liger_cli.calibration.costs import HeadCosts
 from liger_cli.checkpoint.extras import extra_shapes, initial_values
 from liger_cli.checkpoint.model_code import load_model, model_classes
 from liger_cli.checkpoint.reader import EXTRAS, read_checkpoint
 from liger_cli.commands.convert import convert
 from liger_cli.conversion.folder import converted_config
 from liger_cli.conversion.plan import make_plan, with_defaults
+from liger_cli.conversion.requests import Budget, Request
 from liger_cli.main import app
 from liger_cli.system.errors import LigerError, UsageError
 
@@ -139,6 +141,21 @@ def test_a_budget_is_kept(tiny_base, tmp_path, words, monkeypatch):
             str(tiny_base()), str(tmp_path / "none"), settings=dict(SMALL), calibrate=True, calibration_data=words,
             calibration_seq_len=64, budget="1KiB@256",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", range(14_000, 32_000, 1_000))
+def test_a_budget_is_kept_where_a_head_holds_nothing(tiny_base, budget):
+    """What such a head takes depends on the others of its layer."""
+    plan = make_plan(read_checkpoint(tiny_base()), {**SMALL, "gate": "none", "mix": 0.0, "kept": 8, "rest": True})
+    costs = {(layer, head): HeadCosts.zeros(layer, head, [0, 16, 32]) for layer in range(4) for head in range(2)}
+    for (layer, head), one in costs.items():
+        one.power, one.queries = 1.0, 1
+        needs = torch.tensor([[8.0, 4.0], [2.0, 1.0], [0.5, 0.2]]) * (layer + 1)
+        one.nats, one.error = (needs if head else torch.zeros(3, 2) for _ in range(2))
+    request = Request(budget=Budget(budget, 4096))
+    found = calibrate.choose(plan, costs, request, fit=True)
+    assert found[0, 0].kept == 0 and not found[0, 0].rest and found[3, 1].kept
+    assert budget - 6_000 < calibrate.chosen_plan(plan, found, request).cache_bytes(4096) <= budget
 
 
 @pytest.mark.parametrize("length", [0, -1, 31])

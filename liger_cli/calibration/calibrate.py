@@ -285,12 +285,18 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
     if not options:
         return {}
     if request.budget:
-        others = _other_bytes(plan, options, tokens)
-        try:
-            return evened(allot(options, request.budget.nbytes - others, None), options)
-        except ValueError:
-            least = others + sum(min(one.price for one in several) for several in options.values())
-            raise _too_little(request.budget, least) from None
+        others, excess = _other_bytes(plan, options, tokens), 0.0
+        while True:
+            try:
+                found = evened(allot(options, request.budget.nbytes - others - excess, None), options)
+            except ValueError:
+                least = others + excess + sum(min(one.price for one in several) for several in options.values())
+                raise _too_little(request.budget, least) from None
+            # A head that keeps nothing takes a little more beside one of its layer that does.
+            over = chosen_plan(plan, found, request).cache_bytes(tokens) - request.budget.nbytes
+            if over <= 0:
+                return found
+            excess += over
     count = softmax_heads(plan, request)
     mean = request.kept if request.kept is not None else math.inf
     if request.layers:
