@@ -29,7 +29,7 @@ from liger_cli.templates.liger_cache import LigerCacheLayer
 from liger_cli.templates.liger_config import LayerSpec
 from liger_cli.templates.liger_gates import GATES
 from liger_cli.templates.liger_kept import keep_scores
-from liger_cli.templates.liger_window import ROWS_OF_HEAD, Scoring
+from liger_cli.templates.liger_window import ROWS_OF_HEAD, Scoring, window_attention
 
 QUERY_HEADS, KV_HEADS, DIM = 4, 2, 64
 
@@ -99,18 +99,17 @@ def forward(length: int, gate: str, repetitions: int, kept: int = 0) -> dict:
         return ratio(lambda: softmax(q, k, v), lambda: liger(q, k, v, gate, kept=kept), repetitions)
 
 
-def portable(length: int, gate: str, repetitions: int, kept: int = 0) -> dict:
+def portable(function, repetitions: int) -> dict:
     """How much longer the form takes that a GPU and gradients get, which has no code of its own for a CPU."""
-    q, k, v = inputs(length)
 
     def general():
         with ExitStack() as stack:
             for module in (liger_branches, liger_window):
                 stack.enter_context(patch.object(module, "by_heads", lambda x: False))
-            liger(q, k, v, gate, kept=kept)
+            function()
 
     with torch.no_grad():
-        found = ratio(general, lambda: liger(q, k, v, gate, kept=kept), repetitions)
+        found = ratio(general, function, repetitions)
     return {"ratio": found["ratio"], "quartiles": found["quartiles"]}
 
 
@@ -225,9 +224,12 @@ def main() -> None:
             row["matrix_rate_fraction"] = operations(length) / row["liger_s"] / rate
             if options.kept:
                 rows[f"forward {length}, {options.kept} kept"] = forward(length, gate, repetitions, options.kept)
+            q, k, v = inputs(length)
+            forms = {"window": lambda qkv=(q, k, v): window_attention(*qkv, 64, Scoring(DIM**-0.5))}
             for kept in dict.fromkeys((0, options.kept)):
-                name = f"portable form {length}" + (f", {kept} kept" if kept else "")
-                rows[name] = portable(length, gate, options.repetitions, kept)
+                forms[f"{kept} kept"] = lambda qkv=(q, k, v), gate=gate, kept=kept: liger(*qkv, gate, kept=kept)
+            for name, function in forms.items():
+                rows[f"portable form {length}, {name}"] = portable(function, options.repetitions)
         rows["forward + backward 4096"] = training(4096, gate, options.repetitions * 2)
         rows["step at 32K over step at 1K"] = decoding(gate)
         rows["peak MiB"] = memory(gate)
@@ -237,7 +239,7 @@ def main() -> None:
     print(f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}, {rate / 1e9:.0f} GFLOP/s")
     for gate in options.gates.split(","):
         for name, row in results[gate].items():
-            print(f"{gate:10} {name:30} " + "  ".join(f"{key} {_show(value)}" for key, value in row.items()))
+            print(f"{gate:10} {name:32} " + "  ".join(f"{key} {_show(value)}" for key, value in row.items()))
 
 
 def _show(value) -> str:
