@@ -466,7 +466,7 @@ def write(home: Path) -> tuple[Path, Path]:
 
 
 def table(results: list[dict]) -> str:
-    """One Markdown table for each text, and one of the tasks."""
+    """One Markdown table for each text, and one of the tasks, of the rows that were asked some."""
     done = [result for result in results if "failed" not in result]
     done += best_rates(done)
     tables = []
@@ -490,7 +490,8 @@ def table(results: list[dict]) -> str:
         tables.append(shown)
     names = list(dict.fromkeys(task for result in done for task in result["tasks"]["figures"]))
     if names:
-        rows = [[result["name"], *(_task(result["tasks"], name) for name in names)] for result in done]
+        asked = [result for result in done if result["tasks"]["figures"]]
+        rows = [[result["name"], *(_task(result["tasks"], name) for name in names)] for result in asked]
         rows.append(["examples", *(_examples(done[0]["tasks"], name) for name in names)])
         tables.append(Table("", ["row", *names], rows))
     failed = [f"failed: {result['name']} ({result['failed']})" for result in results if "failed" in result]
