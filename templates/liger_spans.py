@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from .liger_kept import BLOCK, EMPTY, Stream, empty_memories, entering, head_groups
-from .liger_window import ROWS_OF_HEAD, Scoring, band, segments, soft_capped, softmax_weights, whole_blocks
+from .liger_window import ROWS_OF_HEAD, Scoring, near_scores, segments, soft_capped, softmax_weights, whole_blocks
 
 CHUNK = 256  # tokens that are compared at once with the worst one kept
 SPAN = 2048  # the most queries multiplied at once: bounds their scores
@@ -131,7 +131,8 @@ def _attend(q, pool: _Pool, window: int, scoring: Scoring, valid, output, lse) -
         index, varying = pool.alive(begin, end)
         keys, values = (pool.take(index, which).float() for which in (0, 1))
         since, until = (x[index[varying]] for x in (pool.since, pool.until))
-        for offset, blocks, rows in segments(end - begin, first + begin, ROWS_OF_HEAD, back // ROWS_OF_HEAD, SPAN):
+        length, past = end - begin, first + begin
+        for offset, blocks, rows in segments(length, past, ROWS_OF_HEAD, back // ROWS_OF_HEAD, piece=length):
             at = begin + offset
             here = slice(at, at + blocks * rows)
             near = slice(max(first + at - back, 0), first + here.stop)
@@ -155,20 +156,11 @@ def _segment(q, near, blocks: int, window, scoring, valid, kept, varying, lifeti
     k, v = (x.float().unfold(0, size, rows) for x in near)  # [N / rows, D, size]
     count = len(kept[0])
     scores = torch.empty(*q.shape[:2], size + count)
-    lowest = torch.finfo(torch.float32).min
-    bias = band(1, rows, size, window, torch.float32, q.device)[0, 0]
-    if valid is not None:
-        bias = bias.masked_fill(~valid.unfold(0, size, rows).unsqueeze(1), lowest)
     q = q.float()
-    blocked = q.unflatten(1, (blocks, rows))
-    found = torch.empty(*blocked.shape[:3], size)
-    for part, target in zip(blocked, found, strict=True):
-        torch.bmm(part, k, out=target)
-    target = scores[..., :size].unflatten(1, (blocks, rows))
-    if scoring.softcap is None:
-        torch.add(bias, found, alpha=scoring.scaling, out=target)
-    else:
-        target.copy_(soft_capped(found, bias, scoring.scaling, scoring.softcap))
+    near_scores(
+        q.unflatten(1, (blocks, rows))[None], k[None, None], window, scoring, None if valid is None else valid[None],
+        out=scores[..., :size].unflatten(1, (blocks, rows))[None],
+    )  # fmt: skip
     if count:
         scaled = kept[0].T * scoring.scaling
         for part, target in zip(q, scores, strict=True):
@@ -179,16 +171,16 @@ def _segment(q, near, blocks: int, window, scoring, valid, kept, varying, lifeti
         if varying.stop > varying.start:
             since, until = map(torch.from_numpy, lifetime)
             now = torch.arange(q.shape[1], dtype=torch.int32).unsqueeze(1)
-            hidden = torch.where((now >= since) & (now < until), torch.zeros(()), lowest)
+            hidden = torch.where((now >= since) & (now < until), torch.zeros(()), torch.finfo(torch.float32).min)
             scores[..., size + varying.start : size + varying.stop] += hidden
     logits = None if scoring.sink_logits is None else scoring.sink_logits.float().view(-1, 1)
-    weights, found = softmax_weights(scores, logits, lse is not None, scoring.dropout)
+    weights, denominators = softmax_weights(scores, logits, lse is not None, scoring.dropout)
     for part, target in zip(weights, output, strict=True):
         torch.bmm(part[:, :size].unflatten(0, (blocks, rows)), v.mT, out=target.view(blocks, rows, -1))
         if count:
             target.addmm_(part[:, size:], kept[1])
     if lse is not None:
-        lse.copy_(found)
+        lse.copy_(denominators)
 
 
 def lifetimes(priority, count: int):

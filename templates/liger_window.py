@@ -198,7 +198,7 @@ def _attend(q, k, v, blocks, window, scoring, valid, sinks, need_lse, explicit):
     q = q.reshape(batch, kv_heads, groups, blocks, rows, dim).transpose(2, 3)
     q = q.reshape(batch, kv_heads, blocks, groups * rows, dim)
     k, v = (_with_past(x, blocks, back) for x in (k, v))
-    bias = band(groups, rows, k.shape[3], window, q.dtype, q.device)
+    bias = _band(groups, rows, k.shape[3], window, q.dtype, q.device)
     if valid is not None:
         there = _with_past(valid[:, None, :, None], blocks, back)[..., 0].unsqueeze(3)
         bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
@@ -220,19 +220,31 @@ def _attend_by_heads(q, k, v, blocks, window, scoring, valid, need_lse):
     size = k.shape[2] - (blocks - 1) * rows
     blocked = q.unflatten(2, (blocks, rows))
     k, v = (x.unfold(2, size, rows) for x in (k, v))  # [B, Hkv, N, D, S]
-    bias = band(1, rows, size, window, q.dtype, q.device)
-    if valid is not None:
-        there = valid.unfold(1, size, rows)[:, None, :, None]
-        bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
-    scores = _products(blocked, k)
-    if scoring.softcap is None:
-        torch.add(bias, scores, alpha=scoring.scaling, out=scores)
-    else:
-        scores = soft_capped(scores, bias, scoring.scaling, scoring.softcap)
+    scores = near_scores(blocked, k, window, scoring, valid)
     logits = None if scoring.sink_logits is None else scoring.sink_logits.to(scores.dtype).view(1, -1, 1, 1)
     weights, lse = softmax_weights(scores, logits, need_lse, scoring.dropout)
     o = _products(weights.to(v.dtype), v.mT)
     return o.view(q.shape), None if lse is None else lse.flatten(2)
+
+
+def near_scores(q, k, window: int, scoring: Scoring, valid=None, out=None):
+    """Scores of blocks of queries with the keys that lie near them; what is outside of the window is lowest.
+
+    Args:
+        q: [B, Hq, N, c, D]. k: [B, Hkv, N, D, S], overlapping views; the queries are the last of their block's S.
+        valid: [B, (N - 1) * c + S] bool, false at padding; None where there is none.
+        out: [B, Hq, N, c, S], written to and returned where it is given.
+    """
+    rows, size = q.shape[3], k.shape[4]
+    bias = _band(1, rows, size, window, q.dtype, q.device)
+    if valid is not None:
+        there = valid.unfold(1, size, rows)[:, None, :, None]
+        bias = bias.masked_fill(~there, torch.finfo(q.dtype).min)
+    scores = _products(q, k)
+    out = scores if out is None else out
+    if scoring.softcap is None:
+        return torch.add(bias, scores, alpha=scoring.scaling, out=out)
+    return out.copy_(soft_capped(scores, bias, scoring.scaling, scoring.softcap))
 
 
 def by_heads(x) -> bool:
@@ -259,7 +271,7 @@ def _with_past(x, blocks: int, back: int):
 
 
 @lru_cache(maxsize=256)
-def band(groups: int, rows: int, keys: int, window: int, dtype, device):
+def _band(groups: int, rows: int, keys: int, window: int, dtype, device):
     """0 where a query may look, else the dtype's lowest; the queries are the last of the keys. [1, 1, 1, G * c, S]"""
     with torch.inference_mode(False):
         row = torch.arange(keys - rows, keys)[:, None]

@@ -65,6 +65,14 @@ def in_spans(q, k, v, priority, first=0, memory=None, scoring=SCORING, evict=Fal
     return attend_by_spans(q, stream, first, memory, WINDOW, counts, scoring, valid, evict, need_lse=True)
 
 
+def check_same_memory(first, second):
+    """The same tokens, in any order."""
+    orders = [memory[2].argsort(dim=2) for memory in (first, second)]
+    for a, b in zip(first, second, strict=True):
+        index = orders if a.ndim == 3 else [order.unsqueeze(-1).expand_as(a) for order in orders]
+        assert torch.equal(a.gather(2, index[0]), b.gather(2, index[1]))
+
+
 @pytest.fixture(params=[in_blocks, in_spans])
 def attend(request, monkeypatch):
     monkeypatch.setattr(liger_spans, "SPAN", 100)
@@ -98,10 +106,7 @@ def test_pieces(piece, attend):
         output, _, carried, _ = attend(q[:, :, start : start + piece], k, v, scores, start, carried)
         parts.append(output)
     close(torch.cat(parts, dim=2)[seen], whole[seen], 1e-5)
-    orders = [memory[2].argsort(dim=2) for memory in (carried, memory)]
-    for a, b in zip(carried, memory, strict=True):
-        index = orders if a.ndim == 3 else [order.unsqueeze(-1).expand_as(a) for order in orders]
-        assert torch.equal(a.gather(2, index[0]), b.gather(2, index[1]))
+    check_same_memory(carried, memory)
 
 
 @pytest.mark.parametrize("piece", [1, 37, 64, 200])
@@ -145,10 +150,7 @@ def test_both_ways():
     )
     for a, b in zip(blocks[:2], spans[:2], strict=True):
         close(a, b, 1e-5)
-    orders = [found[2][2].argsort(dim=2) for found in (blocks, spans)]
-    for a, b in zip(blocks[2], spans[2], strict=True):
-        index = orders if a.ndim == 3 else [order.unsqueeze(-1).expand_as(a) for order in orders]
-        assert torch.equal(a.gather(2, index[0]), b.gather(2, index[1]))
+    check_same_memory(blocks[2], spans[2])
     there = blocks[3][2]
     assert torch.equal(there, spans[3][2])
     for a, b in zip(blocks[3][:2], spans[3][:2], strict=True):

@@ -104,14 +104,11 @@ def evened(found: dict[Head, Option], options: dict[Head, Sequence[Option]]) -> 
         if [found[head].rest for head in heads] in sets:
             continue
         ways = [{one.rest: one for one in options[head] if one.kept == found[head].kept} for head in heads]
-        best = None
-        for flags in sets:
-            if all(flag in way for flag, way in zip(flags, ways, strict=True)):
-                several = [way[flag] for flag, way in zip(flags, ways, strict=True)]
-                cost, price = (sum(getattr(one, name) for one in several) for name in ("cost", "price"))
-                if price <= sum(found[head].price for head in heads) and (best is None or cost < best[0]):
-                    best = cost, several
-        found |= dict(zip(heads, best[1], strict=True)) if best else {}
+        most = sum(found[head].price for head in heads)
+        several = [[way.get(flag) for flag, way in zip(flags, ways, strict=True)] for flags in sets]
+        can = [them for them in several if None not in them and sum(one.price for one in them) <= most]
+        if can:
+            found |= dict(zip(heads, min(can, key=lambda them: sum(one.cost for one in them)), strict=True))
     return found
 
 
