@@ -21,14 +21,25 @@ FLOOR = 1e-3  # of a query's weight in it, relative to the mean
 def fit_keep_score(layer: Layer, queries: torch.Tensor, sinks: int) -> torch.Tensor:
     """Weights [Hkv, D] of the score of a key, before its rotary embedding.
 
-    Ridge regression of r / (1 + r), where r is the attention that the key gets from beyond the window, of all query
-    heads that share it: what is looked at once counts nearly as much as what is looked at by all.
+    Args:
+        queries: [N] positions, evenly spread, that stand for all.
+    """
+    window, length = layer.attention.liger_window, layer.k.shape[2]
+    received = received_attention(layer, queries)
+    # The last window's keys are out of everybody's reach from beyond: they say nothing about being needed.
+    usable = slice(sinks, max(length - window, sinks + 1))
+    heads = zip(layer.k[:, :, usable].transpose(0, 1), received[:, :, usable].transpose(0, 1), strict=True)
+    return torch.stack([fitted_score(keys.flatten(0, 1), wanted.flatten()) for keys, wanted in heads])
+
+
+def received_attention(layer: Layer, queries: torch.Tensor) -> torch.Tensor:
+    """The attention that each key gets from beyond the window, of all query heads that share it, [B, Hkv, T].
 
     Args:
         queries: [N] positions, evenly spread, that stand for all.
     """
     attention, window = layer.attention, layer.attention.liger_window
-    batch, kv_heads, length, dim = layer.k.shape
+    batch, kv_heads, length, _ = layer.k.shape
     age = queries[:, None] - torch.arange(length, device=queries.device)
     received = torch.zeros(batch, kv_heads, length, device=queries.device)
     cap = getattr(attention, "attn_logit_softcapping", None)
@@ -40,19 +51,20 @@ def fit_keep_score(layer: Layer, queries: torch.Tensor, sinks: int) -> torch.Ten
             logits = logits if cap is None else (logits / cap).tanh() * cap
             weights = logits.masked_fill(age < 0, -torch.inf).softmax(-1)
             received[row, head] = weights.masked_fill(age < window, 0.0).sum((0, 1))
-    received = received * (length / len(queries))
-    # The last window's keys are out of everybody's reach from beyond: they say nothing about being needed.
-    usable = slice(sinks, max(length - window, sinks + 1))
-    keys, wanted = layer.k[:, :, usable].float(), (received / (1 + received))[:, :, usable]
-    found = []
-    for head in range(kv_heads):
-        x = keys[:, head].flatten(0, 1).double()
-        spread = x.std(0).clamp_min(1e-6)
-        x = F.pad((x - x.mean(0)) / spread, (0, 1), value=1.0)
-        penalty = PENALTY * torch.eye(dim + 1, dtype=x.dtype, device=x.device)
-        weight = torch.linalg.solve(x.T @ x + penalty, x.T @ wanted[:, head].flatten().double())
-        found.append((SCALE * weight[:-1] / spread).float())
-    return torch.stack(found)
+    return received * (length / len(queries))
+
+
+def fitted_score(x: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+    """Weights [F] of features x [N, F] that tell which tokens are looked at: ridge regression on r / (1 + r).
+
+    r is the attention that a token receives: what is looked at once counts nearly as much as what is looked at by all.
+    """
+    x = x.double()
+    spread = x.std(0).clamp_min(1e-6)
+    x = F.pad((x - x.mean(0)) / spread, (0, 1), value=1.0)
+    penalty = PENALTY * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (received / (1 + received)).double())
+    return (SCALE * weight[:-1] / spread).float()
 
 
 @dataclass
