@@ -70,6 +70,19 @@ def test_the_default_calibrates_first(here, capsys):
     load_model(here / "plain-calibrated-merged")
 
 
+@pytest.mark.parametrize("name", ["lolcats", "paper-code"])
+def test_a_model_of_a_recipe_is_trained_by_it(here, name, capsys):
+    """`liger convert --recipe` says so in liger.json; a name there that is none of liger's is passed over."""
+    said = CliRunner().invoke(app, ["convert", "base", "own", "--recipe", name]).output
+    assert "which trains it as it is" in said and "calibrates it first" not in said
+    assert tune("own", dry_run=True)["recipe"] == name and not (here / "own-calibrated").exists()
+    assert f"recipe: {name}" in CliRunner().invoke(app, ["inspect", "own"]).output
+    manifest = json.loads((here / "own" / "liger.json").read_text())
+    for other in ("../../best", ["best"], {"a": 1}, None):
+        (here / "own" / "liger.json").write_text(json.dumps(manifest | {"recipe": other}))
+        assert tune("own", dry_run=True)["recipe"] == ("paper" if name == "lolcats" else "best")
+
+
 def test_the_copy_is_taken_again(here, capsys):
     tune()
     made = digest(here / COPY)

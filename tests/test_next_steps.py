@@ -71,6 +71,8 @@ def test_convert_ends_with_the_next_command(tiny_base, tmp_path):
     said = liger("convert", base, tmp_path / "plain", "--window", 8)
     assert said.endswith(" ".join(next_step("plain", tmp_path / "plain").split()))
     assert f"liger finetune {tmp_path / 'plain'}" in said and "none to use yet" in said
+    said = liger("convert", base, tmp_path / "kept", "--kept", 8)
+    assert "which trains it as it is" in said and "calibrates it first" not in said
     assert f"next: liger eval {tmp_path / 'w'}" in liger("convert", base, tmp_path / "w", "--mix", "window-only")
     said = liger("convert", base, tmp_path / "dry", "--dry-run")
     assert said.endswith("was not written; next: the same command without --dry-run")

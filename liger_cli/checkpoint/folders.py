@@ -40,15 +40,18 @@ def resolve_model(given: str | Path | None, command: str, here: Path | None = No
     return found
 
 
-def state_of(layers: list[dict], calibrated: bool) -> str:
-    """What a converted folder is to `next_step`: `calibrated`, `window-only`, or `plain`, of which nothing is fitted.
+def state_of(layers: list[dict], calibrated: bool, as_it_is: bool) -> str:
+    """What a converted folder is to `next_step`: `calibrated`, `window-only`, or `plain` or `unfitted`, to be trained.
 
     Args:
         layers: with the fields of `LayerSpec` that their kind has.
+        as_it_is: `liger finetune` does not calibrate it: it has parameters beside the base's, or a recipe.
     """
     if calibrated:
         return "calibrated"
-    return "plain" if any(layer["kind"] == "liger" and layer["mix"] > 0 for layer in layers) else "window-only"
+    if not any(layer["kind"] == "liger" and layer["mix"] > 0 for layer in layers):
+        return "window-only"
+    return "unfitted" if as_it_is else "plain"
 
 
 def next_step(kind: str, folder: Path | str = "") -> str:
@@ -58,6 +61,10 @@ def next_step(kind: str, folder: Path | str = "") -> str:
         "plain": (
             "this folder is the start of a model and none to use yet: nothing in its recurrent branch is fitted; next: "
             f"liger finetune {name} (which calibrates it first), or convert again with --calibrate (trains nothing)"
+        ),
+        "unfitted": (
+            "this folder is the start of a model and none to use yet: nothing in its recurrent branch is fitted; next: "
+            f"liger finetune {name} (which trains it as it is), or convert again with --calibrate (trains nothing)"
         ),
         "calibrated": f"next: liger finetune {name}, or liger eval {name} to see what it is worth untrained",
         "window-only": f"next: liger eval {name}",

@@ -108,11 +108,13 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
     calibrate, dry_run, link = options.calibrate, options.dry_run, options.link
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}, but has to be one of {', '.join(LINKS)}")
-    of_recipe = {}
+    of_recipe, measured, values = {}, {}, None
     if options.recipe:
-        from liger_cli.training.recipes import model_settings
+        from liger_cli.training.recipes import model_settings, recipe_names
 
         of_recipe = model_settings(options.recipe)
+        if options.recipe in recipe_names():
+            measured["recipe"] = options.recipe
     settings = of_recipe | options.settings() | others
     own_kept = any("kept=" in text for text in settings.get("layers", ()))
     shared = 0 if not calibrate or options.budget or own_kept else 2 * settings.get("window", LayerSpec.window)
@@ -166,7 +168,6 @@ def _converted(options: ConvertOptions, others: dict) -> tuple[dict, Plan]:
         result = check_identity(checkpoint.family, checkpoint.config)
         plan = replace(plan, notes=(*plan.notes, result.sentence()))
     plan = with_heads(plan, request.named)
-    measured, values = {}, None
     if (calibrate or request.chooses) and dry_run:
         plan = replace(plan, notes=(*plan.notes, _not_yet(plan, request, calibrate, options.calibration_seq_len)))
     elif calibrate or request.chooses:

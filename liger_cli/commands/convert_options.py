@@ -19,7 +19,11 @@ class ConvertOptions:
     """Make a Liger model's folder out of BASE: its weights linked, its config and the model code beside them."""
 
     base: str = argument("A model's folder, a hub id, or a GGUF file.", metavar="BASE")
-    output: str | None = argument("Folder to write; ./<name>-liger-<gate> by default.", None, metavar="OUTPUT")
+    output: str | None = argument(
+        "Folder to write; ./<name>-liger-<gate> by default, ./<name>-liger-calibrated with --calibrate.",
+        None,
+        metavar="OUTPUT",
+    )
     calibrate: bool = option(
         False,
         "Fit to the base what needs no training: which tokens each head keeps, how many, and what the state of the "
@@ -37,7 +41,7 @@ class ConvertOptions:
     gate: str | None = setting(
         "gate",
         f"Gate of the recurrence: {', '.join(GATES)}.",
-        shown=f"{LayerSpec.gate}; with --calibrate none, a plain sum",
+        shown=f"{LayerSpec.gate}; where --calibrate is given: none, a plain sum",
     )
     window: int | None = setting("window", "Tokens of the softmax window, the token itself included.")
     kept: str | None = setting(
@@ -45,7 +49,7 @@ class ConvertOptions:
         "Tokens of each key/value head that stay visible to the window, chosen by a fitted score; share:128 gives each "
         "head its own number, 128 on average.",
         metavar="N|share:N",
-        shown="0; with --calibrate share: and twice --window",
+        shown="0; where --calibrate is given: share: and twice the window",
     )
     budget: str | None = option(
         None,
@@ -80,12 +84,12 @@ class ConvertOptions:
         "mix", "Share of the recurrent branch, the window's is 1 - mix; window-only is 0, the control.", panel=LAYERS
     )
     sinks: int | None = setting(
-        "sinks", "First tokens that stay visible to the window.", shown="0; with --calibrate 4", panel=LAYERS
+        "sinks", "First tokens that stay visible to the window.", shown="0; where --calibrate is given: 4", panel=LAYERS
     )
     rest: bool | None = setting(
         "rest",
         "Tokens that are neither in the window nor kept enter a state that shares the window's softmax.",
-        shown="no; with --calibrate where it pays",
+        shown="no; where --calibrate is given: where it pays",
         panel=EXPERT,
     )
     calibration_seq_len: int = option(
@@ -94,7 +98,7 @@ class ConvertOptions:
     normalizer: str | None = setting(
         "normalizer",
         f"Denominator of the recurrent branch: {', '.join(NORMALIZERS)}.",
-        shown="none; with --calibrate running",
+        shown="none; where --calibrate keeps a recurrence over all tokens: running",
         panel=LAYERS,
     )
     linearize_local: bool = option(False, "Linearize layers that are local in the base, too.", panel=LAYERS)

@@ -34,7 +34,7 @@ class EvaluateOptions:
     recall_count: int = option(10, "Needles of each distance.", panel=TEXT)
     seed: int = option(0, "Seed of needles and passages.", panel=TEXT)
     beyond_context: bool = option(False, "Go beyond the context that the base was made for.", panel=TEXT)
-    num_fewshot: int | None = option(None, "Examples in a task's prompt; its own by default.", panel=TASKS)
+    num_fewshot: int | None = option(None, "Examples in a task's prompt; its own by default, 5 for mmlu.", panel=TASKS)
     limit: float | None = option(None, "Examples of each task, or a share below 1.", panel=TASKS)
     include_path: str | None = option(None, "Folder with task YAML files of your own.", metavar="DIR", panel=TASKS)
     metadata: str | None = option(

@@ -45,7 +45,7 @@ from liger_cli.training.plan import (
     read_base,
     training_dtype,
 )
-from liger_cli.training.recipes import Recipe, load_recipe, override, recipe_from
+from liger_cli.training.recipes import Recipe, load_recipe, made_for, override, recipe_from
 from liger_cli.training.run import train
 from liger_cli.training.view import outcome
 
@@ -231,8 +231,11 @@ def _say_limit(seq_len: int, limit: int) -> None:
 
 
 def default_recipe(base: Base) -> str:
-    """`best`, which begins with a calibration; `paper` for a model that is not calibrated and cannot be."""
-    return "best" if is_calibrated(base) or can_be_calibrated(base) else "paper"
+    """`best`, which begins with a calibration; of a model that is not calibrated the recipe that `liger convert` was
+    given, or `paper` where it cannot be."""
+    if is_calibrated(base):
+        return "best"
+    return made_for(base.manifest) or ("best" if can_be_calibrated(base) else "paper")
 
 
 def _calibrates_first(base: Base, recipe: str | None, output: str | Path | None, resume: bool) -> bool:

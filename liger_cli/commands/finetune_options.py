@@ -38,7 +38,7 @@ class FinetuneOptions:
     recipe: str | None = option(
         None,
         "A name that `liger recipes` prints, or a YAML file.",
-        shown="best, which calibrates first; paper where that is not possible",
+        shown="that of convert --recipe, else best, which calibrates first; paper where that is not possible",
     )
     output: str | None = option(None, "The adapter's folder.", shown="./<model>-lora")
     epochs: float | None = of_recipe("Passes over the data.", "best 2, paper 2")

@@ -32,7 +32,7 @@ def run(as_json: bool, head_dim: int) -> None:
     if as_json:
         print(json.dumps({"head_dim": head_dim, "gates": rows}, indent=2))
         return
-    title = f"state a key/value head, head dim {head_dim}"
+    title = f"state a head (query heads of retnet and lightning, key/value heads of the others), head dim {head_dim}"
     table = Table(title, ["gate", "formula", "state", "KiB"], words=3)
     for row in rows:
         state = " + ".join(f"{a} x {b}" for a, b in row["state_shapes"])

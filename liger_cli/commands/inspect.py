@@ -77,7 +77,9 @@ def _state(report: dict) -> str:
     """What the folder is to `next_step`."""
     if report["kind"] != "converted":
         return report["kind"]
-    return state_of(report["layers"], bool(report["calibration"])) if report["made"] else "merged"
+    if not report["made"]:
+        return "merged"
+    return state_of(report["layers"], bool(report["calibration"]), bool(report["added_parameters"] or report["recipe"]))
 
 
 def _kind(folder: Path, manifest: dict | None) -> str:
@@ -130,6 +132,9 @@ def _converted(report: dict, folder: Path, manifest: dict, full: bool) -> None:
     added = [tensor.numel for name, tensor in found.checkpoint.tensors.items() if name.rpartition(".")[2] in NAMES]
     report["added_parameters"] = sum(added)
     report["calibration"] = manifest.get("calibration")
+    from liger_cli.training.recipes import made_for
+
+    report["recipe"] = made_for(manifest)
     _code(report, found, manifest.get("code"))
 
 

@@ -35,7 +35,8 @@ def option(default: Any, help: str, *flags: str, **settings) -> Any:
 
 
 def measured() -> Any:
-    return argument("A folder liger made; the newest here by default.", None, metavar="MODEL")
+    help = "A folder liger made; by default the newest here: a merged one, else an adapter, else a converted one."
+    return argument(help, None, metavar="MODEL")
 
 
 def device() -> Any:

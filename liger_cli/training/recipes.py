@@ -263,6 +263,12 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def made_for(manifest: dict) -> str | None:
+    """The shipped recipe that a folder was converted for, by its liger.json."""
+    name = manifest.get("recipe")
+    return name if isinstance(name, str) and name in recipe_names() else None
+
+
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by its name, or one from a YAML file.
 
