@@ -167,9 +167,11 @@ class LigerAttention:
 
     @property
     def liger_kept(self) -> int | tuple[int, ...]:
-        """Tokens kept by score, of each key/value head where they differ: none in `window` mode, nor in a layer whose
-        base never looked beyond its own window."""
-        return self.liger_spec.kept if self.liger_mode in ("liger", "exact") and self.local_window is None else 0
+        """Tokens kept by score, of each key/value head where they differ: none in `window` mode, in a layer whose base
+        never looked beyond its own window, or where the recurrence is all there is."""
+        if self.liger_mode not in ("liger", "exact") or self.local_window is not None or self.liger_mix == 1:
+            return 0
+        return self.liger_spec.kept
 
     @property
     def liger_rest(self) -> bool:
@@ -269,7 +271,7 @@ class LigerAttention:
         if scored:
             every = tuple(count + spec.sinks for count in spec.kept_by_head(self._num_key_value_heads))
             beyond = every if len(set(every)) > 1 else every[0]
-        if self.liger_mix == 1:  # which looks at no token
+        if self.liger_window == 0 or self.liger_mix == 1:  # which looks at no token
             return {"window": 0, "local_window": self.local_window}
         return {"window": self.liger_window, "beyond": beyond, "scored": scored, "local_window": self.local_window}
 

@@ -238,6 +238,8 @@ def step_attention(tokens: Tokens, settings: Settings, valid, cache: LigerCacheL
         cache.keep_states(states, moved=True)
     if rest is not None:
         local = _with_rest(tokens, settings, evicted, logits, valid, cache, shared)
+    elif mix < 1 and not cache.layout.slots:
+        local = torch.zeros_like(q, dtype=torch.float32)
     elif mix < 1:
         joint = spec.joint and mix > 0
         need = "relative" if joint and spec.normalizer == "joint-max" else joint

@@ -327,10 +327,15 @@ def cache_for(model_config) -> Cache:
     return DynamicCache(config=model_config)
 
 
-def room(cache: Cache) -> int | None:
-    """Tokens that a StaticCache has room for; None of another cache."""
-    sizes = [layer.max_cache_len for layer in cache.layers if getattr(layer, "max_cache_len", None) is not None]
-    return max(sizes) if sizes else None
+def room(cache: Cache, whole: bool = False) -> int | None:
+    """Tokens that a StaticCache has room for; None of another cache.
+
+    Args:
+        whole: None, too, where all its layers are sliding windows, which hold the last tokens alone.
+    """
+    layers = [layer for layer in cache.layers if getattr(layer, "max_cache_len", None) is not None]
+    slides = lambda layer: getattr(layer, "local_window", None) or getattr(layer, "is_sliding", False)  # noqa: E731
+    return max((layer.max_cache_len for layer in layers if not (whole and slides(layer))), default=None)
 
 
 def adapt_cache(cache: Cache, attentions) -> None:

@@ -99,7 +99,7 @@ class LigerDecoder:
             cache = cache_for(self.config)
         if cache is not None:
             adapt_cache(cache, self.liger_attentions())
-            told = told or (length == 1 and padding is not None and padding.shape[1] == room(cache))
+            told = told or (length == 1 and padding is not None and padding.shape[1] == room(cache, whole=True))
         return super().forward(
             input_ids=input_ids,
             attention_mask=pack_rows(padding, starts, told),

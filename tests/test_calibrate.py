@@ -1,18 +1,22 @@
 """Calibration: closed-form fits against planted answers, the shipped base brought nearer to itself, and the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from test_convert import digest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from liger_cli import shipped
 from liger_cli.calibration import calibrate
 from liger_cli.calibration.branches import Statistics, fit_scales
 from liger_cli.calibration.costs import HeadCosts
+from liger_cli.calibration.layerwise import logits_of
 from liger_cli.checkpoint.extras import extra_shapes, initial_values
+from liger_cli.checkpoint.families import FAMILIES
 from liger_cli.checkpoint.model_code import load_model, model_classes
 from liger_cli.checkpoint.reader import EXTRAS, read_checkpoint
 from liger_cli.commands.convert import convert
@@ -20,7 +24,7 @@ from liger_cli.conversion.folder import converted_config
 from liger_cli.conversion.plan import make_plan, with_defaults
 from liger_cli.conversion.requests import Budget, Request
 from liger_cli.main import app
-from liger_cli.system.errors import LigerError, UsageError
+from liger_cli.system.errors import LigerError, ModelError, UsageError
 
 BASE = Path(shipped.__file__).parent / "base"
 
@@ -158,6 +162,87 @@ def test_a_budget_is_kept_where_a_head_holds_nothing(tiny_base, budget):
     assert budget - 6_000 < calibrate.chosen_plan(plan, found, request).cache_bytes(4096) <= budget
 
 
+@pytest.mark.parametrize("budget", ["2MiB@1K", "100KiB@16", "30KiB@1"])
+def test_a_budget_for_the_whole_cache(tiny_base, tmp_path, words, budget):
+    with pytest.raises(UsageError, match="--budget .* leaves every head softmax, since the base's whole cache takes"):
+        convert(
+            str(tiny_base()), str(tmp_path / "none"), settings=dict(SMALL), calibrate=True, calibration_data=words,
+            calibration_seq_len=64, budget=budget,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"softmax_heads": "auto:1"}, {"softmax_layers": "auto:1"}, {"budget": "20KiB@1K"}])
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_nothing_to_choose_from_in_a_local_base(tiny_base, tmp_path, options, calibrate):
+    if "budget" in options and not calibrate:
+        return
+    base = tiny_base("mistral", sliding_window=64)
+    with pytest.raises(UsageError, match="of the linearized layers none has both"):
+        convert(str(base), str(tmp_path / "none"), settings=dict(SMALL), calibrate=calibrate, **options)
+
+
+def test_heads_of_global_layers_are_chosen_from(tiny_base, tmp_path, words):
+    """Gemma 2: of four layers two are local, also where they are linearized."""
+    given = {"settings": dict(SMALL), "linearize_local": True, "calibration_data": words, "calibration_seq_len": 64}
+    base = str(tiny_base("gemma2", num_hidden_layers=4))
+    for count, fits in ((4, True), (5, False), (6, False)):
+        given["softmax_heads"] = f"auto:{count}"
+        if not fits:
+            with pytest.raises(UsageError, match=f"asks for {count} heads, but there are 4"):
+                convert(base, str(tmp_path / "none"), **given)
+            continue
+        _, plan = convert(base, str(tmp_path / str(count)), **given)
+        assert [spec.kind for spec in plan.specs] == ["liger", "softmax", "liger", "softmax"]
+
+
+def test_rows_longer_than_the_held_out_text(tiny_base, tmp_path, words, monkeypatch):
+    """The text that judges is shorter than rows half as long again: its rows are as long as it is."""
+    monkeypatch.setattr(calibrate, "prose", lambda: ("w4 w5", " ".join(f"w{4 + n % 90}" for n in range(80))))
+    report, _ = convert(
+        str(tiny_base()), str(tmp_path / "out"), settings=dict(SMALL), calibrate=True, calibration_data=words,
+        calibration_seq_len=64,
+    )  # fmt: skip
+    found = report["calibration"]
+    assert found["held_out_seq_len"] == found["held_out_tokens"] == 80 and found["kl"] > 0
+
+
+def test_tokens_beyond_the_vocabulary(tiny_base, tmp_path):
+    """As `eval` says it, in place of an index that is out of range."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base(), base)
+    known = json.loads((base / "tokenizer.json").read_text())
+    known["model"]["vocab"]["w500"] = 130
+    (base / "tokenizer.json").write_text(json.dumps(known))
+    (tmp_path / "text.txt").write_text("w5 w6 w500 " * 500)
+    with pytest.raises(ModelError, match="the tokenizer gives the id 130, but the model has 128 embeddings"):
+        convert(str(base), str(tmp_path / "out"), calibrate=True, calibration_data=str(tmp_path / "text.txt"))
+
+
+def test_layers_without_a_window(tiny_base, tmp_path, words):
+    """Their recurrence is scaled; there is no other branch."""
+    settings = {"gate": "gla", "window": 0}
+    convert(
+        str(tiny_base()), str(tmp_path / "out"), settings=settings, calibrate=True, calibration_data=words,
+        calibration_seq_len=64,
+    )  # fmt: skip
+    model = load_model(tmp_path / "out")
+    assert all(layer.self_attn.grm_scale.isfinite().all() for layer in model.model.layers)
+    assert model(torch.tensor([[5, 6, 7, 8]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_of_what_the_last_layer_gives(tiny_base, family):
+    """Every family's last norm, scale and cap: a calibration takes gradients through them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base(family), dtype=torch.float32).eval()
+    last, ids = [], torch.arange(4, 24)[None]
+    hook = model.get_decoder().layers[-1].register_forward_hook(lambda module, args, output: last.append(output))
+    logits = model(ids, use_cache=False).logits
+    hook.remove()
+    hidden = last[0][0] if isinstance(last[0], tuple) else last[0]
+    torch.testing.assert_close(logits_of(model, hidden), logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("length", [0, -1, 31])
 def test_rows_that_are_too_short(tiny_base, tmp_path, length):
     with pytest.raises(
@@ -178,6 +263,7 @@ def test_rows_that_are_too_short(tiny_base, tmp_path, length):
         ({"softmax_layers": "auto:1", "softmax_heads": "auto:1"}, "give one of them"),
         ({"settings": {"kept": "share:x"}}, "share:N"),
         ({"settings": {"kept": "share:8"}, "calibrate": False}, "add --calibrate"),
+        ({"settings": {"gate": "none", "normalizer": "joint-max"}}, "fits no factor of the normalizer joint-max"),
         ({"budget": "12MiB"}, "12MiB@32K"),
         ({"budget": "12MiB@32K", "calibrate": False}, "add --calibrate"),
         ({"budget": "12MiB@32K", "softmax_heads": "auto:1"}, "leave out"),

@@ -83,6 +83,27 @@ def test_a_model_of_a_recipe_is_trained_by_it(here, name, capsys):
         assert tune("own", dry_run=True)["recipe"] == ("paper" if name == "lolcats" else "best")
 
 
+def test_what_a_resumed_run_would_do(here, monkeypatch):
+    """`--resume --dry-run` looks at the calibrated copy that the run was begun with."""
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(save_steps=2)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    before = digest(here)
+    assert tune(resume=True, dry_run=True)["recipe"] == "best" and digest(here) == before
+    tune(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"), [({"data": ""}, "--data is ''"), ({"processes": 0}, "--processes is 0")]
+)
+def test_empty_values_are_no_defaults(here, options, sentence):
+    """An unset variable of the shell names no data, and least of all the recipe's own."""
+    with pytest.raises(UsageError, match=sentence):
+        finetune.run("plain", **{**SMALL, "data": "text.jsonl", **options})
+
+
 def test_the_copy_is_taken_again(here, capsys):
     tune()
     made = digest(here / COPY)

@@ -20,6 +20,7 @@ from liger_cli.shipped import BASE_DIR
 from liger_cli.shipped.probes import evaluate_recall, held_out_text
 from liger_cli.system.errors import LigerError, SetupError, UsageError
 from liger_cli.system.manifest import new_manifest, read_manifest, write_manifest
+from liger_cli.training.files import local_rows
 
 TEXT = held_out_text(3000)
 
@@ -387,6 +388,18 @@ def test_generation_is_greedy_whatever_the_folder_says(shipped, tmp_path, settin
     columns = ("base", "model")
     plain = write_samples(open_subject(shipped), TEXT, 1, columns)
     assert write_samples(open_subject(folder, against=str(base)), TEXT, 1, columns) == plain
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "TEXT.JSONL"])
+def test_texts_as_training_reads_them(tmp_path, name):
+    """A byte order mark, line separators inside of a string, the suffix in any case, Windows' line ends."""
+    texts = ["one\u2028two\x85three", "four"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / name).write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    assert read_texts(tmp_path / name) == texts
+    assert [row["text"] for row in local_rows(tmp_path / name)] == texts
+    (tmp_path / "text.txt").write_bytes("\ufeffplain".encode())
+    assert read_texts(tmp_path / "text.txt") == ["plain"]
 
 
 def test_what_is_refused(tiny, tmp_path):

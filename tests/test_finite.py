@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_model import linearized_with_extras
 
 from liger_cli.checkpoint.model_code import load_model
 from liger_cli.commands import convert, finetune
+from liger_cli.evaluation import scoring
 from liger_cli.evaluation.finite import first_non_finite
 from liger_cli.evaluation.scoring import make_rows, score
 from liger_cli.evaluation.subject import open_subject
@@ -46,6 +49,22 @@ def test_the_first_of_them_is_named(model):
         model.get_decoder().layers[1].self_attn.v_proj.weight.fill_(1e38)
         assert found(model) == "layer 1 (self_attn)"
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_what_was_fitted_on_nan_is_not_blamed(tiny_base):
+    """Of a layer's weights the base's own come first: liger's are NaN because these are."""
+    _, model = linearized_with_extras(tiny_base(), window=8, kept=4)
+    attention = model.get_decoder().layers[1].self_attn
+    with torch.no_grad():
+        attention.keep_score.fill_(float("nan"))
+        attention.q_proj.weight[0, 0] = float("nan")
+        assert found(model) == "layer 1 (self_attn), whose q_proj.weight is not finite either"
+
+
+def test_a_loss_beyond_what_a_float_holds():
+    """exp(709) is the last that is a float: the perplexity is the largest one then, and no error."""
+    assert scoring._exp(2.0) == pytest.approx(7.389, abs=1e-3)
+    assert scoring._exp(1e5) == sys.float_info.max > scoring._exp(708.0)
 
 
 def test_overflow_of_float16(converted):

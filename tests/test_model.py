@@ -37,6 +37,21 @@ def linearized(folder, dtype=torch.float32, specs=None, attn_implementation="sdp
     return base, model
 
 
+def linearized_with_extras(folder, **spec):
+    """The same, with what the settings add at random."""
+    base, model = linearized(folder, window=16)
+    config_class, model_class = type(model.config), type(model)
+    values = {name: value for name, value in base.config.to_dict().items() if name != "model_type"}
+    config = config_class(**values, liger=liger_block([LayerSpec(**spec)] * base.config.num_hidden_layers))
+    torch.manual_seed(0)
+    model = model_class(config).float().eval()
+    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
+    assert not unexpected
+    for name in missing:
+        torch.nn.init.normal_(model.get_parameter(name))
+    return base, model
+
+
 def tokens(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(4, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -362,6 +377,42 @@ def test_no_window(tiny_base):
     close(in_pieces(model, ids, 7), model(ids).logits)
     hook.remove()
     assert not any(x.any() for x in hidden)
+
+
+@pytest.mark.parametrize("mode", ["liger", "window", "exact"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"window": 0, "mix": 1.0, "sinks": 4},
+        {"window": 0, "mix": 0.5, "sinks": 4},
+        {"window": 16, "mix": 1.0, "normalizer": "joint", "kept": 4},
+        {"window": 16, "mix": 1.0, "normalizer": "joint", "kept": 4, "sinks": 2},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_layers_of_one_branch(tiny_base, spec, mode):
+    """No window, or no share for it, beside settings that only a window has a use for."""
+    _, model = linearized_with_extras(tiny_base(), **spec)
+    model.set_attention_mode(mode)
+    ids = tokens(90, batch=2)
+    whole = model(ids).logits
+    assert whole.isfinite().all()
+    for piece in (1, 7, 64):
+        close(in_pieces(model, ids, piece), whole)
+        close(in_pieces(model, ids, piece, StaticCache(config=model.config, max_cache_len=96)), whole)
+
+
+@torch.no_grad()
+def test_no_window_in_a_step_beside_learned_sinks(tiny_base):
+    """GPT-OSS: a softmax over nothing but its sink logits is nothing."""
+    _, model = linearized(
+        tiny_base("gpt_oss", layer_types=["full_attention"] * 4), attn_implementation="eager", window=0, mix=1.0
+    )
+    ids = tokens(20)
+    for mode in ("liger", "exact", "window"):
+        model.set_attention_mode(mode)
+        close(in_pieces(model, ids, 1), model(ids).logits)
 
 
 @torch.no_grad()

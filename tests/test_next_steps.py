@@ -160,7 +160,7 @@ def test_memory_goes_up_to_the_bases_context(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--window", 0], "--window 0 leaves out the window: a layer gives 0.5 of its recurrence"),
+        (["--window", 0], "--window 0 leaves out the window: a layer is its recurrence alone"),
         (["--window", 600], "--window 600 covers the base's context of 512 tokens"),
         (["--kept", 16], "the scores that choose kept tokens are not fitted: --calibrate fits them"),
     ],

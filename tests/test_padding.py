@@ -6,8 +6,8 @@ Tolerances as in test_model: logits of size about 1 in float32, the same sums in
 import pytest
 import torch
 from test_extras import converted, shaken
-from test_model import close, tokens
-from transformers import DynamicCache
+from test_model import close, linearized, tokens
+from transformers import DynamicCache, StaticCache
 
 SETTINGS = {
     "gla": {},
@@ -87,6 +87,24 @@ def test_padding_between_turns(model):
     ]
     lengths = [sum(sum(piece[row]) for piece in pieces) for row in (0, 1)]
     check(model, [tokens(length, seed=seed)[0] for seed, length in enumerate(lengths)], pieces)
+
+
+@torch.no_grad()
+def test_a_static_cache_of_windows_alone(tiny_base):
+    """A mask as long as the base's own window is one of the tokens so far, not of a cache that is no longer."""
+    _, found = linearized(tiny_base("mistral", sliding_window=7, num_hidden_layers=1), window=5, mix=0.0)
+    for weight in (found.model.layers[0].self_attn.v_proj.weight, found.model.layers[0].self_attn.o_proj.weight):
+        weight.mul_(8)
+    ids = tokens(26)
+    whole, row = found(ids).logits, torch.cat([torch.zeros(1, 67, dtype=torch.long), ids], dim=1)
+    mask = (row > 0).long()
+    places, cache, start, logits = (mask.cumsum(1) - 1).clamp_min(0), StaticCache(found.config, max_cache_len=95), 0, []
+    for size in (5, 1, 1, 66, 20):
+        stop = start + size
+        settings = {"attention_mask": mask[:, :stop], "position_ids": places[:, start:stop]}
+        logits.append(found(row[:, start:stop], past_key_values=cache, use_cache=True, **settings).logits)
+        start = stop
+    close(torch.cat(logits, dim=1)[:, 67:], whole)
 
 
 def test_training_sees_the_tokens_alone(model):

@@ -126,12 +126,13 @@ def test_needles_stand_at_their_distance(tokenizer):
         make_needles(tokenizer, text[:900], 900, 1, seed=0)
 
 
-def test_a_tokenizer_without_digits(tiny_base, opened):
+def test_a_tokenizer_without_digits(tiny_base, opened, capsys):
     """Codes that come out as unknown words would all look alike: nothing is asked."""
     tokenizer = padding_tokenizer(tiny_base(), None)
     with pytest.raises(ValueError, match="does not spell"):
         make_needles(tokenizer, [5] * 900, 128, 1, seed=0)
     assert needle({"base": opened(None)}, tokenizer, [5] * 900, distances=(128,), count=1) == {"base": {}}
+    assert "left out: needles 128 tokens back, since the tokenizer does not spell" in capsys.readouterr().err
 
 
 def test_needles_found(tokenizer, opened):

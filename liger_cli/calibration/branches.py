@@ -121,12 +121,13 @@ def _branches(attention, args, kwargs):
     hook = projection(attention).register_forward_pre_hook(lambda module, args: seen.append(args[0][0].float()))
     attention.liger_mode = "liger"
     try:
-        for mix in (1.0, 0.0):
+        for mix in (1.0, 0.0)[: 2 if attention.liger_window else 1]:
             attention.liger_spec = replace(spec, mix=mix, branch_scales=False)
             attention.forward(*args, **{**kwargs, "attention_mask": None, CACHE: None})
     finally:
         hook.remove()
         attention.liger_spec, attention.liger_mode = spec, mode
+    seen = seen if len(seen) == 2 else [*seen, torch.zeros_like(seen[0])]  # no window, no branch of it
     return (x.unflatten(-1, (attention.config.num_attention_heads, -1)) for x in seen)
 
 

@@ -31,8 +31,9 @@ from liger_cli.calibration.sizes import FIT_ROWS, QUERIES, SEQ_LEN
 from liger_cli.calibration.text import OWN_TEXT, Text, check_data, data_name
 from liger_cli.checkpoint.extras import extra_shapes
 from liger_cli.checkpoint.reader import context_length
+from liger_cli.checkpoint.tokenizer import check_ids
 from liger_cli.conversion.plan import Plan
-from liger_cli.conversion.plan_edits import constant_bytes, liger_layers, with_heads, with_softmax
+from liger_cli.conversion.plan_edits import constant_bytes, far_layers, liger_layers, with_heads, with_softmax
 from liger_cli.conversion.requests import LEAST_SEQ_LEN, OWN, Budget, Request
 from liger_cli.evaluation.position import modes, score_positions
 from liger_cli.evaluation.scoring import make_rows, read_texts
@@ -126,16 +127,25 @@ def calibrate(
 
 def check_request(plan: Plan, request: Request) -> None:
     """Raises UsageError where more is to be chosen than there is."""
-    layers = len(liger_layers(plan))
-    if request.layers is not None and request.layers >= layers:
+    far, others = far_layers(plan), len(liger_layers(plan)) > len(far_layers(plan))
+    if request.chooses and not far:
         raise UsageError(
-            f"--softmax-layers auto:{request.layers} leaves no layer to linearize; there are {layers} to choose from"
+            "auto: and --budget choose among layers that have a window and whose base looks beyond one, and of the "
+            "linearized layers none has both"
+        )
+    if request.layers is not None and request.layers >= len(far) + others:
+        raise UsageError(
+            f"--softmax-layers auto:{request.layers} leaves no layer to linearize; there are {len(far)} to choose from"
         )
     heads, free = softmax_heads(plan, request), len(_free_heads(plan))
-    if heads and heads >= free:
+    if heads and heads >= free + others:
         raise UsageError(f"--softmax-heads asks for {heads} heads, but there are {free} to choose from; ask for fewer")
     if request.budget and request.budget.nbytes < (least := _least_bytes(plan, request.budget.tokens)):
         raise _too_little(request.budget, least)
+    if request.budget:
+        whole = sum(plan.base_cache(layer, request.budget.tokens) for layer in range(len(plan.specs)))
+        if request.budget.nbytes >= whole:
+            raise _too_much(request.budget, whole)
 
 
 def softmax_heads(plan: Plan, request: Request) -> int:
@@ -181,7 +191,8 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
             )
     whole = _spread(text.rows(length), count).to(model.device)
     choice = max(1, len(whole) * CHOICE_ROWS // count)
-    longer = min(int(LONGER * length), context)
+    check_ids(int(whole.max()), plan.checkpoint.geometry.vocab_size, plan.checkpoint.folder)
+    longer = min(int(LONGER * length), context, len(make_rows(tokenizer, [judged_on], length, 1).stream) - 1)
     held_out = make_rows(tokenizer, [judged_on], longer, HELD_OUT_ROWS + 1)
     held_out = held_out.ids[held_out.lengths == longer][:HELD_OUT_ROWS]
     return Rows(whole[:-choice], whole[-choice:], held_out, text.name)
@@ -292,6 +303,8 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
             except ValueError:
                 least = others + excess + sum(min(one.price for one in several) for several in options.values())
                 raise _too_little(request.budget, least) from None
+            if _all_softmax(plan, found):
+                raise _too_much(request.budget, sum(plan.base_cache(layer, tokens) for layer in range(len(plan.specs))))
             # A head that keeps nothing takes a little more beside one of its layer that does.
             over = chosen_plan(plan, found, request).cache_bytes(tokens) - request.budget.nbytes
             if over <= 0:
@@ -301,7 +314,7 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
     mean = request.kept if request.kept is not None else math.inf
     if request.layers:
         alone = allot(options, mean * len(options) if math.isfinite(mean) else math.inf, 0)
-        worth = dict.fromkeys(liger_layers(plan), 0.0)
+        worth = dict.fromkeys(far_layers(plan), 0.0)
         for (layer, _), one in alone.items():
             worth[layer] += one.cost
         layers = sorted(worth, key=worth.get, reverse=True)[: request.layers]
@@ -434,9 +447,10 @@ def _open(spec, request: Request):
 
 def _free_heads(plan: Plan) -> list[Head]:
     count = plan.checkpoint.geometry.num_key_value_heads
+    """Those of which some may be chosen to stay softmax."""
     return [
         (layer, head)
-        for layer in liger_layers(plan)
+        for layer in far_layers(plan)
         for head in range(count)
         if head not in plan.specs[layer].softmax_kv_heads
     ]
@@ -461,6 +475,21 @@ def _too_little(budget: Budget, least: float) -> UsageError:
         f"--budget {size(budget.nbytes)} is below the least that this model's cache takes after {budget.tokens:,} "
         f"tokens, {size(least)}"
     )
+
+
+def _too_much(budget: Budget, whole: float) -> UsageError:
+    return UsageError(
+        f"--budget {size(budget.nbytes)} after {budget.tokens:,} tokens leaves every head softmax, since the base's "
+        f"whole cache takes {size(whole)} then; name fewer bytes, or a longer text"
+    )
+
+
+def _all_softmax(plan: Plan, found: dict[Head, Option]) -> bool:
+    """Whether nothing is linearized where these heads are what they were chosen to be."""
+    count = plan.checkpoint.geometry.num_key_value_heads
+    own = {(layer, head) for layer in liger_layers(plan) for head in range(count)}
+    own -= {(layer, head) for layer in liger_layers(plan) for head in plan.specs[layer].softmax_kv_heads}
+    return own <= {head for head, one in found.items() if one.kept is None}
 
 
 def _other_bytes(plan: Plan, heads: Iterable[Head], tokens: int) -> float:

@@ -148,18 +148,12 @@ def _inputs(model, layers, row):
 
 def _likelihood_gradient(model, hidden, generator):
     """Of the drawn tokens' log-likelihood at the last layer's output, by pieces of positions; None if not finite."""
-    norm, head = model.get_decoder().norm, model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
-    scale = getattr(model.config, "logit_scale", None) or 1.0  # Cohere
-    scale = scale / (getattr(model.config, "logits_scaling", None) or 1.0)  # Granite
-    size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    size = max(1, LOGITS_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
     gradients = []
     for piece in hidden.split(size, dim=1):
         piece = piece.detach().requires_grad_()
         with torch.enable_grad():
-            logits = head(norm(piece)).float() * scale
-            logits = (logits / cap).tanh() * cap if cap else logits
-            log_p = logits.log_softmax(-1)
+            log_p = logits_of(model, piece).log_softmax(-1)
             probabilities = log_p[0].detach().exp()
             if not probabilities.isfinite().all():
                 return None
@@ -167,6 +161,16 @@ def _likelihood_gradient(model, hidden, generator):
             log_p[0].gather(-1, drawn).sum().backward()
         gradients.append(piece.grad)
     return torch.cat(gradients, dim=1)
+
+
+def logits_of(model, hidden):
+    """Float32 logits of what the last layer gives, as the family makes them. [..., D_model] -> [..., V]"""
+    last_norm = [child for name, child in model.get_decoder().named_children() if name.endswith("norm")][-1]
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    scale = getattr(model.config, "logit_scale", None) or 1.0  # Cohere
+    scale = scale / (getattr(model.config, "logits_scaling", None) or 1.0)  # Granite
+    logits = model.get_output_embeddings()(last_norm(hidden)).float() * scale
+    return (logits / cap).tanh() * cap if cap else logits
 
 
 class _Softmax:

@@ -20,7 +20,7 @@ class ConvertOptions:
 
     base: str = argument("A model's folder, a hub id, or a GGUF file.", metavar="BASE")
     output: str | None = argument(
-        "Folder to write; ./<name>-liger-<gate> by default, ./<name>-liger-calibrated with --calibrate.",
+        "Folder to write; ./<name>-liger-<gate> by default, ./<name>-liger-calibrated if that is asked for.",
         None,
         metavar="OUTPUT",
     )

@@ -19,6 +19,7 @@ from liger_cli.checkpoint.model_code import load_config
 from liger_cli.checkpoint.reader import context_length, fingerprint, read_json, read_shard
 from liger_cli.checkpoint.tokenizer import check_ids, load_tokenizer
 from liger_cli.commands.finetune_options import FinetuneOptions
+from liger_cli.commands.options import check_positive
 from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError, ModelError, UsageError
 from liger_cli.system.escape import code_span, markdown, yaml_string
@@ -66,6 +67,7 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
         LigerError in all its kinds, OSError.
     """
     asked = FinetuneOptions(model=model, **options)
+    check_positive(asked, "processes")
     recipe, data, resume, force = asked.recipe, asked.data, asked.resume, asked.force
     fsdp = asked.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     base = read_base(resolve_model(asked.model, "finetune"))
@@ -77,7 +79,7 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
     if limit and changes.get("seq_len", 0) > limit:
         _say_limit(changes["seq_len"], limit)
         changes["seq_len"] = limit
-    if copy and resume and not asked.dry_run:
+    if copy and resume:
         base, copy = calibrated_base(base, copy, text=asked.calibration_data, make=False), None
     starts = asked.processes > 1 and not is_launched()
     if resume and not starts:
@@ -92,7 +94,7 @@ def run(model: str | Path | None = None, *, as_json: bool = False, quiet: bool =
             checked = override(checked, seq_len=limit)
         if starts:  # here, where it is one sentence, and not in every process
             check_setup(checked, asked.report_to, fsdp, asked.processes)
-        data = data or checked.data
+        data = checked.data if data is None else data
         check_sources(data)
         check_sources(checked.long_data, "--long-data")
         if (partial / RUN).exists() and not force and not asked.dry_run and is_main_process():

@@ -32,13 +32,14 @@ def run(as_json: bool, head_dim: int) -> None:
     if as_json:
         print(json.dumps({"head_dim": head_dim, "gates": rows}, indent=2))
         return
-    title = f"state a head (query heads of retnet and lightning, key/value heads of the others), head dim {head_dim}"
+    title = f"state a head, head dim {head_dim}"
     table = Table(title, ["gate", "formula", "state", "KiB"], words=3)
     for row in rows:
         state = " + ".join(f"{a} x {b}" for a, b in row["state_shapes"])
         table.rows.append([row["gate"], row["formula"], state, f"{row['state_bytes'] / 1024:.1f}"])
     note = (
-        "States are float32. p is the gate's source (--gate-source, keys by default) before RoPE; phi is --feature-map."
+        "States are float32, one a key/value head, of retnet and lightning one a query head. p is the gate's source "
+        "(--gate-source, keys by default) before RoPE; phi is --feature-map."
     )
     print_tables([table], notes=(note,), wrap=True)
     say("next: liger convert BASE --gate NAME")

@@ -188,6 +188,8 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
         for index in range(count)
     )  # fmt: skip
     for spec in dict.fromkeys(spec for spec in specs if spec.kind == "liger"):
+        if spec.delayed and spec.mix == 1:
+            raise UsageError("--delayed with --mix 1 leaves a text's first tokens without any output; lower --mix")
         for name in spec.unused():
             option = f"--{name.replace('_', '-')} {getattr(spec, name)}"
             why = "without --gate-params learned" if name == "gate_rank" else f"with the gate {spec.gate}"
@@ -195,7 +197,7 @@ def make_plan(checkpoint: Checkpoint, settings: dict, softmax_layers: str = "non
     context = context_length(checkpoint.config)
     for window, mix in dict.fromkeys((spec.window, spec.mix) for spec in specs if spec.kind == "liger"):
         if window == 0 and mix < 1:
-            notes.append(f"--window 0 leaves out the window: a layer gives {mix:g} of its recurrence (--mix 1: all)")
+            notes.append("--window 0 leaves out the window: a layer is its recurrence alone, whatever --mix is")
         elif context and window >= context:
             notes.append(f"--window {window} covers the base's context of {context:,} tokens: nothing ever leaves it")
     return Plan(checkpoint, specs, tuple(notes))
@@ -218,6 +220,11 @@ def with_defaults(settings: dict, calibrate: bool = False) -> dict:
     found = {name: value for name, value in settings.items() if value is not None}
     if not calibrate:
         return found
+    if found.get("normalizer") == "joint-max":
+        raise UsageError(
+            "--calibrate fits no factor of the normalizer joint-max, which training learns (--recipe lolcats); leave "
+            "one of them out"
+        )
     window = found.get("window", LayerSpec.window)
     if window:
         found = {"sinks": SINKS, "kept": 2 * window, **found}

@@ -11,6 +11,11 @@ def liger_layers(plan: Plan) -> list[int]:
     return [index for index, spec in enumerate(plan.specs) if spec.kind == "liger"]
 
 
+def far_layers(plan: Plan) -> list[int]:
+    """Liger layers that lose something beyond a window of theirs: those whose base looks beyond one."""
+    return [index for index in liger_layers(plan) if plan.specs[index].window > 0 and plan.local_window(index) is None]
+
+
 def with_softmax(plan: Plan, layers: list[int]) -> Plan:
     """The plan with these layers as softmax."""
     specs = tuple(LayerSpec(kind="softmax") if index in layers else spec for index, spec in enumerate(plan.specs))

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from liger_cli.templates.liger_extras import NAMES
+
 
 def first_non_finite(model, run: Callable[[], object]) -> str | None:
     """Run once more, without gradients, and name the first module in the order of computation with such an output.
@@ -34,6 +36,7 @@ def first_non_finite(model, run: Callable[[], object]) -> str | None:
         return None
     name, module = found[0]
     broken = [key for key, weight in module.named_parameters() if not torch.isfinite(weight).all()]
+    broken.sort(key=lambda key: key.rpartition(".")[2] in NAMES)  # what was fitted on NaN is none of the causes
     return f"{name}, whose {broken[0]} is not finite either" if broken else name
 
 

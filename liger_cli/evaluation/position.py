@@ -14,6 +14,7 @@ import torch
 
 from liger_cli.checkpoint.tokenizer import put_before, token_ids
 from liger_cli.evaluation.finite import first_non_finite
+from liger_cli.system.console import say
 from liger_cli.system.errors import LigerError
 
 Columns = Mapping[str, Callable[[], AbstractContextManager]]
@@ -259,13 +260,14 @@ def needle(
     Returns:
         `{column: {distance: {"exact": share, "digits": share}}}`: `exact` of the codes with every token right,
         `digits` of their tokens that hold digits. A distance that does not fit into the text is left out,
-        and all are where the tokenizer knows no digits.
+        which is said on stderr, and all are where the tokenizer knows no digits.
     """
     found: dict[str, dict] = {name: {} for name in columns}
     for distance in distances:
         try:
             rows = make_needles(tokenizer, text, distance, count, seed)
-        except ValueError:
+        except ValueError as error:
+            say(f"left out: needles {distance} tokens back, since {error}")
             continue
         size = max(1, PASS_TOKENS // max(len(row.tokens) for row in rows))
         for name, opened in columns.items():

@@ -16,6 +16,7 @@ from liger_cli.system.untrusted import read_bytes
 if TYPE_CHECKING:
     from liger_cli.evaluation.position import Positions
 
+MOST_LOSS = 709.0  # nats, whose exponential a float still holds
 LOGITS_BYTES = 512 << 20  # float32 logits of one batch at most, where the batch size is free
 
 
@@ -46,9 +47,9 @@ def read_texts(path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"{path} is not a file; name a text or a .jsonl file, or leave it out for the shipped prose")
     try:
-        content = read_bytes(path, sys.maxsize, LigerError).decode("utf-8")
-        if path.suffix == ".jsonl":
-            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        content = read_bytes(path, sys.maxsize, LigerError).decode("utf-8-sig")
+        if path.suffix.lower() == ".jsonl":
+            texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
         else:
             texts = [content]
     except UnicodeDecodeError:
@@ -137,10 +138,15 @@ def score(subject: Subject, rows: Rows, *, batch_size: int | None = None, agreem
     return result
 
 
+def _exp(loss: float) -> float:
+    """The perplexity of a loss in nats; the largest that a float holds where it is larger."""
+    return math.exp(loss) if loss < MOST_LOSS else sys.float_info.max
+
+
 def _perplexity(positions: "Positions", rows: Rows) -> dict:
     total = float(positions.loss.sum())
     return {
-        "token": math.exp(total / rows.tokens),
-        "byte": math.exp(total / rows.nbytes),
-        "by_position": {bucket: math.exp(loss) for bucket, loss in positions.by_bucket("loss").items()},
+        "token": _exp(total / rows.tokens),
+        "byte": _exp(total / rows.nbytes),
+        "by_position": {bucket: _exp(loss) for bucket, loss in positions.by_bucket("loss").items()},
     }

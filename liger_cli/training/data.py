@@ -209,7 +209,7 @@ def read_rows(name: str, streaming: bool = False) -> Iterator[dict]:
 
 def check_sources(spec: str | None, option: str = "--data") -> None:
     """What can be told of `option` without reading it. Raises UsageError: no such file, of no known kind, weights."""
-    for source in parse_sources(spec) if spec else ():
+    for source in parse_sources(spec) if spec is not None else ():
         _checked(source.name, option)
 
 
