@@ -16,7 +16,7 @@ from liger_cli.evaluation.harness import SUITES, parse_metadata, parse_tasks, ru
 from liger_cli.evaluation.recall import KINDS, generated, make_probes, teacher_forced
 from liger_cli.evaluation.scoring import make_rows, read_texts, score
 from liger_cli.evaluation.subject import COLUMNS, TUNED, open_subject
-from liger_cli.shipped import BASE_DIR
+from liger_cli.shipped import BASE_DIR, prose
 from liger_cli.shipped.probes import evaluate_recall, held_out_text
 from liger_cli.system.errors import LigerError, SetupError, UsageError
 from liger_cli.system.manifest import new_manifest, read_manifest, write_manifest
@@ -400,6 +400,16 @@ def test_texts_as_training_reads_them(tmp_path, name):
     assert [row["text"] for row in local_rows(tmp_path / name)] == texts
     (tmp_path / "text.txt").write_bytes("\ufeffplain".encode())
     assert read_texts(tmp_path / "text.txt") == ["plain"]
+
+
+def test_the_default_text_is_none_that_was_fitted_on(shipped, capsys, monkeypatch):
+    """A calibration reads Moby-Dick: what `eval` reads without --data is the other document, and is called so."""
+    read = []
+    monkeypatch.setattr(evaluate, "make_rows", lambda tokenizer, texts, *rest: read.append(texts) or make_rows(
+        tokenizer, texts, *rest))  # fmt: skip
+    report = evaluate.run(shipped, seq_len=64, rows=1, perplexity=True, save=False, quiet=True)
+    assert read == [prose()[1:]] and "Ishmael" not in read[0][0]
+    assert report["perplexity"]["text"]["name"] == "shipped prose (Opticks)"
 
 
 def test_what_is_refused(tiny, tmp_path):

@@ -32,7 +32,7 @@ from liger_cli.system.errors import UsageError
 from liger_cli.system.progress import progress
 from liger_cli.system.tables import FORMATS, print_tables
 
-SHIPPED_TEXT = "shipped prose"
+SHIPPED_TEXT = "shipped prose (Opticks)"  # calibrations are fitted on the other one
 SEQ_LEN = 2048
 ROWS = 8
 COUNT = 10
@@ -145,7 +145,7 @@ def evaluate(
     Args:
         parts: `perplexity` (of the text, and the KL divergence from the base), `recall` (needles in the text, and the
             second reading of a passage).
-        texts: documents; the shipped prose by default. source: what they are called.
+        texts: documents; by default the shipped prose that no calibration is fitted on. source: what they are called.
         tasks, num_fewshot, limit, include_path, metadata: see `harness.run_tasks`.
         samples: generations, of the beginnings of the text's documents.
         seq_len: tokens of a row of the text. rows: how many are read, at most.
@@ -155,7 +155,7 @@ def evaluate(
         beyond_context: let rows and needles be longer than the base's context.
     """
     result = {**stamp(), "seed": seed, "model": subject.describe()}
-    texts = texts or prose()
+    texts = texts or prose()[1:]
     if tasks:  # first: their data may be missing
         result["tasks"] = _tasks(
             subject,

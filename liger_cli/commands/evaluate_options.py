@@ -12,7 +12,9 @@ class EvaluateOptions:
     """Measure MODEL beside its base and its window alone: --perplexity and --recall by default."""
 
     model: str | None = measured()
-    data: str | None = option(None, "Text or .jsonl file to read; shipped prose by default.", metavar="FILE")
+    data: str | None = option(
+        None, "Text or .jsonl file to read; by default shipped prose that no calibration is fitted on.", metavar="FILE"
+    )
     perplexity: bool = option(False, "Perplexity and KL divergence from the base, by position.")
     recall: bool = option(False, "Needles by distance, and the second reading of a passage.")
     tasks: str | None = option(
