@@ -5,6 +5,7 @@ float64 to 1e-10. float32 to 1e-5: some hundred roundings of 2^-24, in sums over
 
 import os
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -104,6 +105,7 @@ def padding(kind: str, batch: int, length: int, seed: int):
 
 
 @settings(max_examples=FUZZ_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis.example("mamba2", 58, 1.0, 1, 3, 1, 1, 3, False, "anywhere", 0.0, False)  # 0.05, of 58 tokens of 1
 @given(
     name=st.sampled_from(sorted(GATES)),
     length=st.integers(1, 140),
@@ -125,16 +127,18 @@ def test_fuzz(name, length, magnitude, kv_heads, groups, dim, batch, seed, initi
         valid=padding(pad, batch, length, seed),
     )  # fmt: skip
     expected = run("naive", rule, inputs, state, torch.float64, gradients)
+    # A state of one number may cancel out: its error is then one of what a token adds.
+    floor = max(rms(inputs[1]) * rms(inputs[2]), 1e-30) if dim == 1 else 1e-30
     for dtype, tolerance in TOLERANCE.items():
         values = 3 if rule.by_slot else 2
         # A gradient may cancel out: its error is then one of the others' size.
         least = max((0.1 * rms(e) for e in expected[values:]), default=0.0)
         for index, (a, e) in enumerate(zip(run("chunk", rule, inputs, state, dtype, gradients), expected, strict=True)):
             assert a.isfinite().all()
-            assert relative_rms(a, e, max(least, 1e-30) if index >= values else 1e-30) < tolerance
+            assert relative_rms(a, e, max(least, 1e-30) if index >= values else floor) < tolerance
         middle = int(cut * length)
         output, *final = run("chunk", rule, [x[:, :, :middle] for x in inputs], state, dtype)
         then = rule.initial(tuple(final))
         rest, *final = run("chunk", rule, [x[:, :, middle:] for x in inputs], then, dtype)
         for a, e in zip([torch.cat([output, rest], 2), *final], expected[: 1 + len(final)], strict=True):
-            assert relative_rms(a, e) < tolerance
+            assert relative_rms(a, e, floor) < tolerance
