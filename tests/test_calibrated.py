@@ -44,6 +44,15 @@ def tune(model="plain", **options):
     return finetune.run(model, data="text.jsonl", **{**SMALL, **options})
 
 
+def cut_off(here, monkeypatch, **options):
+    """A run that is stopped behind its second step."""
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(**options)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+
+
 def test_the_default_calibrates_first(here, capsys):
     """The copy is what `liger convert --calibrate` makes, its weights are the folder's own, the base is not needed."""
     text = {"calibration_data": "text.jsonl"}
@@ -85,11 +94,7 @@ def test_a_model_of_a_recipe_is_trained_by_it(here, name, capsys):
 
 def test_what_a_resumed_run_would_do(here, monkeypatch):
     """`--resume --dry-run` looks at the calibrated copy that the run was begun with."""
-    interrupted(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        tune(save_steps=2)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
+    cut_off(here, monkeypatch, save_steps=2)
     before = digest(here)
     assert tune(resume=True, dry_run=True)["recipe"] == "best" and digest(here) == before
     tune(resume=True)
@@ -179,11 +184,7 @@ def test_a_text_that_nothing_is_calibrated_on(here, options, sentence):
 
 
 def test_a_copy_that_is_gone(here, monkeypatch):
-    interrupted(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        tune(save_steps=1)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
+    cut_off(here, monkeypatch, save_steps=1)
     shutil.rmtree(COPY)
     with pytest.raises(UsageError, match="plain-calibrated, the calibrated plain that .* is gone"):
         tune(save_steps=1, resume=True)
@@ -224,11 +225,7 @@ def test_resuming(here, monkeypatch, model, output):
     flags = {"output": output, "save_steps": 1, "model": model}
     if model is None:
         shutil.rmtree("base")
-    interrupted(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        tune(**flags)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
+    cut_off(here, monkeypatch, **flags)
     report = tune(**flags, resume=True)
     assert report["resumed_from_step"] == 2 and report["model"] == str(here / COPY)
     assert (here / (output or LORA)).is_dir()
@@ -241,11 +238,7 @@ def test_resuming_nothing_calibrates_nothing(here):
 
 
 def test_a_run_of_another_recipe_is_resumed_as_it_was(here, monkeypatch):
-    interrupted(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        tune(recipe="paper", save_steps=1)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
+    cut_off(here, monkeypatch, recipe="paper", save_steps=1)
     assert tune(resume=True, save_steps=1)["recipe"] == "paper"
     assert not (here / COPY).exists()
 

@@ -127,7 +127,8 @@ def calibrate(
 
 def check_request(plan: Plan, request: Request) -> None:
     """Raises UsageError where more is to be chosen than there is."""
-    far, others = far_layers(plan), len(liger_layers(plan)) > len(far_layers(plan))
+    far = far_layers(plan)
+    others = len(liger_layers(plan)) > len(far)
     if request.chooses and not far:
         raise UsageError(
             "auto: and --budget choose among layers that have a window and whose base looks beyond one, and of the "
@@ -142,10 +143,8 @@ def check_request(plan: Plan, request: Request) -> None:
         raise UsageError(f"--softmax-heads asks for {heads} heads, but there are {free} to choose from; ask for fewer")
     if request.budget and request.budget.nbytes < (least := _least_bytes(plan, request.budget.tokens)):
         raise _too_little(request.budget, least)
-    if request.budget:
-        whole = sum(plan.base_cache(layer, request.budget.tokens) for layer in range(len(plan.specs)))
-        if request.budget.nbytes >= whole:
-            raise _too_much(request.budget, whole)
+    if request.budget and request.budget.nbytes >= plan.base_bytes(request.budget.tokens):
+        raise _too_much(plan, request.budget)
 
 
 def softmax_heads(plan: Plan, request: Request) -> int:
@@ -192,9 +191,9 @@ def text_rows(plan: Plan, model, data: str | Text | None, seq_len: int) -> Rows:
     whole = _spread(text.rows(length), count).to(model.device)
     choice = max(1, len(whole) * CHOICE_ROWS // count)
     check_ids(int(whole.max()), plan.checkpoint.geometry.vocab_size, plan.checkpoint.folder)
-    longer = min(int(LONGER * length), context, len(make_rows(tokenizer, [judged_on], length, 1).stream) - 1)
-    held_out = make_rows(tokenizer, [judged_on], longer, HELD_OUT_ROWS + 1)
-    held_out = held_out.ids[held_out.lengths == longer][:HELD_OUT_ROWS]
+    held_out = make_rows(tokenizer, [judged_on], min(int(LONGER * length), context), HELD_OUT_ROWS + 1)
+    longer = int(held_out.lengths.max())  # the whole text, where it is shorter than a row
+    held_out = held_out.ids[held_out.lengths == longer][:HELD_OUT_ROWS, : longer + 1]
     return Rows(whole[:-choice], whole[-choice:], held_out, text.name)
 
 
@@ -303,8 +302,8 @@ def choose(plan: Plan, costs: dict[Head, HeadCosts], request: Request, fit: bool
             except ValueError:
                 least = others + excess + sum(min(one.price for one in several) for several in options.values())
                 raise _too_little(request.budget, least) from None
-            if _all_softmax(plan, found):
-                raise _too_much(request.budget, sum(plan.base_cache(layer, tokens) for layer in range(len(plan.specs))))
+            if far_layers(plan) == liger_layers(plan) and all(one.kept is None for one in found.values()):
+                raise _too_much(plan, request.budget)
             # A head that keeps nothing takes a little more beside one of its layer that does.
             over = chosen_plan(plan, found, request).cache_bytes(tokens) - request.budget.nbytes
             if over <= 0:
@@ -446,8 +445,8 @@ def _open(spec, request: Request):
 
 
 def _free_heads(plan: Plan) -> list[Head]:
-    count = plan.checkpoint.geometry.num_key_value_heads
     """Those of which some may be chosen to stay softmax."""
+    count = plan.checkpoint.geometry.num_key_value_heads
     return [
         (layer, head)
         for layer in far_layers(plan)
@@ -477,19 +476,11 @@ def _too_little(budget: Budget, least: float) -> UsageError:
     )
 
 
-def _too_much(budget: Budget, whole: float) -> UsageError:
+def _too_much(plan: Plan, budget: Budget) -> UsageError:
     return UsageError(
         f"--budget {size(budget.nbytes)} after {budget.tokens:,} tokens leaves every head softmax, since the base's "
-        f"whole cache takes {size(whole)} then; name fewer bytes, or a longer text"
+        f"whole cache takes {size(plan.base_bytes(budget.tokens))} then; name fewer bytes, or a longer text"
     )
-
-
-def _all_softmax(plan: Plan, found: dict[Head, Option]) -> bool:
-    """Whether nothing is linearized where these heads are what they were chosen to be."""
-    count = plan.checkpoint.geometry.num_key_value_heads
-    own = {(layer, head) for layer in liger_layers(plan) for head in range(count)}
-    own -= {(layer, head) for layer in liger_layers(plan) for head in plan.specs[layer].softmax_kv_heads}
-    return own <= {head for head, one in found.items() if one.kept is None}
 
 
 def _other_bytes(plan: Plan, heads: Iterable[Head], tokens: int) -> float:

@@ -40,18 +40,18 @@ def resolve_model(given: str | Path | None, command: str, here: Path | None = No
     return found
 
 
-def state_of(layers: list[dict], calibrated: bool, as_it_is: bool) -> str:
+def state_of(report: dict) -> str:
     """What a converted folder is to `next_step`: `calibrated`, `window-only`, or `plain` or `unfitted`, to be trained.
 
     Args:
-        layers: with the fields of `LayerSpec` that their kind has.
-        as_it_is: `liger finetune` does not calibrate it: it has parameters beside the base's, or a recipe.
+        report: of `convert` or `inspect`; its `layers` have the fields of `LayerSpec` that their kind has.
     """
-    if calibrated:
+    if report.get("calibration"):
         return "calibrated"
-    if not any(layer["kind"] == "liger" and layer["mix"] > 0 for layer in layers):
+    if not any(layer["kind"] == "liger" and layer["mix"] > 0 for layer in report["layers"]):
         return "window-only"
-    return "unfitted" if as_it_is else "plain"
+    # With parameters beside the base's, or a recipe of its own, `liger finetune` does not calibrate it.
+    return "unfitted" if report["added_parameters"] or report.get("recipe") else "plain"
 
 
 def next_step(kind: str, folder: Path | str = "") -> str:

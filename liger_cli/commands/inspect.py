@@ -77,9 +77,7 @@ def _state(report: dict) -> str:
     """What the folder is to `next_step`."""
     if report["kind"] != "converted":
         return report["kind"]
-    if not report["made"]:
-        return "merged"
-    return state_of(report["layers"], bool(report["calibration"]), bool(report["added_parameters"] or report["recipe"]))
+    return state_of(report) if report["made"] else "merged"
 
 
 def _kind(folder: Path, manifest: dict | None) -> str:

@@ -56,6 +56,10 @@ class Plan:
         """Bytes of all tensors; the shards' headers come on top."""
         return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
 
+    def base_bytes(self, tokens: int):
+        """Of the base's whole cache after so many tokens of one sequence."""
+        return sum(self.base_cache(index, tokens) for index in range(len(self.specs)))
+
     def memory(self, contexts: tuple[int, ...] | None = None) -> list[dict]:
         """Bytes that model and base keep of one sequence, for each length in tokens; by default up to the context."""
         rows = []
@@ -63,7 +67,7 @@ class Plan:
         own = (longest // part for part in (32, 4, 1) if part == 1 or longest // part >= SHORTEST)
         for tokens in contexts or own:
             converted = self.cache_bytes(tokens)
-            base = sum(self.base_cache(index, tokens) for index in range(len(self.specs)))
+            base = self.base_bytes(tokens)
             rows.append(
                 {
                     "tokens": tokens,

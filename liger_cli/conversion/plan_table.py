@@ -25,10 +25,8 @@ def print_plan(report: dict, plan: Plan) -> None:
     if report["dry_run"]:
         notes.append(f"dry run: {report['output']} was not written; {next_step('dry run')}")
     else:
-        as_it_is = bool(report["added_parameters"] or report.get("recipe"))
-        state = state_of(report["layers"], "calibration" in report, as_it_is)
         notes.append(f"wrote {report['output']} (weights: {report['link']})")
-        notes.append(next_step(state, report["output"]))
+        notes.append(next_step(state_of(report), report["output"]))
     print_tables(tables, notes=tuple(notes))
 
 

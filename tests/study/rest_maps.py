@@ -44,25 +44,34 @@ MAPS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code, as of every command of liger."""
-    parser = argparse.ArgumentParser(prog="python -m study.rest_maps", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="calibrated, with rest states")
-    parser.add_argument("--fit", required=True, type=Path, metavar="FILE", help="text that everything is fitted on")
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="text of another kind, to judge on")
-    parser.add_argument("--rows", type=int, default=2, help="rows of 2,048 tokens of each (2)")
+    parser = parser_of("rest_maps", __doc__, "calibrated, with rest states", rows=2)
     parser.add_argument("--learned-every", type=int, default=5, metavar="N", help="train maps of every Nth layer (5)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="each layer's errors, as JSON")
     options = parser.parse_args(arguments)
     return guarded(lambda: _run(options))
+
+
+def parser_of(name: str, description: str, folder: str, rows: int) -> argparse.ArgumentParser:
+    """What every study of a layer's memories is given. folder: which one is wanted. rows: by default."""
+    parser = argparse.ArgumentParser(prog=f"python -m study.{name}", description=description.splitlines()[0])
+    parser.add_argument("folder", type=Path, help=folder)
+    parser.add_argument("--fit", required=True, type=Path, metavar="FILE", help="text that everything is fitted on")
+    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="text of another kind, to judge on")
+    parser.add_argument("--rows", type=int, default=rows, help=f"rows of 2,048 tokens of each ({rows})")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="each layer's figures, as JSON")
+    return parser
+
+
+def whole_rows(tokenizer, path: Path, count: int) -> torch.Tensor:
+    """The first rows of a text, [count, LENGTH + 1] token ids."""
+    rows = make_rows(tokenizer, read_texts(path), LENGTH)
+    return rows.ids[rows.lengths == LENGTH][:count]
 
 
 def _run(options: argparse.Namespace) -> None:
     subject = open_subject(options.folder)
     found: dict[int, dict[str, float]] = {}
     with subject.column("model") as model:
-        rows = []
-        for path in (options.fit, options.text):
-            ids = make_rows(subject.tokenizer, read_texts(path), LENGTH)
-            rows.append(ids.ids[ids.lengths == LENGTH][: options.rows])
+        rows = [whole_rows(subject.tokenizer, path, options.rows) for path in (options.fit, options.text)]
         attentions = [one for one in model.get_decoder().liger_attentions() if one.keeps_state and one.liger_rest]
 
         def measure(layer):

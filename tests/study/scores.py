@@ -12,25 +12,22 @@ when it leaves the window: they bound what a better score could be worth.
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 from liger_cli.calibration.fits import fitted_score, received_attention
 from liger_cli.calibration.layerwise import visit, visit_backward
 from liger_cli.calibration.memories import draw_queries
-from liger_cli.evaluation.scoring import make_rows, read_texts
 from liger_cli.evaluation.subject import open_subject
 from liger_cli.system.errors import guarded
 from liger_cli.system.outputs import write_whole
 from liger_cli.system.tables import Table
+from study.rest_maps import LENGTH, parser_of, whole_rows
 
-LENGTH = 2048
 QUERIES = 256  # of a row that stand for all
 DIRECTIONS = 24  # of the keys' largest variance, whose products are the squares
 LATEST = 128  # queries
-OWN = "key"
-FITTED = (OWN, "key and value", "key and its squares", "hidden state", "key and the attention it got in the window")
+FITTED = ("key", "key and value", "key and its squares", "hidden state", "key and the attention it got in the window")
 OTHERS = (
     "attention got in the window",
     "mean attention so far, lost with the token",
@@ -43,13 +40,8 @@ STEP = 16  # tokens that leave at a time, where what was kept matters
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code, as of every command of liger."""
-    parser = argparse.ArgumentParser(prog="python -m study.scores", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="with kept tokens")
-    parser.add_argument("--fit", required=True, type=Path, metavar="FILE", help="text that the scores are fitted on")
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="text of another kind, to judge on")
-    parser.add_argument("--rows", type=int, default=4, help="rows of 2,048 tokens of each (4)")
+    parser = parser_of("scores", __doc__, "with kept tokens", rows=4)
     parser.add_argument("--kept", type=int, default=128, help="tokens of a key/value head (128)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="each layer's figures, as JSON")
     options = parser.parse_args(arguments)
     return guarded(lambda: _run(options))
 
@@ -57,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     subject = open_subject(options.folder)
     with subject.column("model") as model:
-        fit, judged = (_rows(subject.tokenizer, path, options.rows) for path in (options.fit, options.text))
+        fit, judged = (whole_rows(subject.tokenizer, path, options.rows) for path in (options.fit, options.text))
         attentions = [one for one in model.get_decoder().liger_attentions() if hasattr(one, "keep_score")]
         hidden: dict[int, torch.Tensor] = {}
         for attention in attentions:
@@ -82,11 +74,6 @@ def _run(options: argparse.Namespace) -> None:
     if options.output:
         write_whole(options.output, json.dumps(found, indent=1) + "\n")
     print(table(found).markdown())
-
-
-def _rows(tokenizer, path: Path, count: int) -> torch.Tensor:
-    rows = make_rows(tokenizer, read_texts(path), LENGTH)
-    return rows.ids[rows.lengths == LENGTH][:count]
 
 
 def _remember(hidden: dict):
